@@ -1,4 +1,4 @@
-"""The one exception of the library: it names the rule, the value given and the nearest legal value."""
+"""The library's one exception: the rule, the value given, the nearest legal value."""
 
 
 class MixMoEError(ValueError):

@@ -1,4 +1,4 @@
-"""Number formats as records: an element, a scale rule, and the quantise / dequantise pair they define.
+"""Number formats as records: element, scale rule, and the quantise / dequantise they define.
 
 A tensor ``x`` is stored as ``x ~ element * scale`` with one scale for a block of ``rows x cols``
 values. Everything here is plain torch and defines the bits every backend must produce.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixmoe.errors import MixMoEError, nearest_multiple
 
-CHUNK = 1 << 22  # elements quantised at a time: the working set stays under 128 MB beside input and output
+CHUNK = 1 << 22  # elements quantised at a time: under 128 MB beside input and output
 E8M0_BIAS = 127
 E8M0_NAN = 0xFF
 F32_TINY = 2.0**-126  # smallest normal: a float32 scale never goes below it, so x / scale is finite
@@ -29,6 +29,7 @@ class Rounding(Enum):
     FLOOR is OCP MX v1.0: ``floor(log2 amax) - emax``; the largest values may saturate.
     EVEN rounds amax to the element's mantissa first (add half an ulp), then floors.
     CEIL is the smallest power of two with ``amax / scale <= element max``: nothing saturates.
+    No scale exceeds ``2^(127 - emax)``, so that every code stands for a finite float32.
     """
 
     FLOOR = "FLOOR"
@@ -253,9 +254,12 @@ class Format:
             up = torch.zeros_like(fraction, dtype=torch.bool)
         power = exponent - 1 - self.element.emax + up.to(torch.int32)
         power = torch.where(amax > 0, power, -E8M0_BIAS)
-        return (power.clamp_(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS).to(torch.uint8)
+        top = E8M0_BIAS - self.element.emax  # above it a code could stand for 2^128
+        return (power.clamp_(-E8M0_BIAS, top) + E8M0_BIAS).to(torch.uint8)
 
-    def _spread(self, scale: Tensor, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _spread(
+        self, scale: Tensor, shape: torch.Size, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Scales in storage dtype -> float factors that broadcast over values of ``shape``."""
         factor = e8m0_value(scale, dtype) if self.scale is ScaleKind.E8M0 else scale.to(dtype)
         if self.rows > 1:
@@ -344,7 +348,9 @@ class Quantised:
         """Refuse codes or scales whose dtype, shape or values the format does not allow."""
         fmt = self.format
         if self.codes.dtype != fmt.element.storage:
-            raise MixMoEError(f"{name}: codes of {fmt} must be {fmt.element.storage}", self.codes.dtype)
+            raise MixMoEError(
+                f"{name}: codes of {fmt} must be {fmt.element.storage}", self.codes.dtype
+            )
         *lead, rows, k = self.shape
         fmt.check_columns(k)
         if fmt.scale is ScaleKind.NONE:
@@ -411,7 +417,7 @@ def fp8_block(rows: int = 128, cols: int = 128) -> Format:
 
 @cache
 def int4_group(group: int = 32, scale: ScaleKind = ScaleKind.BF16) -> Format:
-    """Symmetric int4 (codes -8..7, scale = amax / 7), one bf16 or float32 scale per group along K."""
+    """Symmetric int4: codes -8..7, scale = amax / 7 in bf16 or float32 per group along K."""
     if group not in (32, 64, 128):
         raise MixMoEError("int4 groups hold 32, 64 or 128 values", group, "32, 64 or 128")
     if scale not in (ScaleKind.BF16, ScaleKind.F32):
