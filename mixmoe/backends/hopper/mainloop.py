@@ -1,0 +1,195 @@
+"""What the Hopper matrix kernels share: the fragment order of packed weights and its way into wgmma.
+
+Fragment order (weights, swapped to wgmma's A operand). A unit is 16 weight rows x 64 K:
+
+    words   int32 (E * R/16, K64, 128)   K64 = ceil(K / 64), unit = [g 8][q 4][j 4] words of 8 codes
+    scales  uint8 (E * R/16, K64 * 32)   unit = [g 8][j 4] bytes, one per word, shared by the four q
+
+Lane 4g + q of a warp owns word j = 2 * ks + r8 of every unit: row 8 * r8 + g, columns
+32 * ks + 4q .. + 3 (codes 0-3) and 32 * ks + 16 + 4q .. + 3 (codes 4-7), which is the register layout
+that wgmma m64k32 wants of A (PTX ISA, wgmma A fragment). In a word the magnitude of code i lies at bits
+4i .. 4i + 2, the sign of codes 0-3 at bits 7, 15, 23, 31 and of codes 4-7 at bits 3, 11, 19, 27.
+In gate/up weights rows 0-7 of a unit are gate rows and rows 8-15 the up rows of the same columns.
+A scale byte holds 8 * (k + 5) mod 256, where the block is worth 2^k relative to its row: k in
+[-5, 6] for every kernel, [-8, 6] for kernels compiled with WIDE. Columns past K are zero words.
+
+One order serves every tile: a TMA box (rows/16, K/64, 128) is any block of 16-row by 64-column units.
+"""
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Names that moved between Triton 3.6 and 3.9; both are builtins, usable inside a kernel.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+UNIT_ROWS, UNIT_COLUMNS, UNIT_WORDS, UNIT_SCALES = 16, 64, 128, 32
+
+
+@builtin
+def smem_cast(
+    memory: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None
+) -> Any:  # a method of another name in 3.6 and in 3.9
+    shape = [_unwrap_if_constexpr(extent) for extent in shape]
+    return _semantic.memdesc_reinterpret(
+        memory, _unwrap_if_constexpr(dtype), shape, _unwrap_if_constexpr(layout)
+    )
+
+
+def weight_descriptors(
+    words: Any, scales: Any, row_units: int, k_units: int
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """TMA boxes of row_units x k_units units: words (U, K64, 128) int32, scales (U, K64 * 8) int32.
+
+    `scales` is the uint8 tensor seen as int32. Both land dense in shared memory (no swizzle): a warp
+    reads a unit as 512 consecutive bytes, so there is no bank conflict to avoid.
+    """
+    return (
+        TensorDescriptor.from_tensor(
+            words, [row_units, k_units, UNIT_WORDS], gl.NVMMASharedLayout(0, 32, 3)
+        ),
+        TensorDescriptor.from_tensor(
+            scales, [row_units, k_units * UNIT_SCALES // 4], gl.NVMMASharedLayout(0, 32, 2)
+        ),
+    )
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next ring stage and its mbarrier phase."""
+    stage += 1
+    wrapped = stage // STAGES
+    return stage - wrapped * STAGES, phase ^ wrapped
+
+
+@gluon.jit
+def dequantise(words, scale):
+    """8 e2m1 codes and one scale byte -> two int32 of four e4m3 each, exact for k in [-5, 6].
+
+    The look-up table {0, .5, 1, 1.5, 2, 3, 4, 6} * 2^k is linear in k as eight e4m3 bytes: two mads
+    build it, two byte permutes index it. 9 instructions per 8 weights.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t0, t1, m, h, a, b, s;
+        mad.lo.u32 t0, $3, 0x01010100, 0x14100800;
+        mad.lo.u32 t1, $3, 0x01010101, 0x24201c18;
+        and.b32 m, $2, 0x77777777;
+        shr.u32 h, m, 16;
+        prmt.b32 a, t0, t1, m;
+        prmt.b32 b, t0, t1, h;
+        shl.b32 s, $2, 4;
+        lop3.b32 $0, $2, 0x80808080, a, 0xEA;
+        lop3.b32 $1, s, 0x80808080, b, 0xEA;
+        }""",
+        "=&r,=&r,r,r", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )
+
+
+@gluon.jit
+def dequantise_wide(words, scale):
+    """`dequantise` for k in [-8, 6]: the three exponents that need e4m3 subnormals are selected.
+
+    Their bytes 232, 240, 248 are 8 * (k + 5) mod 256 for k = -8, -7, -6.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 t0, t1, m, h, a, b, s;
+        .reg .pred p6, p7, p8;
+        setp.eq.u32 p6, $3, 248;
+        setp.eq.u32 p7, $3, 240;
+        setp.eq.u32 p8, $3, 232;
+        mad.lo.u32 t0, $3, 0x01010100, 0x14100800;
+        mad.lo.u32 t1, $3, 0x01010101, 0x24201c18;
+        selp.b32 t0, 0x0c080400, t0, p6;
+        selp.b32 t1, 0x1c181410, t1, p6;
+        selp.b32 t0, 0x06040200, t0, p7;
+        selp.b32 t1, 0x14100c08, t1, p7;
+        selp.b32 t0, 0x03020100, t0, p8;
+        selp.b32 t1, 0x0c080604, t1, p8;
+        and.b32 m, $2, 0x77777777;
+        shr.u32 h, m, 16;
+        prmt.b32 a, t0, t1, m;
+        prmt.b32 b, t0, t1, h;
+        shl.b32 s, $2, 4;
+        lop3.b32 $0, $2, 0x80808080, a, 0xEA;
+        lop3.b32 $1, s, 0x80808080, b, 0xEA;
+        }""",
+        "=&r,=&r,r,r", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )
+
+
+@gluon.jit
+def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
+    """REP * WARPS * 16 rows x 128 columns of a stage -> (lo, hi) int32 (rep, warp, half, g, q, j).
+
+    words: REP * WARPS * 2 units of shared memory in the order rep, warp, K half; scales: theirs.
+    int32 is what may be carried over a loop edge; an fp8 tensor there becomes 64 byte phis.
+    """
+    L: gl.constexpr = gl.BlockedLayout(
+        [REP, 1, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+    )
+    raw = smem_cast(
+        words, gl.int32, [REP, WARPS, 2, 8, 4, 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]),
+    ).load(L)
+    byte = smem_cast(
+        scales, gl.uint8, [REP, WARPS, 2, 8, 4], gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    ).load(gl.SliceLayout(4, L))
+    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
+    if WIDE:
+        return dequantise_wide(raw, scale)
+    else:
+        return dequantise(raw, scale)
+
+
+@gluon.jit
+def as_e4m3(x):
+    """int32 repeated four times along a register dimension -> its four e4m3: no instruction at all."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
+    """(lo, hi) of `load_units` -> e4m3 (REP * WARPS * 16, 128) in layout A, a wgmma register operand.
+
+    Only registers are renamed; `assert_trivial` fails the compilation if that ever stops being true.
+    """
+    L: gl.constexpr = gl.BlockedLayout(
+        [REP, 1, 2, 1, 1, 4, 2, 4], [1, 1, 1, 8, 4, 1, 1, 1], [1, WARPS, 1, 1, 1, 1, 1, 1],
+        [7, 6, 5, 4, 3, 2, 1, 0],
+    )
+    x = gl.convert_layout(gl.join(lo, hi), gl.SliceLayout(7, L), assert_trivial=True).expand_dims(7)
+    x, _ = gl.broadcast(x, gl.full([REP, WARPS, 2, 8, 4, 4, 2, 4], 0, gl.int32, L))
+    x = as_e4m3(x).reshape([REP, WARPS, 2, 8, 4, 2, 2, 2, 4])  # rep w half g q ks r8 lohi byte
+    x = x.permute((0, 1, 6, 3, 2, 5, 7, 4, 8)).reshape([REP * WARPS * 16, 128])
+    return gl.convert_layout(x, A, assert_trivial=True)
+
+
+@gluon.jit
+def halves(x):
+    """(rep, warp, half, g, q, j) -> its two K halves (rep, warp, g, q, j), without an instruction."""
+    return x.permute((0, 1, 3, 4, 5, 2)).split()
+
+
+@gluon.jit
+def half_fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
+    """`fragment` of one K half: e4m3 (REP * WARPS * 16, 64)."""
+    L: gl.constexpr = gl.BlockedLayout(
+        [REP, 1, 1, 1, 4, 2, 4], [1, 1, 8, 4, 1, 1, 1], [1, WARPS, 1, 1, 1, 1, 1],
+        [6, 5, 4, 3, 2, 1, 0],
+    )
+    x = gl.convert_layout(gl.join(lo, hi), gl.SliceLayout(6, L), assert_trivial=True).expand_dims(6)
+    x, _ = gl.broadcast(x, gl.full([REP, WARPS, 8, 4, 4, 2, 4], 0, gl.int32, L))
+    x = as_e4m3(x).reshape([REP, WARPS, 8, 4, 2, 2, 2, 4])  # rep w g q ks r8 lohi byte
+    x = x.permute((0, 1, 5, 2, 4, 6, 3, 7)).reshape([REP * WARPS * 16, 64])
+    return gl.convert_layout(x, A, assert_trivial=True)
