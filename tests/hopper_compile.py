@@ -26,7 +26,7 @@ SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]
 
 
 class Fake(MockTensor):
-    """A 16-byte aligned device tensor that is never read: what a kernel argument needs to compile."""
+    """A 16-byte aligned device tensor that is never read: enough of one to compile with."""
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...] = (1 << 20,)) -> None:
         self.dtype = dtype
@@ -52,8 +52,8 @@ class Fake(MockTensor):
 class Resources:
     """What ptxas made of a kernel.
 
-    registers: of the kernel's entry (a specialised warp role may hold another number); spills: bytes
-    of spill stores and loads; messages: ptxas lines that name a (C75xx) or a warning, such as a
+    registers: of the kernel's entry (a specialised role may hold another number); spills: bytes of
+    spill stores and loads; messages: ptxas lines that name a (C75xx) or a warning, such as a
     serialised wgmma; shared: bytes of shared memory; instructions: SASS opcode -> count.
     """
 

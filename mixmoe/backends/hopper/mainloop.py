@@ -1,4 +1,4 @@
-"""What the Hopper matrix kernels share: the fragment order of packed weights and its way into wgmma.
+"""What the Hopper matrix kernels share: the order of packed weights and their way into wgmma.
 
 Fragment order (weights, swapped to wgmma's A operand). A unit is 16 weight rows x 64 K:
 
@@ -6,14 +6,14 @@ Fragment order (weights, swapped to wgmma's A operand). A unit is 16 weight rows
     scales  uint8 (E * R/16, K64 * 32)   unit = [g 8][j 4] bytes, one per word, shared by the four q
 
 Lane 4g + q of a warp owns word j = 2 * ks + r8 of every unit: row 8 * r8 + g, columns
-32 * ks + 4q .. + 3 (codes 0-3) and 32 * ks + 16 + 4q .. + 3 (codes 4-7), which is the register layout
-that wgmma m64k32 wants of A (PTX ISA, wgmma A fragment). In a word the magnitude of code i lies at bits
+32 * ks + 4q .. + 3 (codes 0-3) and 32 * ks + 16 + 4q .. + 3 (codes 4-7): the registers in which
+wgmma m64k32 takes A (PTX ISA, wgmma A fragment). In a word the magnitude of code i lies at bits
 4i .. 4i + 2, the sign of codes 0-3 at bits 7, 15, 23, 31 and of codes 4-7 at bits 3, 11, 19, 27.
 In gate/up weights rows 0-7 of a unit are gate rows and rows 8-15 the up rows of the same columns.
-A scale byte holds 8 * (k + 5) mod 256, where the block is worth 2^k relative to its row: k in
-[-5, 6] for every kernel, [-8, 6] for kernels compiled with WIDE. Columns past K are zero words.
+A block is worth 2^k relative to its row. Its scale byte is 8 * (k + 5), k in [-5, 6]; for kernels
+compiled with WIDE it is k + 8, k in [-8, 6]. Columns past K are zero words and zero bytes.
 
-One order serves every tile: a TMA box (rows/16, K/64, 128) is any block of 16-row by 64-column units.
+One order serves every tile: a TMA box (rows/16, K/64, 128) is any block of 16 x 64 units.
 """
 
 from typing import Any
@@ -48,8 +48,8 @@ def weight_descriptors(
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """TMA boxes of row_units x k_units units: words (U, K64, 128) int32, scales (U, K64 * 8) int32.
 
-    `scales` is the uint8 tensor seen as int32. Both land dense in shared memory (no swizzle): a warp
-    reads a unit as 512 consecutive bytes, so there is no bank conflict to avoid.
+    `scales` is the uint8 tensor seen as int32. Both land dense in shared memory (no swizzle): a
+    warp reads a unit as 512 consecutive bytes, so there is no bank conflict to avoid.
     """
     return (
         TensorDescriptor.from_tensor(
@@ -95,25 +95,25 @@ def dequantise(words, scale):
 
 @gluon.jit
 def dequantise_wide(words, scale):
-    """`dequantise` for k in [-8, 6]: the three exponents that need e4m3 subnormals are selected.
+    """`dequantise` for scale bytes k + 8 and all 15 exponents, k in [-8, 6].
 
-    Their bytes 232, 240, 248 are 8 * (k + 5) mod 256 for k = -8, -7, -6.
+    The same two mads, shifted by three; the tables of k = -8, -7, -6 (e4m3 subnormals) are selected.
     """
     return gl.inline_asm_elementwise(
         """{
         .reg .b32 t0, t1, m, h, a, b, s;
-        .reg .pred p6, p7, p8;
-        setp.eq.u32 p6, $3, 248;
-        setp.eq.u32 p7, $3, 240;
-        setp.eq.u32 p8, $3, 232;
-        mad.lo.u32 t0, $3, 0x01010100, 0x14100800;
-        mad.lo.u32 t1, $3, 0x01010101, 0x24201c18;
-        selp.b32 t0, 0x0c080400, t0, p6;
-        selp.b32 t1, 0x1c181410, t1, p6;
-        selp.b32 t0, 0x06040200, t0, p7;
-        selp.b32 t1, 0x14100c08, t1, p7;
-        selp.b32 t0, 0x03020100, t0, p8;
-        selp.b32 t1, 0x0c080604, t1, p8;
+        .reg .pred p0, p1, p2;
+        setp.eq.u32 p0, $3, 0;
+        setp.eq.u32 p1, $3, 1;
+        setp.eq.u32 p2, $3, 2;
+        mad.lo.u32 t0, $3, 0x08080800, 0xfbf7f000;
+        mad.lo.u32 t1, $3, 0x08080808, 0x0c080400;
+        selp.b32 t0, 0x03020100, t0, p0;
+        selp.b32 t1, 0x0c080604, t1, p0;
+        selp.b32 t0, 0x06040200, t0, p1;
+        selp.b32 t1, 0x14100c08, t1, p1;
+        selp.b32 t0, 0x0c080400, t0, p2;
+        selp.b32 t1, 0x1c181410, t1, p2;
         and.b32 m, $2, 0x77777777;
         shr.u32 h, m, 16;
         prmt.b32 a, t0, t1, m;
@@ -152,7 +152,7 @@ def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.c
 
 @gluon.jit
 def as_e4m3(x):
-    """int32 repeated four times along a register dimension -> its four e4m3: no instruction at all."""
+    """int32 repeated four times along a register dimension -> its four e4m3; no instruction."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4
     )
@@ -160,9 +160,9 @@ def as_e4m3(x):
 
 @gluon.jit
 def fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
-    """(lo, hi) of `load_units` -> e4m3 (REP * WARPS * 16, 128) in layout A, a wgmma register operand.
+    """(lo, hi) of `load_units` -> e4m3 (REP * WARPS * 16, 128) in wgmma's register layout A.
 
-    Only registers are renamed; `assert_trivial` fails the compilation if that ever stops being true.
+    Only registers are renamed; `assert_trivial` fails the compilation if that ever changes.
     """
     L: gl.constexpr = gl.BlockedLayout(
         [REP, 1, 2, 1, 1, 4, 2, 4], [1, 1, 1, 8, 4, 1, 1, 1], [1, WARPS, 1, 1, 1, 1, 1, 1],
@@ -177,7 +177,7 @@ def fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def halves(x):
-    """(rep, warp, half, g, q, j) -> its two K halves (rep, warp, g, q, j), without an instruction."""
+    """(rep, warp, half, g, q, j) -> its two K halves (rep, warp, g, q, j); no instruction."""
     return x.permute((0, 1, 3, 4, 5, 2)).split()
 
 
