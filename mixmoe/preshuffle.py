@@ -1,0 +1,325 @@
+"""Weight orders: named, stated once as layouts, packed and unpacked by generic code.
+
+A kernel wants its weights in the order in which its lanes read them. Each :class:`Order` here
+states where a code sits (:class:`mixmoe.arrangement.Arrangement`, and :class:`Word` where 4-bit
+codes change places inside 32 bits), where a block scale sits, and what its byte means
+(:class:`mixmoe.fold.Fold`). ``pack`` and ``unpack`` derive from that, one expert at a time.
+``docs/layouts.md`` has the pictures.
+
+Sources: FlyDSL ``shuffle_weight`` and ``e8m0_shuffle`` (CDNA); PTX ISA 9.0 section 9.7.15, wgmma
+m64k32 A fragment (Hopper); OCP MX v1.0 (E8M0).
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixmoe.arrangement import Arrangement, Word, contiguous
+from mixmoe.errors import MixMoEError, nearest_multiple
+from mixmoe.fold import Fold, fold, unfold
+from mixmoe.formats import (
+    Element,
+    Format,
+    Quantised,
+    ScaleKind,
+    bfloat16,
+    e2m1,
+    e4m3fn,
+    e4m3fnuz,
+    float16,
+    int4,
+    int8,
+)
+from mixmoe.layout import Layout
+
+BLOCK = 32  # K of every weight is a multiple of it, so that rows hold whole E8M0 blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Weights in the order of a kernel; ``shape`` is the true (E, N, K), without padding.
+
+    ``codes`` and ``scales`` are storage, ``(E, ...)``, in the order that ``order`` names.
+    ``row_scale: (E, N) f32`` is the factor of each output row, in plain order, gate above up: the
+    power of two that a fold took out, or the scale of a format with one scale for a whole row.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    row_scale: Tensor | None
+    order: "Order"
+    format: Format
+    shape: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and row scales, padding included."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.row_scale) if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same weights on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        row_scale = None if self.row_scale is None else self.row_scale.to(device)
+        codes = self.codes.to(device)
+        return Packed(codes, scales, row_scale, self.order, self.format, self.shape)
+
+    def unpack(self) -> Quantised:
+        """The plain weights, see :meth:`Order.unpack`."""
+        return self.order.unpack(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One way to store weights (E, N, K).
+
+    ``codes`` orders columns of ``unit`` bits; ``k_step`` is the K that one step of the kernel
+    reads, to which K is padded with zero codes. ``word`` moves 4-bit codes inside 32 bits.
+    ``scales`` orders block scales by kind (a kind not listed stays as it is), ``fold`` says what
+    an E8M0 byte becomes. Storage has the dtype of the codes and shape (E, N', K'), or, with
+    ``line``, (E, lines, 32) int32 codes and (E, lines, min(128, a tile)) uint8 scales.
+    """
+
+    name: str
+    elements: tuple[Element, ...]
+    codes: Arrangement
+    unit: int = 8
+    k_step: int = 1
+    word: Word | None = None
+    scales: tuple[tuple[ScaleKind, Arrangement], ...] = ()
+    fold: Fold | None = None
+    line: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def require(self, weights: "Packed | Quantised", name: str = "weights") -> Packed:
+        """The weights, if they are in this order. Raises MixMoEError naming both orders if not."""
+        if isinstance(weights, Packed) and weights.order == self:
+            return weights
+        got = weights.order.name if isinstance(weights, Packed) else "weights that are not packed"
+        raise MixMoEError(f"{name} must be packed as {self.name}", got, f"{self.name}.pack(..)")
+
+    def columns(self, k: int, bits: int) -> int:
+        """Columns of the code arrangement for K values of ``bits`` bits, before its padding."""
+        return -(-k // self.k_step) * self.k_step * bits // self.unit
+
+    def layout(self, n: int, k: int, bits: int) -> Layout:
+        """``((row parts), (column parts)):strides`` of the padded codes, in units of ``unit`` bits.
+
+        Where :attr:`word` is set the codes of a word then change places inside it.
+        """
+        return self.codes.layout(n, self.columns(k, bits))
+
+    def scale_order(self, kind: ScaleKind) -> Arrangement | None:
+        """The arrangement of block scales of a kind; None where they stay as they are."""
+        return dict(self.scales).get(kind)
+
+    def pack(self, q: Quantised) -> Packed:
+        """Put weights ``q: (E, N, K)`` into this order.
+
+        Holds input, output and a few copies of one expert. K must be a multiple of 32, N even
+        for gate/up orders; both are padded with zero codes. Raises MixMoEError for an element the
+        order does not store, a NaN scale, or a row whose scales do not fold.
+        """
+        self._check(q)
+        experts, n, k = q.shape
+        codes = q.codes if self.codes.plain else self._pack_codes(q)
+        scales, row_scale = self._pack_scales(q)
+        return Packed(codes, scales, row_scale, self, q.format, (experts, n, k))
+
+    def _check(self, q: Quantised) -> None:
+        if q.format.element not in self.elements:
+            names = " or ".join(e.name for e in self.elements)
+            raise MixMoEError(f"{self.name} stores {names}", q.format.element.name, names)
+        if len(q.shape) != 3:
+            raise MixMoEError("weights have shape (E, N, K)", q.shape)
+        q.check("weights")
+        q.check_scales("weights")
+        if q.shape[2] % BLOCK and not self.codes.plain:
+            nearest = nearest_multiple(q.shape[2], BLOCK)
+            raise MixMoEError(f"K must be a multiple of {BLOCK}", q.shape[2], nearest)
+
+    def _pack_codes(self, q: Quantised) -> Tensor:
+        experts, n, k = q.shape
+        per_byte = 8 // self.unit
+        rows, cols = self.codes.padded(n, self.columns(k, q.format.element.bits))
+        out = q.codes.new_empty((experts, rows, cols // per_byte), dtype=torch.uint8)
+        for expert in range(experts):
+            raw = contiguous(q.codes[expert]).view(torch.uint8)
+            self.codes.store(raw, out[expert], per_byte)
+        if self.word is not None:
+            self.word.apply(out.view(torch.int32))
+        return out.view(torch.int32).view(experts, -1, 32) if self.line else out.view(q.codes.dtype)
+
+    def _pack_scales(self, q: Quantised) -> tuple[Tensor | None, Tensor | None]:
+        if q.scales is None or q.format.cols == 0:
+            return None, None if q.scales is None else q.scales[..., 0].contiguous()
+        order = self.scale_order(q.format.scale)
+        if order is None:
+            return q.scales, None
+        experts, n, blocks = q.scales.shape
+        out = q.scales.new_empty((experts, *order.padded(n, blocks)))
+        row_scale = q.scales.new_empty((experts, n), dtype=torch.float32) if self.fold else None
+        for expert, matrix in enumerate(q.scales):
+            if self.fold is not None and row_scale is not None:
+                where = f"{self.name}, expert {expert}"
+                matrix, row_scale[expert] = fold(q.codes[expert], matrix, self.fold, where)
+            order.store(contiguous(matrix), out[expert])
+        if self.line:
+            out = out.view(experts, -1, min(128, order.tile_items))
+        return out, row_scale
+
+    def unpack(self, p: Packed) -> Quantised:
+        """The plain weights of ``p``, bit for bit; only the scale of a block of zero codes may
+        come back as another power of two after a fold."""
+        self.require(p)
+        return Quantised(self._unpack_codes(p), self._unpack_scales(p), p.format)
+
+    def _unpack_codes(self, p: Packed) -> Tensor:
+        if self.codes.plain:
+            return p.codes
+        experts, n, k = p.shape
+        element, per_byte = p.format.element, 8 // self.unit
+        rows, cols = self.codes.padded(n, self.columns(k, element.bits))
+        stored = p.codes.view(torch.uint8).view(experts, rows, cols // per_byte)
+        out = stored.new_empty((experts, n, k * element.bits // 8))
+        for expert in range(experts):
+            source = stored[expert]
+            if self.word is not None:
+                source = source.clone()
+                self.word.apply(source.view(torch.int32), back=True)
+            self.codes.load(source, out[expert], per_byte)
+        return out.view(element.storage)
+
+    def _unpack_scales(self, p: Packed) -> Tensor | None:
+        if p.format.cols == 0:
+            return None if p.row_scale is None else p.row_scale.unsqueeze(-1)
+        order = self.scale_order(p.format.scale)
+        if p.scales is None or order is None:
+            return p.scales
+        experts, n, k = p.shape
+        blocks = k // p.format.cols
+        stored = p.scales.view(experts, *order.padded(n, blocks))
+        out = order.unpack(stored, n, blocks)
+        for expert in range(experts if self.fold else 0):
+            assert self.fold is not None and p.row_scale is not None
+            out[expert] = unfold(out[expert], p.row_scale[expert], self.fold)
+        return out
+
+
+ROWS = Order(
+    "rows",
+    (e2m1, e4m3fn, e4m3fnuz, int8, int4, bfloat16, float16),
+    Arrangement("(n) (k) -> n k"),
+)
+
+# Hopper. The A operand of wgmma m64nNk32 lives in registers: lane 4 g + q of a warp holds rows g
+# and g + 8 ("half") of the warp's 16, and of every 32 k the bytes 4 q .. 4 q + 3 ("by") at 0 and
+# at 16 ("lohi"). A tile is 16 rows a warp x 128 k. Its parts, slowest first, are
+#   row = tile rep warp half g      (gate and up: the half is that of the whole matrix, "gu")
+#   k   = slice kt ks1 ks0 lohi q by
+# and they are stored so that a lane reads 16 bytes that are its own registers. With k_slices, so
+# many warps share their rows ("slice"), each with its own slice of K, and add up.
+FRAGMENT_4BIT = "tile kt {rep_ks1} warp slice g q ks0 {half} lohi by"
+FRAGMENT_8BIT = "tile kt {rep_ks1} ks0 warp slice g q lohi {half} by"
+# Signs leave the nibble so that prmt can use its low three bits: codes 0..3 keep their sign at
+# bits 7, 15, 23, 31, codes 4..7 at 3, 11, 19, 27. One mask and one shift sign all eight results.
+HOPPER_WORD = Word(Layout(8, 1), Layout((4, 2), (2, 1)), flip=1)
+
+
+@dataclass(frozen=True, slots=True)
+class HopperTile:
+    """Which rows and k lie together in a Hopper order: ``16 * repeat * warps`` rows x 128 k.
+
+    ``gate_up`` pairs gate row i and up row i in one lane, as rows g and g + 8 of a fragment.
+    ``k_slices`` splits K over the warps that share rows. ``k64`` (with ``repeat`` > 1) stores the
+    first 64 k of all rows of a tile before the last 64.
+    """
+
+    gate_up: bool = False
+    warps: int = 8
+    repeat: int = 1
+    k_slices: int = 1
+    k64: bool = False
+
+    def __post_init__(self) -> None:
+        legal = {"warps": (1, 2, 4, 8), "repeat": (1, 2, 4)}
+        for field, values in legal.items():
+            if getattr(self, field) not in values:
+                raise MixMoEError(f"{field} of a Hopper order", getattr(self, field), values)
+        if self.k_slices < 1 or self.warps % self.k_slices:
+            raise MixMoEError("k_slices divides the warps", (self.k_slices, self.warps), self.warps)
+        if self.k64 and self.repeat == 1:
+            raise MixMoEError("k64 orders repeats and needs some", "repeat 1", "repeat 2")
+
+    def __str__(self) -> str:
+        parts = [("gu", self.gate_up), (f"w{self.warps}", self.warps != 8)]
+        parts += [(f"r{self.repeat}", self.repeat != 1), (f"s{self.k_slices}", self.k_slices != 1)]
+        return "".join(f"_{text}" for text, said in [*parts, ("k64", self.k64)] if said)
+
+    def arrangement(self, stored: str) -> Arrangement:
+        """The order of the codes; ``stored`` leaves open where the half and the repeats go."""
+        half = "gu" if self.gate_up else "half"
+        row = "gu tile rep warp g" if self.gate_up else "tile rep warp half g"
+        order = stored.format(half=half, rep_ks1="ks1 rep" if self.k64 else "rep ks1")
+        apart = self.warps // self.k_slices
+        teams = ("rep", self.repeat), ("warp", apart), ("slice", self.k_slices)
+        lane = ((half, 2), ("g", 8), ("ks1", 2), ("ks0", 2), ("lohi", 2), ("q", 4), ("by", 4))
+        return Arrangement(f"({row}) (slice kt ks1 ks0 lohi q by) -> {order}", teams + lane)
+
+
+def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold | None = Fold.NARROW) -> Order:
+    """mxfp4 as the A fragment of an FP8 wgmma.
+
+    ``fold=None`` keeps the raw E8M0 bytes, for an exact decode to bf16. Codes: int32 (E, 8 * warps
+    * repeat * tiles, 32), one word = 8 codes of one row and one 32-block; scales: uint8 (E,
+    warps * repeat / 2 * tiles, 128), stored as the codes are, without the parts inside a block.
+    """
+    codes = tile.arrangement(FRAGMENT_4BIT)
+    suffix = "_raw" if fold is None else "" if fold is Fold.NARROW else "_wide"
+    scales = ((ScaleKind.E8M0, codes.without("lohi", "q", "by")),)
+    name = f"hopper_fp4{tile}{suffix}"
+    return Order(name, (e2m1,), codes, 4, 1, HOPPER_WORD, scales, fold, line=True)
+
+
+def hopper_fp8(tile: HopperTile = HopperTile()) -> Order:
+    """e4m3fn as the A fragment of an FP8 wgmma: a lane's 16 bytes are the four registers of one
+    m16k32 step. Codes: int32 (E, 16 * warps * repeat * tiles, 32); block scales stay plain."""
+    return Order(f"hopper_fp8{tile}", (e4m3fn,), tile.arrangement(FRAGMENT_8BIT), line=True)
+
+
+HOPPER_TILES = [
+    HopperTile(gate_up, warps, repeat, k_slices, k64)
+    for gate_up in (False, True)
+    for warps in (1, 2, 4, 8)
+    for repeat in (1, 2)
+    for k_slices in (1, 2, 4, 8)
+    if warps % k_slices == 0
+    for k64 in (False, True)
+    if repeat > 1 or not k64
+]
+ORDERS: dict[str, Order] = {
+    order.name: order
+    for order in (
+        ROWS,
+        *(hopper_fp4(tile, fold) for tile in HOPPER_TILES for fold in (*Fold, None)),
+        *(hopper_fp8(tile) for tile in HOPPER_TILES),
+    )
+}
+
+
+def order_named(name: str | Order) -> Order:
+    """Look an order up by name; an instance passes through."""
+    if isinstance(name, Order):
+        return name
+    if name not in ORDERS:
+        near = difflib.get_close_matches(name, ORDERS, 4) or ["rows", "hopper_fp4", "cdna_n16"]
+        raise MixMoEError("unknown order of weights", name, ", ".join(near))
+    return ORDERS[name]
