@@ -165,6 +165,11 @@ class Format:
         return self.name
 
     @property
+    def family(self) -> str:
+        """The name without block or group size: formats of a family differ in those alone."""
+        return next((f for f in ("fp8_block", "int4_group") if self.name.startswith(f)), self.name)
+
+    @property
     def bits_per_value(self) -> float:
         """Storage for one value, scale included; a whole-row scale counts as nothing."""
         if self.scale is ScaleKind.NONE or self.cols == 0:
@@ -172,8 +177,9 @@ class Format:
         return self.element.bits + 8 * SCALE_STORAGE[self.scale].itemsize / (self.rows * self.cols)
 
     def check_columns(self, k: int) -> None:
-        """Refuse a row length that the element packing or an unsplittable block cannot hold."""
-        step = self.cols if self.rows == 1 and self.cols else self.element.per_byte
+        """Refuse a row length that breaks a block; fp8 blocks alone may be partial at the edge."""
+        whole_blocks = self.scale is ScaleKind.E8M0 or self.element is int4
+        step = self.cols if whole_blocks else self.element.per_byte
         if k % step:
             raise MixMoEError(
                 f"K must be a multiple of {step} for {self.name}", k, nearest_multiple(k, step)
@@ -289,7 +295,8 @@ class Format:
         values = self.element.decode(codes, work)
         if scales is None:
             return values.to(dtype)
-        if self.rows == 1 and self.cols:  # one multiply over a view: no spread copy of the scales
+        if self.rows == 1 and self.cols and values.shape[-1] % self.cols == 0:
+            # One multiply over a view: no spread copy of the scales.
             factor = self._spread_rows(scales, work)
             values = values.unflatten(-1, (-1, self.cols)).mul_(factor).flatten(-2)
         else:

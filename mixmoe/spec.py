@@ -1,0 +1,471 @@
+"""What a layer is: Problem (sizes), Recipe (numbers), Tile (how), Weights, Routed; and check().
+
+``check`` is the one statement of every constraint of the public door. Backends add only what their
+hardware or their packing asks for, in their own ``check``.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mixmoe.activations import Activation, parse_activation, silu
+from mixmoe.errors import MixMoEError, nearest_multiple
+from mixmoe.formats import Format, Quantised, Rounding, format_named
+from mixmoe.preshuffle import Packed
+
+SCALE_BLOCK = 32  # H and I are multiples of the smallest scale block
+MAX_TOKENS = (1 << 24) - 1  # a route is token | slot << 24, and T itself is the padding sentinel
+MAX_TOPK = 64
+OUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32}
+WIDE_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# Activation format -> weight families it may meet (DESIGN, section 2).
+PAIRS: dict[str, tuple[str, ...]] = {
+    "bf16": ("mxfp4", "int4_group", "bf16"),
+    "fp16": ("mxfp4", "int4_group", "fp16"),
+    "fp8_token": ("mxfp4", "mxfp8", "fp8_channel", "int4_group"),
+    "fp8_token_fnuz": ("mxfp4", "mxfp8", "fp8_channel_fnuz", "int4_group"),
+    "fp8_1x128": ("fp8_block",),
+    "mxfp8": ("mxfp4", "mxfp8"),
+    "mxfp4": ("mxfp4",),
+    "int8_token": ("int8_channel", "int4_group"),
+    "int8_smooth": ("int8_channel", "int4_group"),
+}
+
+# The names of the matrix's cells: activation format, weight format.
+CELLS: dict[str, tuple[str, str]] = {
+    "a16w16": ("bf16", "bf16"),
+    "a16w4": ("bf16", "mxfp4"),
+    "a16i4": ("bf16", "int4_group32"),
+    "a8w4": ("fp8_token", "mxfp4"),
+    "a8w8": ("fp8_token", "fp8_channel"),
+    "a8w8_mxw": ("fp8_token", "mxfp8"),
+    "a8i4": ("fp8_token", "int4_group32"),
+    "a8w8_block": ("fp8_1x128", "fp8_block"),
+    "a8w4_mx": ("mxfp8", "mxfp4"),
+    "a8w8_mx": ("mxfp8", "mxfp8"),
+    "a4w4": ("mxfp4", "mxfp4"),
+    "w8a8": ("int8_token", "int8_channel"),
+    "w4a8": ("int8_token", "int4_group32"),
+    "w8a8_smooth": ("int8_smooth", "int8_channel"),
+    "w4a8_smooth": ("int8_smooth", "int4_group32"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Sizes of one call: tokens T, hidden H, intermediate I, experts E, topk."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    topk: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tokens <= MAX_TOKENS:
+            raise MixMoEError(f"T must be in 0..{MAX_TOKENS}", self.tokens, MAX_TOKENS)
+        if not 1 <= self.topk <= MAX_TOPK:
+            raise MixMoEError(
+                f"topk must be in 1..{MAX_TOPK}", self.topk, min(max(self.topk, 1), MAX_TOPK)
+            )
+        if self.experts < 1:
+            raise MixMoEError("E must be at least 1", self.experts, 1)
+        for name, size in (("H", self.hidden), ("I", self.intermediate)):
+            if size < SCALE_BLOCK or size % SCALE_BLOCK:
+                raise MixMoEError(
+                    f"{name} must be a positive multiple of {SCALE_BLOCK}",
+                    size,
+                    nearest_multiple(size, SCALE_BLOCK),
+                )
+
+    @property
+    def routes(self) -> int:
+        """Token-slot pairs; route ``r = token * topk + slot``."""
+        return self.tokens * self.topk
+
+    def padded_routes(self, block: int) -> int:
+        """Room for every route sorted into blocks of one expert, whatever the routing."""
+        return (self.routes + min(self.routes, self.experts) * (block - 1)) // block * block
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a GEMM is cut: ``tokens x rows x k`` a step, ring stages, warps, K split, CTAs an SM."""
+
+    tokens: int
+    rows: int
+    k: int = 128
+    stages: int = 4
+    warps: int = 4
+    split_k: int = 1
+    ctas_per_sm: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Number formats and activation of a layer.
+
+    ``activation`` is the format x is quantised to, and h after stage 1; ``weight`` that of w13 and
+    w2 (a family: another block or group size may be on the weights). ``weight_on`` is the stage
+    that multiplies by the routing weight: 2 (the usual ``sum_k w_k out_k``) or 1 (on h, before it
+    is quantised). ``accumulate``: "precise" meets the format's tolerance on any data; "fast" may
+    keep the hardware's shorter accumulators where a backend says by how much it then errs.
+    """
+
+    activation: Format
+    weight: Format
+    act: Activation = silu()
+    out_dtype: torch.dtype = torch.bfloat16
+    rounding: Rounding = Rounding.CEIL
+    weight_on: int = 2
+    accumulate: str = "precise"
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "activation", format_named(self.activation))
+        set_field(self, "weight", format_named(self.weight))
+        set_field(self, "rounding", Rounding.named(self.rounding))
+        if isinstance(self.act, str):
+            set_field(self, "act", parse_activation(self.act))
+        legal = PAIRS.get(self.activation.name)
+        if legal is None:
+            raise MixMoEError(
+                "not a format for activations", self.activation.name, ", ".join(PAIRS)
+            )
+        if self.weight.family not in legal:
+            raise MixMoEError(
+                f"{self.activation} activations do not meet {self.weight} weights",
+                f"{self.activation} x {self.weight}",
+                " or ".join(legal),
+            )
+        if self.out_dtype not in OUT_DTYPES.values():
+            raise MixMoEError("out_dtype is bf16, fp16 or f32", self.out_dtype, "torch.bfloat16")
+        if self.weight_on not in (1, 2):
+            raise MixMoEError("weight_on is the stage 1 or 2", self.weight_on, 2)
+        if self.accumulate not in ("precise", "fast"):
+            raise MixMoEError("accumulate is 'precise' or 'fast'", self.accumulate, "precise")
+
+    @classmethod
+    def named(cls, name: str, act: "Activation | str | None" = None, **changes: object) -> "Recipe":
+        """A cell of the matrix by name (:data:`CELLS`), or what :attr:`key` wrote."""
+        if ":" in name:
+            recipe = cls._parse(name)
+        elif name in CELLS:
+            recipe = cls(*(format_named(f) for f in CELLS[name]))
+        else:
+            raise MixMoEError("unknown recipe", name, ", ".join(CELLS))
+        if act is not None:
+            changes["act"] = act
+        return replace(recipe, **changes) if changes else recipe  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """The cell's name where it has one, else ``activation x weight``."""
+        pair = (self.activation.name, self.weight.name)
+        return next((n for n, c in CELLS.items() if c == pair), " x ".join(pair))
+
+    @property
+    def key(self) -> str:
+        """One word that holds every field; ``Recipe.named(key)`` reads it back."""
+        out = next(n for n, d in OUT_DTYPES.items() if d == self.out_dtype)
+        fields = (self.activation.name, self.weight.name, self.act.key, out, self.rounding.value)
+        return ":".join([*fields, str(self.weight_on), self.accumulate])
+
+    @classmethod
+    def _parse(cls, key: str) -> "Recipe":
+        try:
+            activation, weight, act, out, rounding, weight_on, accumulate = key.split(":")
+            dtype = OUT_DTYPES[out]
+        except (ValueError, KeyError):
+            raise MixMoEError("not a recipe's key", key, Recipe.named("a8w4").key) from None
+        formats = format_named(activation), format_named(weight)
+        return cls(
+            *formats,
+            parse_activation(act),
+            dtype,
+            Rounding.named(rounding),
+            int(weight_on),
+            accumulate,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """Quantised experts of one layer.
+
+    ``w13: (E, 2I, H)``, gate rows above up rows; ``w2: (E, H, I)``; biases float32 ``(E, 2I)``
+    (gate then up) and ``(E, H)``; smooth factors float32 ``(E, H)`` and ``(E, I)``: what the input
+    of that GEMM is multiplied by before an ``int8_smooth`` recipe quantises it. ``w13`` and ``w2``
+    are Quantised (plain rows) or Packed in a backend's order.
+    """
+
+    w13: Quantised | Packed
+    w2: Quantised | Packed
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    w13_smooth: Tensor | None = None
+    w2_smooth: Tensor | None = None
+
+    TENSORS: ClassVar[tuple[str, ...]] = ("w13_bias", "w2_bias", "w13_smooth", "w2_smooth")
+
+    def __post_init__(self) -> None:
+        if len(self.w13.shape) != 3 or len(self.w2.shape) != 3:
+            raise MixMoEError(
+                "w13 is (E, 2I, H) and w2 (E, H, I)", (self.w13.shape, self.w2.shape)
+            )
+        e, n, h = self.w13.shape
+        if n % 2 or tuple(self.w2.shape) != (e, h, n // 2):
+            raise MixMoEError(
+                f"w2 must be (E, H, I) of w13's (E, 2I, H) = {(e, n, h)}",
+                tuple(self.w2.shape),
+                (e, h, n // 2),
+            )
+        if self.w13.format.family != self.w2.format.family:
+            raise MixMoEError(
+                "w13 and w2 share one format family",
+                f"{self.w13.format} and {self.w2.format}",
+                self.w13.format,
+            )
+        Problem(0, h, n // 2, e, 1)  # H and I obey the block rule
+        for stage in ("w13", "w2"):
+            stored = getattr(self, stage)
+            if isinstance(stored, Quantised):
+                stored.check(stage)
+        shapes = {"w13_bias": (e, n), "w2_bias": (e, h), "w13_smooth": (e, h)}
+        shapes["w2_smooth"] = (e, n // 2)
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and (
+                tuple(tensor.shape) != shape or tensor.dtype != torch.float32
+            ):
+                raise MixMoEError(
+                    f"{name} must be float32 of shape {shape}",
+                    f"{tensor.dtype} of {tuple(tensor.shape)}",
+                )
+
+    @property
+    def E(self) -> int:
+        """Experts."""
+        return self.w13.shape[0]
+
+    @property
+    def H(self) -> int:
+        """Hidden size."""
+        return self.w13.shape[2]
+
+    @property
+    def I(self) -> int:  # noqa: E743 - the field's name
+        """Intermediate size."""
+        return self.w13.shape[1] // 2
+
+    @property
+    def format(self) -> Format:
+        """Format of w13; w2 is of the same family."""
+        return self.w13.format
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.w13.codes.device
+
+    @property
+    def orders(self) -> tuple[str, str]:
+        """Names of the memory orders of w13 and w2; plain rows are ``rows``."""
+        stored = (self.w13, self.w2)
+        return tuple(s.order.name if isinstance(s, Packed) else "rows" for s in stored)  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept for the experts."""
+        extra = (getattr(self, name) for name in self.TENSORS)
+        return self.w13.nbytes + self.w2.nbytes + sum(t.nbytes for t in extra if t is not None)
+
+    @classmethod
+    def from_dense(
+        cls,
+        w13: Tensor,
+        w2: Tensor,
+        format: Format | str = "mxfp4",
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
+        gate_up: str = "concatenated",
+        rounding: Rounding | str = Rounding.CEIL,
+        w13_smooth: Tensor | None = None,
+        w2_smooth: Tensor | None = None,
+    ) -> "Weights":
+        """Quantise floats: ``w13 (E, 2I, H)``, ``w2 (E, H, I)``, biases ``(E, 2I)``, ``(E, H)``.
+
+        ``gate_up="interleaved"`` takes w13 (and its bias) with rows gate, up, gate, up, ... as
+        gpt-oss stores them. Smooth factors divide the weights' columns here, as they multiply the
+        GEMM's input there: ``(x * s) (w / s)^T = x w^T``.
+        """
+        fmt = format_named(format)
+        if gate_up not in ("concatenated", "interleaved"):
+            raise MixMoEError(
+                "gate_up is 'concatenated' or 'interleaved'", gate_up, "concatenated"
+            )
+        if w13.dim() != 3 or w2.dim() != 3 or w13.shape[1] % 2:
+            raise MixMoEError(
+                "w13 is (E, 2I, H) and w2 (E, H, I)", (tuple(w13.shape), tuple(w2.shape))
+            )
+        interleaved = gate_up == "interleaved"
+        if interleaved and w13_bias is not None:
+            w13_bias = torch.cat([w13_bias[:, 0::2], w13_bias[:, 1::2]], dim=1)
+        q13 = _quantise_experts(w13, fmt, rounding, interleaved, w13_smooth)
+        q2 = _quantise_experts(w2, fmt, rounding, False, w2_smooth)
+        extra = [
+            None if t is None else t.to(torch.float32)
+            for t in (w13_bias, w2_bias, w13_smooth, w2_smooth)
+        ]
+        return cls(q13, q2, *extra)
+
+    def to(self, device: torch.device | str) -> "Weights":
+        """The same weights on another device."""
+        extra = {n: getattr(self, n) for n in self.TENSORS}
+        moved = {n: None if t is None else t.to(device) for n, t in extra.items()}
+        return Weights(self.w13.to(device), self.w2.to(device), **moved)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """w13 and w2 as floats (for tests and small models: it holds every expert at once)."""
+        return self.rows("w13").dequantise(dtype), self.rows("w2").dequantise(dtype)
+
+    def rows(self, stage: str) -> Quantised:
+        """``w13`` or ``w2`` in plain rows; unpacks (a copy) when it is Packed."""
+        stored = getattr(self, stage)
+        return stored.order.unpack(stored) if isinstance(stored, Packed) else stored
+
+    def packed(self, order13: object, order2: object) -> "Weights":
+        """The same weights with w13 and w2 in these orders (``Order`` records of preshuffle)."""
+        w13 = order13.pack(self.rows("w13"))  # type: ignore[attr-defined]
+        return replace(self, w13=w13, w2=order2.pack(self.rows("w2")))  # type: ignore[attr-defined]
+
+
+def _quantise_experts(
+    w: Tensor, fmt: Format, rounding: Rounding | str, interleaved: bool, smooth: Tensor | None
+) -> Quantised:
+    """Quantise expert by expert, so that only one expert's float copy is alive."""
+    if not interleaved and smooth is None:
+        return fmt.quantise(w, rounding)
+    first, codes, scales = True, w, None
+    for e in range(w.shape[0]):
+        rows = torch.cat([w[e, 0::2], w[e, 1::2]]) if interleaved else w[e]
+        if smooth is not None:
+            rows = rows.to(torch.float32) / smooth[e].to(torch.float32)
+        q = fmt.quantise(rows, rounding)
+        if first:
+            codes = q.codes.new_empty((w.shape[0], *q.codes.shape))
+            if q.scales is not None:
+                scales = q.scales.new_empty((w.shape[0], *q.scales.shape))
+            first = False
+        codes[e] = q.codes
+        if scales is not None and q.scales is not None:
+            scales[e] = q.scales
+    return Quantised(codes, scales, fmt)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routed:
+    """Routes sorted into blocks of one expert each.
+
+    ``sorted_token_ids`` int32 ``(P,)``: ``token | slot << 24``, stable by route inside an expert,
+    each expert padded to ``block`` with the sentinel ``T | topk << 24``; ``sorted_weights`` float32
+    ``(P,)``; ``sorted_expert_ids`` int32 ``(P / block,)``, -1 unused; ``num_valid_ids`` int32
+    ``(2,)``: padded count, tokens; ``expert_offsets`` int32 ``(E + 1,)``: padded start of each
+    expert; ``expert_counts`` int32 ``(E,)``. P depends on sizes alone, so a graph can capture it.
+    Source of the packing: AMD aiter's moe_sorting.
+    """
+
+    sorted_token_ids: Tensor
+    sorted_weights: Tensor
+    sorted_expert_ids: Tensor
+    num_valid_ids: Tensor
+    expert_offsets: Tensor
+    expert_counts: Tensor
+    block: int
+    problem: Problem
+
+
+def check(
+    recipe: Recipe,
+    weights: Weights,
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    out: Tensor | None = None,
+    expert_map: Tensor | None = None,
+) -> Problem:
+    """Refuse what breaks a rule of the public door; returns the problem's sizes.
+
+    Reads sizes, dtypes and devices; ids are read only where they lie in host memory (elsewhere an
+    id outside 0..E-1 is skipped like -1, because looking would stall the device).
+    """
+    if x.dim() != 2 or x.dtype not in WIDE_FLOATS:
+        raise MixMoEError(
+            "x is (T, H) in bf16, fp16 or f32", f"{x.dtype} of {tuple(x.shape)}", "(T, H) bf16"
+        )
+    if x.shape[1] != weights.H:
+        raise MixMoEError("x must have the weights' H columns", x.shape[1], weights.H)
+    if x.stride(1) != 1 and x.numel():
+        raise MixMoEError("x must be contiguous along H", f"strides {x.stride()}", "stride 1")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
+        raise MixMoEError("topk_ids is (T, topk)", tuple(topk_ids.shape), f"({x.shape[0]}, topk)")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise MixMoEError("topk_ids is int32 or int64", topk_ids.dtype, "torch.int32")
+    if topk_weights.shape != topk_ids.shape or topk_weights.dtype not in WIDE_FLOATS:
+        raise MixMoEError(
+            f"topk_weights is a float of shape {tuple(topk_ids.shape)}",
+            f"{topk_weights.dtype} of {tuple(topk_weights.shape)}",
+        )
+    named = {"topk_ids": topk_ids, "topk_weights": topk_weights, "weights": weights.w13.codes}
+    named |= {"w2": weights.w2.codes}
+    named |= {n: t for n, t in (("out", out), ("expert_map", expert_map)) if t is not None}
+    for name, tensor in named.items():
+        if tensor.device != x.device:
+            raise MixMoEError(f"{name} must be on x's device", tensor.device, x.device)
+    if weights.format.family != recipe.weight.family:
+        raise MixMoEError(
+            f"the recipe {recipe.name} takes {recipe.weight.family} weights", weights.format
+        )
+    if recipe.activation.name == "int8_smooth" and weights.w13_smooth is None:
+        raise MixMoEError("an int8_smooth recipe needs w13_smooth on the weights", None)
+    problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
+    if out is not None:
+        _check_out(out, problem, recipe)
+    check_routing(topk_ids, weights.E, expert_map)
+    return problem
+
+
+def _check_out(out: Tensor, problem: Problem, recipe: Recipe) -> None:
+    shape = (problem.tokens, problem.hidden)
+    if tuple(out.shape) != shape or out.dtype != recipe.out_dtype:
+        raise MixMoEError(
+            f"out is {recipe.out_dtype} of shape {shape}", f"{out.dtype} of {tuple(out.shape)}"
+        )
+    if out.stride(1) != 1 and out.numel():
+        raise MixMoEError("out must be contiguous along H", f"strides {out.stride()}", "stride 1")
+
+
+def check_routing(topk_ids: Tensor, experts: int, expert_map: Tensor | None) -> None:
+    """Refuse ids no expert or map entry answers to, where the host can read them; -1 is skipped."""
+    if expert_map is not None and (
+        expert_map.dim() != 1 or expert_map.dtype not in (torch.int32, torch.int64)
+    ):
+        raise MixMoEError(
+            "expert_map is a 1-D int32 of local ids, -1 where foreign",
+            f"{expert_map.dtype} of {tuple(expert_map.shape)}",
+        )
+    if topk_ids.device.type != "cpu" or not topk_ids.numel() or torch.compiler.is_compiling():
+        return
+    known = experts if expert_map is None else expert_map.shape[0]
+    high = int(topk_ids.max())
+    if high >= known:
+        what = "E (no expert_map was given)" if expert_map is None else "the expert_map's length"
+        raise MixMoEError(f"expert ids must be below {what} = {known}", high, known - 1)
+    if expert_map is not None and expert_map.numel() and int(expert_map.max()) >= experts:
+        raise MixMoEError(
+            f"expert_map must point below E = {experts}", int(expert_map.max()), experts - 1
+        )
