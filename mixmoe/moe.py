@@ -13,7 +13,7 @@ from mixmoe import backends
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, Rounding, format_named
 from mixmoe.preshuffle import Packed, order_named
-from mixmoe.spec import Problem, Recipe, Routed, Weights, check, check_routing
+from mixmoe.spec import Problem, Recipe, Routed, Weights, check, check_devices, check_routing
 
 
 def run(
@@ -252,6 +252,7 @@ def _moe_op(
 
 @_moe_op.register_fake
 def _moe_fake(x, weights, topk_ids, topk_weights, expert_map, key):  # type: ignore[no-untyped-def]
+    check_devices(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights[0])
     recipe = _parse_key(key)[0]
     return x.new_empty(x.shape, dtype=recipe.out_dtype)
 

@@ -154,7 +154,8 @@ class Recipe:
         if ":" in name:
             recipe = cls._parse(name)
         elif name in CELLS:
-            recipe = cls(*(format_named(f) for f in CELLS[name]))
+            activation, weight = CELLS[name]
+            recipe = cls(format_named(activation), format_named(weight))
         else:
             raise MixMoEError("unknown recipe", name, ", ".join(CELLS))
         if act is not None:
@@ -181,9 +182,9 @@ class Recipe:
             dtype = OUT_DTYPES[out]
         except (ValueError, KeyError):
             raise MixMoEError("not a recipe's key", key, Recipe.named("a8w4").key) from None
-        formats = format_named(activation), format_named(weight)
         return cls(
-            *formats,
+            format_named(activation),
+            format_named(weight),
             parse_activation(act),
             dtype,
             Rounding.named(rounding),
@@ -257,7 +258,7 @@ class Weights:
         return self.w13.shape[2]
 
     @property
-    def I(self) -> int:  # noqa: E743 - the field's name
+    def I(self) -> int:  # noqa: E743
         """Intermediate size."""
         return self.w13.shape[1] // 2
 
@@ -420,12 +421,10 @@ def check(
             f"topk_weights is a float of shape {tuple(topk_ids.shape)}",
             f"{topk_weights.dtype} of {tuple(topk_weights.shape)}",
         )
-    named = {"topk_ids": topk_ids, "topk_weights": topk_weights, "weights": weights.w13.codes}
-    named |= {"w2": weights.w2.codes}
-    named |= {n: t for n, t in (("out", out), ("expert_map", expert_map)) if t is not None}
-    for name, tensor in named.items():
-        if tensor.device != x.device:
-            raise MixMoEError(f"{name} must be on x's device", tensor.device, x.device)
+    check_devices(
+        x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights.w13.codes,
+        w2=weights.w2.codes, out=out, expert_map=expert_map,
+    )
     if weights.format.family != recipe.weight.family:
         raise MixMoEError(
             f"the recipe {recipe.name} takes {recipe.weight.family} weights", weights.format
@@ -437,6 +436,13 @@ def check(
         _check_out(out, problem, recipe)
     check_routing(topk_ids, weights.E, expert_map)
     return problem
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Refuse a tensor that is not where x is, by name."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise MixMoEError(f"{name} must be on x's device", tensor.device, x.device)
 
 
 def _check_out(out: Tensor, problem: Problem, recipe: Recipe) -> None:

@@ -74,8 +74,8 @@ class CPUBackend:
         owner = torch.searchsorted(offsets[1:], blocks * block, right=True)
         owner[owner == experts] = -1
         valid = torch.stack([offsets[-1], offsets.new_tensor(problem.tokens)])
-        ints = (t.to(torch.int32) for t in (owner, valid, offsets, counts))
-        return Routed(token_ids, weights, *ints, block, problem)
+        owner, valid, offsets, counts = (t.to(torch.int32) for t in (owner, valid, offsets, counts))
+        return Routed(token_ids, weights, owner, valid, offsets, counts, block, problem)
 
     def quantise(self, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """A row per token; a row per route where a smooth factor depends on the expert."""
@@ -92,11 +92,11 @@ class CPUBackend:
         h = torch.zeros(
             (problem.routes, problem.intermediate), dtype=self.work, device=x.codes.device
         )
-        values = x.dequantise(self.work)
+        values, w13 = x.dequantise(self.work), weights.rows("w13")
         per_route = values.shape[0] != problem.tokens or recipe.activation.name == "int8_smooth"
         for e, routes, weight in expert_routes(routed):
             rows = values[routes if per_route else routes // problem.topk]
-            both = rows @ weights.w13[e].dequantise(self.work).T
+            both = rows @ w13[e].dequantise(self.work).T
             if weights.w13_bias is not None:
                 both += weights.w13_bias[e].to(self.work)
             gate, up = both.split(problem.intermediate, dim=1)
@@ -111,12 +111,12 @@ class CPUBackend:
     def gemm2(self, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Tensor:
         """Down GEMM with bias; rows of skipped routes are zero."""
         problem = routed.problem
-        values = h.dequantise(self.work)
+        values, w2 = h.dequantise(self.work), weights.rows("w2")
         rows = torch.zeros(
             (problem.routes, problem.hidden), dtype=self.work, device=h.codes.device
         )
         for e, routes, _ in expert_routes(routed):
-            result = values[routes] @ weights.w2[e].dequantise(self.work).T
+            result = values[routes] @ w2[e].dequantise(self.work).T
             if weights.w2_bias is not None:
                 result += weights.w2_bias[e].to(self.work)
             rows[routes] = result
