@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmoe.errors import MixMoEError
-from mixmoe.layout import Layout, arrange, coarsen
+from mixmoe.layout import Layout, arrange, coarsen, right_inverse
 
 WIDE_ITEM = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MOVE_CHUNK = 1 << 20  # words whose bits are moved at a time: 12 MB of temporaries stay in cache
@@ -81,6 +81,19 @@ class Arrangement:
             sizes.update({n: length // known for n in free})
         return arrange(self.pattern, sizes)
 
+    def coordinate(self, place: int, rows: int, cols: int) -> tuple[int, int]:
+        """(padded row, column) of the item at ``place`` of storage: the inverse of the layout."""
+        column, row = divmod(right_inverse(self.layout(rows, cols))(place), self.padded(rows, 1)[0])
+        return row, column
+
+    def steps(self, rows: int, cols: int) -> list[tuple[str, int, int]]:
+        """(part, size, stride) of every part of storage, fastest first."""
+        layout = self.layout(rows, cols)
+        names = [n for axis in self.axes for n in reversed(axis)]
+        steps = [(n, *flat) for n, flat in zip(names, layout.flat, strict=True)]
+        order = self.pattern.partition("->")[2].split()
+        return sorted(steps, key=lambda step: -order.index(step[0]))
+
     def without(self, *names: str) -> "Arrangement":
         """The same order of a coarser matrix, one without these parts."""
         sides = self.pattern.replace("(", "( ").replace(")", " )").split()
@@ -130,7 +143,8 @@ class Arrangement:
 
 def contiguous(x: Tensor) -> Tensor:
     """``x`` itself where its bytes can be viewed as 64-bit words, else a copy."""
-    return x.contiguous() if x.storage_offset() * x.itemsize % 8 == 0 else x.clone()
+    x = x.contiguous()
+    return x if x.storage_offset() * x.itemsize % 8 == 0 else x.clone()
 
 
 def _views(stored: Tensor, matrix: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

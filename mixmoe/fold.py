@@ -74,15 +74,16 @@ def fold_range(q: Quantised) -> Tensor:
     Blocks whose codes are all zero do not count. Up to 11 the row folds NARROW, up to 14 WIDE;
     beyond that no FP8 fold is exact and a backend decodes to bf16 (the ``_raw`` orders).
     """
-    _check_foldable(q)
-    assert q.scales is not None
+    if q.format.element is not e2m1 or q.format.scale is not ScaleKind.E8M0 or q.scales is None:
+        raise MixMoEError("a fold takes e2m1 codes with E8M0 scales", q.format.name, "mxfp4")
     spans = [_span(c, s) for c, s in zip(q.codes, q.scales, strict=True)]
     return torch.stack([high - low for low, high in spans])
 
 
-def _check_foldable(q: Quantised) -> None:
-    if q.format.element is not e2m1 or q.format.scale is not ScaleKind.E8M0:
-        raise MixMoEError("a fold takes e2m1 codes with E8M0 scales", q.format.name, "mxfp4")
+def narrowest_fold(q: Quantised) -> Fold | None:
+    """The fold that holds every row of mxfp4 weights; None where some row fits neither."""
+    widest = int(fold_range(q).amax())
+    return next((kind for kind in Fold if widest <= kind.reach), None)
 
 
 def fold(
@@ -99,7 +100,7 @@ def fold(
         row = int((span > kind.reach).nonzero()[0])
         wider = "the _wide order" if kind is Fold.NARROW and span.amax() <= Fold.WIDE.reach else ""
         raise MixMoEError(
-            f"the E8M0 exponents of a row may differ by {kind.reach} in {where}, row {row}",
+            f"{where}, row {row}: E8M0 exponents of a row may differ by {kind.reach}",
             int(span[row]),
             wider or "the _raw order (exact in bf16)",
         )
@@ -113,6 +114,6 @@ def fold(
 
 def unfold(stored: Tensor, row_scale: Tensor, kind: Fold) -> Tensor:
     """E8M0 bytes (.., N, K/32) again; those of blocks of zeros may differ from what was folded."""
-    base = row_scale.log2().to(torch.int16).unsqueeze(-1)
+    base = (torch.frexp(row_scale).exponent - 1).to(torch.int16).unsqueeze(-1)
     k = stored.to(torch.int16) // kind.step + kind.lowest
     return (k + base + E8M0_BIAS).to(torch.uint8)

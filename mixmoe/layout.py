@@ -12,6 +12,7 @@ and strides are non-negative; what a function cannot express is refused with Mix
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mixmoe.errors import MixMoEError
 
@@ -202,6 +203,12 @@ def coalesce(layout: Layout) -> Layout:
     return _of(merged)
 
 
+def _nests(layout: Layout) -> bool:
+    """Whether each stride is a multiple of what the smaller ones span: digits, no carries."""
+    spans = sorted((d, s * d) for s, d in layout.flat if s > 1 and d > 0)
+    return all(b[0] % a[1] == 0 for a, b in pairwise(spans))
+
+
 def compose(outer: Layout, inner: Layout) -> Layout:
     """``R(c) = outer(inner(c))``, with the shape of ``inner`` (its leaves may split further).
 
@@ -209,24 +216,31 @@ def compose(outer: Layout, inner: Layout) -> Layout:
     """
     if inner.cosize > outer.size:
         raise MixMoEError(f"{inner} must stay inside {outer}", inner.cosize, f"<= {outer.size}")
+    source = coalesce(outer)
+    # Modes compose one by one only where their offsets add up without a carry between outer's.
+    if inner.cosize > source.flat[0][0] and not _nests(inner):
+        raise MixMoEError(f"the strides of {inner} must nest to compose with {outer}", inner.stride)
+    return _compose(source, inner)
+
+
+def _compose(outer: Layout, inner: Layout) -> Layout:
     if isinstance(inner.shape, tuple):
-        return concat(*(compose(outer, mode) for mode in inner.modes))
-    (count, step), source = inner.flat[0], coalesce(outer).flat
+        return concat(*(_compose(outer, mode) for mode in inner.modes))
+    (count, step), *_ = inner.flat
     if count == 1 or step == 0:
         return Layout(count, 0)
     taken: list[tuple[int, int]] = []
-    for position, (size, stride) in enumerate(source):
-        if size % step and step % size and position < len(source) - 1:
+    for size, stride in outer.flat[:-1]:
+        if size % step and step % size:
             raise MixMoEError(f"stride of {inner} must divide the modes of {outer}", step)
-        have = min(max(size // step, 1), count) if position < len(source) - 1 else count
+        have = min(max(size // step, 1), count)
         if count % have:
             raise MixMoEError(f"size of {inner} must divide over the modes of {outer}", count)
         if have > 1:
             taken.append((have, step * stride))
-        count //= have
-        step = -(-step // size)
-        if count == 1:
-            break
+        count, step = count // have, -(-step // size)
+    if count > 1:
+        taken.append((count, step * outer.flat[-1][1]))
     return _of(taken)
 
 
@@ -264,7 +278,8 @@ def zipped_divide(layout: Layout, *tiles: Layout) -> Layout:
 
 def repeat(layout: Layout, over: Layout) -> Layout:
     """The product: ``layout`` repeated over ``over``; mode 0 inside a copy, mode 1 which copy."""
-    rest = complement(layout, layout.size * over.cosize)
+    reach = max(size * stride if size > 1 else 1 for size, stride in layout.flat)
+    rest = complement(layout, reach * over.cosize)
     return concat(layout, compose(rest, over))
 
 

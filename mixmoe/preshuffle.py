@@ -82,7 +82,7 @@ class Order:
     ``codes`` orders columns of ``unit`` bits; ``k_step`` is the K that one step of the kernel
     reads, to which K is padded with zero codes. ``word`` moves 4-bit codes inside 32 bits.
     ``scales`` orders block scales by kind (a kind not listed stays as it is), ``fold`` says what
-    an E8M0 byte becomes. Storage has the dtype of the codes and shape (E, N', K'), or, with
+    an E8M0 byte becomes; ``lane`` is how many bytes a lane reads at once. Storage has the dtype of the codes and shape (E, N', K'), or, with
     ``line``, (E, lines, 32) int32 codes and (E, lines, min(128, a tile)) uint8 scales.
     """
 
@@ -95,6 +95,7 @@ class Order:
     scales: tuple[tuple[ScaleKind, Arrangement], ...] = ()
     fold: Fold | None = None
     line: bool = False
+    lane: int = 16
 
     def __str__(self) -> str:
         return self.name
@@ -116,6 +117,17 @@ class Order:
         Where :attr:`word` is set the codes of a word then change places inside it.
         """
         return self.codes.layout(n, self.columns(k, bits))
+
+    def bit_of(self, n: int, k: int, bit: int, shape: tuple[int, int], bits: int = 4) -> int:
+        """Where bit ``bit`` of the code of weight (n, k) sits in the storage of one expert.
+
+        ``shape`` is (N, K), ``bits`` the width of a code; bits count from the lowest of byte 0.
+        """
+        column, low = divmod(k * bits + bit, self.unit)
+        place = self.layout(*shape, bits)(self.codes.row_of(n, shape[0]), column) * self.unit + low
+        if self.word is None:
+            return place
+        return place // 32 * 32 + 4 * self.word.nibble(place % 32 // 4, bit) + bit
 
     def scale_order(self, kind: ScaleKind) -> Arrangement | None:
         """The arrangement of block scales of a kind; None where they stay as they are."""
@@ -176,6 +188,14 @@ class Order:
             out = out.view(experts, -1, min(128, order.tile_items))
         return out, row_scale
 
+    def picture(self, element: Element | None = None) -> str:
+        """A text that shows which (row, k) sits where, in a matrix of two tiles each way.
+
+        A line gives an offset, the part of the pattern that steps there, and what 16 bytes of
+        codes, or 4 scales, hold from that offset on. Offsets count codes of ``unit`` bits.
+        """
+        return picture(self, element)
+
     def unpack(self, p: Packed) -> Quantised:
         """The plain weights of ``p``, bit for bit; only the scale of a block of zero codes may
         come back as another power of two after a fold."""
@@ -212,6 +232,60 @@ class Order:
             assert self.fold is not None and p.row_scale is not None
             out[expert] = unfold(out[expert], p.row_scale[expert], self.fold)
         return out
+
+
+def picture(order: Order, element: Element | None = None) -> str:
+    """Which (row, k) sits where, for two tiles each way: see :meth:`Order.picture`."""
+    element = element or order.elements[0]
+    codes, bits = order.codes, element.bits
+    n = 2 * codes.halves * codes.tile[0]
+    k = 2 * max(BLOCK, order.k_step, codes.tile[1] * order.unit // bits)
+    units = "bytes" if order.unit == 8 else f"{order.unit}-bit codes"
+    lines = [f"{order.name}: {element.name}, offsets in {units}", f"  codes: {codes.pattern}"]
+    shape = n, order.columns(k, bits)
+    lines += _picture(codes, shape, order.unit, bits, 8 * order.lane // order.unit)
+    if order.word is not None:
+        value, sign = ({order.word.nibble(i, bit): i for i in range(8)} for bit in (0, 3))
+        show = " ".join(f"{value[i]}/{sign[i]}" for i in range(8))
+        lines.append(f"  a word's nibbles, lowest first, are value/sign of its codes {show}")
+    for kind, scales in order.scales:
+        block = BLOCK if kind is ScaleKind.E8M0 else 1
+        what = {Fold.NARROW: "(k + 5) * 8", Fold.WIDE: "k + 8", None: f"{kind.value}"}[order.fold]
+        lines.append(f"  scales, {what}: {scales.pattern}")
+        size = 2 * scales.halves * scales.tile[0], 2 * max(scales.tile[1], BLOCK // block)
+        lines += _picture(scales, size, block, 1, 4)
+    return "\n".join(lines) + "\n"
+
+
+def _picture(a: Arrangement, shape: tuple[int, int], unit: int, bits: int, group: int) -> list[str]:
+    """One line for the first ``group`` items and one for each part that steps beyond them."""
+    half = a.padded(*shape)[0] // a.halves
+    names = ("row",) if a.halves == 1 else ("gate", "up")
+
+    def items(place: int) -> str:
+        runs: list[list[int]] = []
+        for i in range(place, place + group):
+            row, column = a.coordinate(i, *shape)
+            first, last = column * unit // bits, ((column + 1) * unit - 1) // bits
+            if runs and runs[-1][0] == row and first <= runs[-1][2] + 1:
+                runs[-1][2] = last
+            else:
+                runs.append([row, first, last])
+        texts = []
+        for i, (row, first, last) in enumerate(runs):
+            same = i > 0 and runs[i - 1][0] == row
+            texts.append(", " if same else "; " if i else "")
+            texts.append("" if same else f"{names[row // half]} {row % half} k ")
+            texts.append(f"{first}-{last}" if last > first else f"{first}")
+        return "".join(texts)
+
+    lines = [f"  {0:>8}  {'':9} {items(0)}"]
+    fixed = dict(a.sizes)
+    for name, size, stride in a.steps(*shape):
+        if stride >= group and size > 1:
+            count = f"x {size}" if name in fixed else "..."
+            lines.append(f"  {stride:>8}  {name:<4} {count:<4} {items(stride)}")
+    return lines
 
 
 ROWS = Order(
@@ -286,7 +360,9 @@ def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold | None = Fold.NARROW)
     suffix = "_raw" if fold is None else "" if fold is Fold.NARROW else "_wide"
     scales = ((ScaleKind.E8M0, codes.without("lohi", "q", "by")),)
     name = f"hopper_fp4{tile}{suffix}"
-    return Order(name, (e2m1,), codes, 4, 1, HOPPER_WORD, scales, fold, line=True)
+    return Order(
+        name, (e2m1,), codes, unit=4, word=HOPPER_WORD, scales=scales, fold=fold, line=True
+    )
 
 
 def hopper_fp8(tile: HopperTile = HopperTile()) -> Order:
@@ -294,6 +370,66 @@ def hopper_fp8(tile: HopperTile = HopperTile()) -> Order:
     m16k32 step. Codes: int32 (E, 16 * warps * repeat * tiles, 32); block scales stay plain."""
     return Order(f"hopper_fp8{tile}", (e4m3fn,), tile.arrangement(FRAGMENT_8BIT), line=True)
 
+
+# CDNA. A lane reads 16 bytes of one row ("b"), 16 lanes 16 rows ("r"): 256 bytes, and the wave's
+# four groups of lanes the next 16 bytes each, so a wave's load is 1 KiB without gaps. "gu" stores
+# 16 gate rows, then the 16 up rows that belong to them. K is padded to one scaled MFMA (128).
+CDNA_K_STEP = 128
+CDNA_SIZES = (("gu", 2), ("r", 16), ("kl", 2), ("b", 16))
+CDNA_ELEMENTS = (e2m1, e4m3fn, e4m3fnuz, int8, bfloat16, float16)
+# E8M0 scales: one dword a lane holds rows r and r + 16 of blocks kl and kl + 4, which are the four
+# bytes op_sel picks from; padded to 256 rows and 8 blocks with 2^0.
+TILE_SIZES = (("gu", 2), ("rh", 2), ("r", 16), ("kh", 2), ("kl", 4))
+E8M0_TILE = Arrangement("(rb rh r) (kb kh kl) -> rb kb kl r kh rh", TILE_SIZES, (256, 8), 127)
+E8M0_TILE_GU = Arrangement("(gu rb r) (kb kh kl) -> rb kb kl r kh gu", TILE_SIZES, (128, 8), 127)
+# int4: eight codes in the bytes v4v0 v5v1 v6v2 v7v3, so that one mask gives four int8 in order.
+# Scales lie along N, bf16 in pairs of groups so that a lane reads a dword.
+CDNA_INT4_WORD = Word(Layout((4, 2), (2, 1)), Layout((4, 2), (2, 1)))
+INT4_SIZES = (("gu", 2), ("r", 16), ("e", 16), ("pair", 2))
+
+
+def _cdna(name: str, pattern: str, scales: Arrangement) -> Order:
+    return Order(
+        name,
+        CDNA_ELEMENTS,
+        Arrangement(pattern, CDNA_SIZES),
+        k_step=CDNA_K_STEP,
+        scales=((ScaleKind.E8M0, scales),),
+    )
+
+
+def _cdna_int4(name: str, pattern: str, pairs: str, single: str) -> Order:
+    scales = (
+        (ScaleKind.BF16, Arrangement(pairs, INT4_SIZES)),
+        (ScaleKind.F32, Arrangement(single, INT4_SIZES)),
+    )
+    codes = Arrangement(pattern, INT4_SIZES)
+    return Order(
+        name,
+        (int4,),
+        codes,
+        unit=4,
+        k_step=CDNA_K_STEP,
+        word=CDNA_INT4_WORD,
+        scales=scales,
+        lane=8,
+    )
+
+
+CDNA_ORDERS = (
+    _cdna("cdna_n16", "(nb r) (kb b) -> nb kb r b", E8M0_TILE),
+    _cdna("cdna_n16_gui", "(gu nb r) (kb b) -> nb gu kb r b", E8M0_TILE_GU),
+    _cdna("cdna_k_major", "(nb r) (kb kl b) -> kb nb kl r b", E8M0_TILE),
+    _cdna("cdna_k_major_gui", "(gu nb r) (kb kl b) -> kb nb gu kl r b", E8M0_TILE_GU),
+    _cdna_int4(
+        "cdna_int4", "(nb r) (kb e) -> nb kb r e",
+        "(nb r) (kb pair) -> kb nb r pair", "(nb r) (kb) -> kb nb r",
+    ),
+    _cdna_int4(
+        "cdna_int4_gui", "(gu nb r) (kb e) -> nb gu kb r e",
+        "(gu nb r) (kb pair) -> kb nb gu r pair", "(gu nb r) (kb) -> kb nb gu r",
+    ),
+)
 
 HOPPER_TILES = [
     HopperTile(gate_up, warps, repeat, k_slices, k64)
@@ -309,6 +445,7 @@ ORDERS: dict[str, Order] = {
     order.name: order
     for order in (
         ROWS,
+        *CDNA_ORDERS,
         *(hopper_fp4(tile, fold) for tile in HOPPER_TILES for fold in (*Fold, None)),
         *(hopper_fp8(tile) for tile in HOPPER_TILES),
     )
