@@ -16,6 +16,7 @@ compiled with WIDE it is k + 8, k in [-8, 6]. Columns past K are zero words and 
 One order serves every tile: a TMA box (rows/16, K/64, 128) is any block of 16 x 64 units.
 """
 
+import math
 from typing import Any
 
 from triton.experimental import gluon
@@ -25,10 +26,24 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mixmoe.activations import Activation, ActivationKind
+
 # Names that moved between Triton 3.6 and 3.9; both are builtins, usable inside a kernel.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+# Activation kinds as kernels take them; scalars stay run-time values, an absent limit is +inf.
+SILU = gl.constexpr(0)
+SWIGLU = gl.constexpr(1)
+GELU_TANH = gl.constexpr(2)
+SITUV2 = gl.constexpr(3)
+KINDS = {
+    ActivationKind.SILU: 0,
+    ActivationKind.SWIGLU: 1,
+    ActivationKind.GELU_TANH: 2,
+    ActivationKind.SITUV2: 3,
+}
 
 UNIT_ROWS, UNIT_COLUMNS, UNIT_WORDS, UNIT_SCALES = 16, 64, 128, 32
 
@@ -59,6 +74,53 @@ def weight_descriptors(
             scales, [row_units, k_units * UNIT_SCALES // 4], gl.NVMMASharedLayout(0, 32, 2)
         ),
     )
+
+
+def row_descriptor(codes: Any, rows: int, chunks: int) -> TensorDescriptor:
+    """fp8 rows (R, pitch) seen as (R, pitch / 128, 128); a box is `rows` rows of `chunks` x 128.
+
+    Rows and chunks outside read as zero. The pitch is a multiple of 128 and the padding finite.
+    """
+    pitch = codes.stride(0)
+    return TensorDescriptor(
+        codes, [codes.shape[0], -(-codes.shape[1] // 128), 128], [pitch, 128, 1],
+        [rows, chunks, 128], gl.NVMMASharedLayout(128, 8, 3),
+    )
+
+
+def activation_scalars(act: Activation) -> tuple[float, float, float, float]:
+    """(limit, alpha, beta, beta2) as `activate` takes them."""
+    return (math.inf if act.limit is None else act.limit, act.alpha, act.beta, act.beta2)
+
+
+@gluon.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def tanh(x):
+    """The series below 1/4, where 2 sigmoid(2x) - 1 would cancel: relative error under 4e-7."""
+    y = x * x
+    small = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 - y * (17.0 / 315.0))))
+    return gl.where(gl.abs(x) < 0.25, small, 2.0 * sigmoid(2.0 * x) - 1.0)
+
+
+@gluon.jit
+def activate(gate, up, limit, alpha, beta, beta2, KIND: gl.constexpr):
+    """h = act(gate, up) in float32; see `mixmoe.activations.Activation` for the formulas."""
+    gate = gl.minimum(gate, limit)
+    up = gl.minimum(gl.maximum(up, -limit), limit)
+    if KIND == SILU:
+        h = gate * sigmoid(gate) * up
+    elif KIND == SWIGLU:
+        h = gate * sigmoid(alpha * gate) * (up + 1.0)
+    elif KIND == GELU_TANH:
+        cubic = gate + 0.044715 * gate * gate * gate
+        h = gate * sigmoid(1.5957691216057308 * cubic) * up  # 2 sqrt(2 / pi)
+    else:
+        h = beta * tanh(gate / beta) * sigmoid(gate) * (beta2 * tanh(up / beta2))
+    return h
 
 
 @gluon.jit
@@ -97,7 +159,7 @@ def dequantise(words, scale):
 def dequantise_wide(words, scale):
     """`dequantise` for scale bytes k + 8 and all 15 exponents, k in [-8, 6].
 
-    The same two mads, shifted by three; the tables of k = -8, -7, -6 (e4m3 subnormals) are selected.
+    The same two mads, shifted by three; the tables of k = -8, -7, -6 (e4m3 subnormals) are chosen.
     """
     return gl.inline_asm_elementwise(
         """{
