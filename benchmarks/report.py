@@ -1,0 +1,163 @@
+"""Rich tables: ours beside the best rival and the roof, and every provider beside every other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .registry import OURS
+from .results import Row, best_rival
+
+STAGES = ("stage1", "stage2", "layer")
+
+
+def ours_of(rows: Iterable[Row], deterministic: bool | None = None) -> dict[tuple[Any, ...], Row]:
+    """Our fastest row for every (shape, tokens, stage, routing, flush)."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row.provider != OURS or deterministic not in (None, row.deterministic):
+            continue
+        at = (row.shape, row.tokens, row.stage, row.routing, row.flush)
+        if at not in best or row.us < best[at].us:
+            best[at] = row
+    return best
+
+
+def print_all(
+    about: dict[str, Any],
+    rows: Sequence[Row],
+    *,
+    detail: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Everything that a results file holds."""
+    out = console or Console(width=None if Console().is_terminal else 150)
+    versions = ", ".join(f"{k} {v}" for k, v in about.get("rivals", {}).items())
+    out.print(
+        f"[bold]{about['device']}[/bold], torch {about['torch']}, triton {about['triton']}, "
+        f"{versions}; commit {about['commit'][:12]}, {about['date']}"
+    )
+    groups = list(dict.fromkeys((row.shape, row.routing, row.flush) for row in rows))
+    for shape, routing, flush in groups:
+        here = [r for r in rows if (r.shape, r.routing, r.flush) == (shape, routing, flush)]
+        out.print(summary_table(f"{shape}, {routing} routing, {flush} L2", here))
+        if detail:
+            for stage in STAGES:
+                if any(row.stage == stage for row in here):
+                    out.print(provider_table(f"{shape} {stage}, {flush} L2, us", here, stage))
+    out.print(error_table(rows))
+    for line in dict.fromkeys(left_out_lines(rows)):
+        out.print(f"  {line}")
+    for item in failures(about.get("left_out", [])):
+        out.print(f"  [yellow]left out[/yellow] {item}")
+
+
+def summary_table(title: str, rows: Sequence[Row]) -> Table:
+    """Tokens down; for each stage the roof, the best rival, ours, and how they compare."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("T", justify="right")
+    table.add_column("experts", justify="right")
+    for stage in STAGES:
+        for head in (f"{stage}: roof", "best rival", OURS, "of roof", "faster"):
+            table.add_column(head, justify="right")
+    rivals, ours = best_rival(rows), ours_of(rows)
+    for tokens in sorted({row.tokens for row in rows}):
+        here = [row for row in rows if row.tokens == tokens]
+        cells = [str(tokens), str(here[0].active_experts)]
+        for stage in STAGES:
+            at = (here[0].shape, tokens, stage, here[0].routing, here[0].flush)
+            cells += summary_cells(ours.get(at), rivals.get(at))
+        table.add_row(*cells)
+    return table
+
+
+def summary_cells(ours: Row | None, rival: Row | None) -> list[str]:
+    """roof, best rival, ours, fraction of the roof, rival / ours."""
+    roof = ours or rival
+    theirs = f"{rival.us:.1f} {rival.provider}" if rival else "-"
+    if ours is None:
+        return [f"{roof.roof_us:.1f}" if roof else "-", theirs, "-", "-", "-"]
+    gain = "-"
+    if rival:
+        ratio = rival.us / ours.us
+        gain = f"[{'green' if ratio > 1 else 'red'}]{ratio:.2f}x[/]"
+    cells = [f"{ours.roof_us:.1f}", theirs, f"[bold]{ours.us:.1f}[/bold]"]
+    return [*cells, f"{ours.of_roof:.0%}", gain]
+
+
+def provider_table(title: str, rows: Sequence[Row], stage: str) -> Table:
+    """Tokens down, a column per provider: time, spread, rate."""
+    of_stage = [row for row in rows if row.stage == stage]
+    columns = list(dict.fromkeys(column_of(row) for row in of_stage))
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("T", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for tokens in sorted({row.tokens for row in of_stage}):
+        cells = {column_of(row): row for row in of_stage if row.tokens == tokens}
+        fastest = min(row.us for row in cells.values())
+        table.add_row(str(tokens), *(time_cell(cells.get(column), fastest) for column in columns))
+    return table
+
+
+def column_of(row: Row) -> str:
+    """Provider, recipe and, for ours, how it adds."""
+    how = (
+        ""
+        if row.provider != OURS
+        else f" {row.accumulate}{'' if row.deterministic else ' atomics'}"
+    )
+    return f"{row.provider} {row.recipe}{how}"
+
+
+def time_cell(row: Row | None, fastest: float) -> str:
+    """ "12.3 ±0.1, 3.9 TB/s"; the fastest of the line is bold."""
+    if row is None:
+        return "-"
+    text = f"{row.us:.1f} ±{row.spread / 2:.1f}, {row.rate}"
+    return f"[bold green]{text}[/]" if row.us == fastest else text
+
+
+def error_table(rows: Sequence[Row]) -> Table:
+    """The worst row of each provider over all cases, against float64 on its own operands."""
+    table = Table(
+        title="worst row error against float64 on the same quantised operands",
+        title_justify="left",
+        header_style="bold",
+    )
+    for head in ("provider", "stage", "worst", "at", "rows compared"):
+        table.add_column(head)
+    worst: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        at = (column_of(row), row.stage, row.compared)
+        if at not in worst or row.worst_row_error > worst[at].worst_row_error:
+            worst[at] = row
+    for (column, stage, compared), row in sorted(worst.items(), key=lambda item: item[0]):
+        place = f"{row.shape} T {row.tokens}"
+        table.add_row(column, stage, f"{row.worst_row_error:.1e}", place, compared)
+    return table
+
+
+def left_out_lines(rows: Sequence[Row]) -> list[str]:
+    """What each rival's time does not include, always in the rival's favour."""
+    return [
+        f"{row.provider} {row.stage} leaves out: {row.leaves_out}"
+        for row in rows
+        if row.provider != OURS and row.leaves_out
+    ]
+
+
+def failures(left_out: Iterable[dict[str, Any]]) -> list[str]:
+    """One line per provider, stage and reason, with where it happened."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for item in left_out:
+        at = (item["provider"], item["stage"], item["reason"])
+        place = item["shape"] + (f" T {item['tokens']}" if item["tokens"] else "")
+        places.setdefault(at, []).append(place)
+    return [
+        f"{provider} {stage}: {reason} ({', '.join(where[:4])}{', ...' if len(where) > 4 else ''})"
+        for (provider, stage, reason), where in places.items()
+    ]

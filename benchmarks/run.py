@@ -1,0 +1,59 @@
+"""A run from start to end: worker processes until the plan is done, then results, table, plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import plots, report, results
+from .plan import Plan
+
+AGAIN = 75
+MOST_STARTS = 25
+
+
+def execute(plan: Plan) -> Path:
+    """Measures and writes <out>/<device>.json; gives its path. Raises RuntimeError with no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("the benchmark needs a CUDA device, and torch sees none")
+    device = torch.cuda.get_device_name(0)
+    end = time.monotonic() + plan.seconds
+    attempt = plan
+    for _ in range(MOST_STARTS):
+        command = [sys.executable, "-m", "benchmarks.worker"]
+        status = subprocess.run(command, input=attempt.dump(), text=True).returncode
+        left = end - time.monotonic()
+        if status != AGAIN or left <= 0:
+            break
+        attempt = dataclasses.replace(attempt, resume=True, seconds=left)
+    return collect(plan, device, status)
+
+
+def collect(plan: Plan, device: str, status: int = 0) -> Path:
+    """The results file from the journal."""
+    journal = results.Journal(plan.folder / "journal.jsonl", resume=True)
+    path = plan.folder / f"{file_name(device)}.json"
+    left_out = [dataclasses.asdict(item) for item in journal.left_out]
+    about = results.meta(device, plan.commit or None)
+    results.save(
+        path, about, journal.rows, left_out=left_out, roofs=journal.roofs, worker_status=status
+    )
+    return path
+
+
+def file_name(device: str) -> str:
+    """ "NVIDIA H200" -> "h200"."""
+    return "-".join(device.lower().replace("nvidia", "").split()) or "gpu"
+
+
+def show(path: Path, *, detail: bool = False) -> None:
+    """Prints the tables of a results file and draws its plots beside it."""
+    about, rows = results.load(path)
+    report.print_all(about, rows, detail=detail)
+    for drawn in plots.draw_all(about, rows, path.parent):
+        print(f"drew {drawn}")

@@ -1,0 +1,83 @@
+"""`mixmoe bench`: ours beside the rivals on this machine's GPU."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixmoe.errors import MixMoEError
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+RECIPES = "a8w4"
+
+
+@app.command()
+def bench(
+    rivals: Annotated[str, typer.Option(help="all, none, or plug-ins: humming,deepgemm")] = "all",
+    shape: Annotated[str, typer.Option(help="all, or names: dsv3_tp8,gptoss120b")] = "all",
+    tokens: Annotated[str, typer.Option(help="all (1 .. 16384), table, or counts: 1,8,64")] = "all",
+    routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
+    stages: Annotated[str, typer.Option(help="of stage1,stage2,layer")] = "stage1,stage2,layer",
+    flush: Annotated[str, typer.Option(help="L2 before each call: clean, dirty or both")] = "both",
+    recipes: Annotated[str, typer.Option(help="of ours: a8w4,a16w4,...")] = RECIPES,
+    seconds: Annotated[float, typer.Option(help="stop measuring after this long")] = 480.0,
+    out: Annotated[Path, typer.Option(help="folder of results")] = Path("benchmarks/results"),
+    commit: Annotated[str, typer.Option(help="name the commit, where there is no checkout")] = "",
+    resume: Annotated[bool, typer.Option(help="keep what the last run measured")] = False,
+    warm: Annotated[bool, typer.Option(help="only compile and check, time nothing")] = False,
+    detail: Annotated[bool, typer.Option(help="print every provider's times")] = False,
+    show: Annotated[Path | None, typer.Option(help="print a results file, run nothing")] = None,
+) -> None:
+    """Measure stage 1, stage 2 and the layer, cold L2, CUDA graphs, rivals interleaved.
+
+    Writes <out>/<device>.json and PNG plots beside it. Rivals that are not installed, or cannot do
+    a case, are named with the reason.
+    """
+    run = _benchmarks()
+    if show is not None:
+        run.show(show, detail=detail)
+        return
+    from benchmarks.plan import Plan
+    from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
+
+    counts = {"all": TOKENS, "table": TABLE_TOKENS}
+    try:
+        plan = Plan(
+            shapes=tuple(SHAPES) if shape == "all" else _names(shape),
+            tokens=counts[tokens] if tokens in counts else tuple(map(int, _names(tokens))),
+            skews=("uniform", "zipf") if routing == "both" else _names(routing),
+            stages=_names(stages),
+            flushes=("clean", "dirty") if flush == "both" else _names(flush),
+            rivals=rivals,
+            recipes=_names(recipes),
+            seconds=seconds,
+            out=str(out),
+            commit=commit,
+            resume=resume,
+            warm=warm,
+        )
+        path = run.execute(plan)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if not warm:
+        run.show(path, detail=detail)
+    typer.echo(f"wrote {path}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _benchmarks():  # type: ignore[no-untyped-def]
+    """The benchmark package, which is in the source tree and not in the wheel."""
+    try:
+        from benchmarks import run
+    except ModuleNotFoundError as missing:
+        if missing.name != "benchmarks":
+            raise
+        raise MixMoEError(
+            "the benchmark and its rivals live in the source tree",
+            "an installed mixmoe",
+            "run it from the root of a checkout",
+        ) from missing
+    return run
