@@ -82,8 +82,9 @@ class Order:
     ``codes`` orders columns of ``unit`` bits; ``k_step`` is the K that one step of the kernel
     reads, to which K is padded with zero codes. ``word`` moves 4-bit codes inside 32 bits.
     ``scales`` orders block scales by kind (a kind not listed stays as it is), ``fold`` says what
-    an E8M0 byte becomes; ``lane`` is how many bytes a lane reads at once. Storage has the dtype of the codes and shape (E, N', K'), or, with
-    ``line``, (E, lines, 32) int32 codes and (E, lines, min(128, a tile)) uint8 scales.
+    an E8M0 byte becomes, ``lane`` how many bytes a lane reads at once. Storage has the dtype of
+    the codes and shape (E, N', K'), or, with ``line``, (E, lines, 32) int32 codes and (E, lines,
+    min(128, a tile)) uint8 scales.
     """
 
     name: str
@@ -166,8 +167,8 @@ class Order:
         for expert in range(experts):
             raw = contiguous(q.codes[expert]).view(torch.uint8)
             self.codes.store(raw, out[expert], per_byte)
-        if self.word is not None:
-            self.word.apply(out.view(torch.int32))
+            if self.word is not None:
+                self.word.apply(out[expert].view(torch.int32))
         return out.view(torch.int32).view(experts, -1, 32) if self.line else out.view(q.codes.dtype)
 
     def _pack_scales(self, q: Quantised) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,484 @@
+"""Orders of weights: formula, layout and pack agree bit for bit; each check is seen to fail.
+
+The formulas here are written out with // and % from the hardware's description, independently of
+the patterns in mixmoe/preshuffle.py.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixmoe.arrangement import Word
+from mixmoe.errors import MixMoEError
+from mixmoe.fold import Fold, fold_range, fold_table, narrowest_fold
+from mixmoe.formats import (
+    Quantised,
+    ScaleKind,
+    bf16,
+    format_named,
+    fp8_block,
+    fp8_channel,
+    int4_group,
+    int8_channel,
+    mxfp4,
+    mxfp8,
+)
+from mixmoe.layout import Layout
+from mixmoe.preshuffle import ORDERS, HopperTile, Order, hopper_fp4, hopper_fp8, order_named
+
+HOPPER = [HopperTile(), HopperTile(True), HopperTile(warps=4, repeat=2), HopperTile(warps=1)]
+HOPPER += [HopperTile(True, 8, 1, 8), HopperTile(True, 8, 2, 4, True), HopperTile(True, 1)]
+CDNA = [name for name in ORDERS if name.startswith("cdna")]
+
+
+def weights(fmt, experts, n, k, seed=0, scales=(122, 134)):
+    """Random codes and scales of a format; E8M0 bytes come from the half-open range ``scales``."""
+    make = torch.Generator().manual_seed(seed)
+    size = (experts, n, k * fmt.element.bits // 8)
+    raw = torch.randint(0, 256, size, dtype=torch.uint8, generator=make)
+    if fmt.element.storage.is_floating_point:
+        raw &= 0x3F  # no NaN and no infinity, in either half of a 16-bit number
+    codes = raw.view(fmt.element.storage)
+    if fmt.scale is ScaleKind.NONE:
+        return Quantised(codes, None, fmt)
+    shape = (experts, *fmt.scale_shape(n, k))
+    if fmt.scale is ScaleKind.E8M0:
+        byte = torch.randint(*scales, shape, dtype=torch.uint8, generator=make)
+        return Quantised(codes, byte, fmt)
+    dtype = torch.bfloat16 if fmt.scale is ScaleKind.BF16 else torch.float32
+    return Quantised(codes, torch.rand(shape, generator=make).to(dtype), fmt)
+
+
+def bits_of(stored):
+    """The bits of one expert's storage, lowest of byte 0 first."""
+    return np.unpackbits(stored.contiguous().view(torch.uint8).numpy().ravel(), bitorder="little")
+
+
+# ---------------------------------------------------------------- formulas: (n, k, bit) -> bit
+def hopper_place(tile, big, n, k, shape):
+    """(word-group parts of) a Hopper tile: lane's base, and ks0, half, lohi, by of a weight."""
+    rows, cols = shape
+    apart = tile.warps // tile.k_slices
+    if tile.gate_up:
+        half, i = n // (rows // 2), n % (rows // 2)
+        g, block = i % 8, i // 8
+    else:
+        g, half, block = n % 8, n // 8 % 2, n // 16
+    warp, rep = block % apart, block // apart % tile.repeat
+    index = block // (apart * tile.repeat)
+    steps = -(-cols // (128 * tile.k_slices))
+    piece, k = k // (128 * steps), k % (128 * steps)
+    kt, ks1, ks0 = k // 128, k // 64 % 2, k // 32 % 2
+    lohi, q, by = k // 16 % 2, k // 4 % 4, k % 4
+    part = ks1 * tile.repeat + rep if tile.k64 else 2 * rep + ks1
+    group = (index * steps + kt) * (2 * tile.repeat) + part
+    if big:
+        group = 2 * group + ks0
+    lane = ((group * apart + warp) * tile.k_slices + piece) * 32 + 4 * g + q
+    return lane, ks0, half, lohi, by
+
+
+def hopper_fp4_bit(tile):
+    def place(n, k, bit, shape):
+        lane, ks0, half, lohi, by = hopper_place(tile, False, n, k, shape)
+        word = 4 * lane + 2 * ks0 + half
+        sign = np.where(lohi == 0, 8 * by + 7, 8 * by + 3)
+        return 32 * word + np.where(bit == 3, sign, 4 * (by + 4 * lohi) + bit)
+
+    return place
+
+
+def hopper_fp8_bit(tile):
+    def place(n, k, bit, shape):
+        lane, _, half, lohi, by = hopper_place(tile, True, n, k, shape)
+        return 32 * (4 * lane + 2 * lohi + half) + 8 * by + bit
+
+    return place
+
+
+def interleaved(n, shape):
+    """Row after 16 gate rows and 16 up rows alternate; each half padded to 16."""
+    half = shape[0] // 2
+    i, up = n % half, n // half
+    return i // 16 * 32 + up * 16 + i % 16
+
+
+def cdna_bit(order, bits):
+    """Facts on CDNA layouts: offset of byte kb of row n, Kb bytes a row after padding to 128 k."""
+
+    def place(n, k, bit, shape):
+        row = interleaved(n, shape) if order.endswith("gui") else n
+        rows = -(-shape[0] // 2 // 16) * 32 if order.endswith("gui") else -(-shape[0] // 16) * 16
+        wide = -(-shape[1] // 128) * 128
+        if order.startswith("cdna_int4"):  # preshuffled as int8, then v4v0 v5v1 v6v2 v7v3
+            off = row // 16 * 16 * wide + k // 16 * 256 + row % 16 * 16 + k % 16
+            return 32 * (off // 8) + 8 * (off % 4) + 4 * (off // 4 % 2) + bit
+        kb, row_bytes, low = (k * bits + bit) // 8, wide * bits // 8, (k * bits + bit) % 8
+        off = row // 16 * 16 * row_bytes + kb // 16 * 256 + row % 16 * 16 + kb % 16
+        if "k_major" in order:
+            off = kb // 32 * (rows // 16) * 512 + row // 16 * 512 + kb % 32 // 16 * 256
+            off = off + row % 16 * 16 + kb % 16
+        return 8 * off + low
+
+    return place
+
+
+def check_order(order: Order, formula, fmt, n, k):
+    """Ramp the index of every weight through ``pack``, digit by digit, and find it again."""
+    bits = fmt.element.bits
+    row, col, bit = np.meshgrid(np.arange(n), np.arange(k), np.arange(bits), indexing="ij")
+    place = formula(row, col, bit, (n, k))
+    assert np.unique(place).size == place.size
+    for r, c, b in [(0, 0, 0), (1, 5, bits - 1), (n - 1, k - 1, 0), (n // 2, k // 2, bits - 1)]:
+        assert order.bit_of(r, c, b, (n, k), bits) == place[r, c, b]
+    for digit in range(0, 20, bits):
+        ramp = (row * k + col) >> digit >> bit & 1  # bit planes of this digit of the index
+        raw = np.packbits(ramp.reshape(n, -1), axis=1, bitorder="little")
+        q = Quantised(
+            torch.from_numpy(raw[None]).view(fmt.element.storage), weights(fmt, 1, n, k).scales, fmt
+        )
+        stored = bits_of(order.pack(q).codes)
+        assert np.array_equal(stored[place], ramp)
+        assert int(stored.sum()) == int(ramp.sum())  # padding holds zero codes
+
+
+CASES = [(hopper_fp4(t, fold), hopper_fp4_bit(t), mxfp4) for t in HOPPER for fold in (None,)]
+CASES += [(hopper_fp8(t), hopper_fp8_bit(t), fp8_channel) for t in HOPPER]
+CASES += [(ORDERS[n], cdna_bit(n, 4), mxfp4) for n in CDNA if "int4" not in n]
+CASES += [(ORDERS[n], cdna_bit(n, 8), int8_channel) for n in CDNA if "int4" not in n]
+CASES += [(ORDERS[n], cdna_bit(n, 16), bf16) for n in CDNA if "int4" not in n]
+CASES += [(ORDERS[n], cdna_bit(n, 4), int4_group()) for n in CDNA if "int4" in n]
+IDS = [f"{order}-{fmt}" for order, _, fmt in CASES]
+
+
+@pytest.mark.parametrize(("order", "formula", "fmt"), CASES, ids=IDS)
+@pytest.mark.parametrize(("n", "k"), [(32, 256), (38, 192), (130, 320)])
+def test_index_ramp(order, formula, fmt, n, k):
+    check_order(order, formula, fmt, n, k)
+
+
+def test_index_ramp_at_2880():
+    tile = HopperTile(True)
+    check_order(hopper_fp4(tile, None), hopper_fp4_bit(tile), mxfp4, 10, 2880)
+    check_order(ORDERS["cdna_n16"], cdna_bit("cdna_n16", 4), mxfp4, 10, 2880)
+
+
+@pytest.mark.parametrize(
+    ("order", "part", "value"),
+    [
+        (hopper_fp4(fold=None), "word", None),
+        (hopper_fp4(fold=None), "word", Word(Layout(8, 1), Layout(8, 1))),
+        (hopper_fp4(fold=None), "pattern", ("ks0 half", "half ks0")),
+        (hopper_fp4(fold=None), "pattern", ("lohi q by)", "q lohi by)")),
+        (hopper_fp4(HopperTile(True), None), "pattern", ("gu tile rep warp", "tile rep warp gu")),
+        (ORDERS["cdna_n16"], "pattern", ("nb kb r b", "kb nb r b")),
+        (ORDERS["cdna_n16_gui"], "pattern", ("-> nb gu", "-> gu nb")),
+        (ORDERS["cdna_int4"], "word", None),
+    ],
+)
+def test_index_ramp_catches_a_mutation(order, part, value):
+    _, formula, fmt = next(case for case in CASES if case[0] == order)
+    if part == "word":
+        broken = replace(order, word=value)
+    else:
+        codes = order.codes.pattern.replace(*value)
+        assert codes != order.codes.pattern
+        broken = replace(order, codes=replace(order.codes, pattern=codes), scales=())
+    with pytest.raises(AssertionError):
+        check_order(broken, formula, fmt, 48, 320)
+
+
+# ------------------------------------------------------------------------------- scale orders
+def e8m0_tile(r, b, blocks):
+    wide = -(-blocks // 8) * 8
+    place = r // 32 * 32 * wide + b // 8 * 256 + b % 4 * 64 + r % 16 * 4
+    return place + b // 4 % 2 * 2 + r // 16 % 2
+
+
+def check_scales(order: Order, fmt, n, k, formula):
+    q = weights(fmt, 2, n, k)
+    packed = order.pack(q)
+    row, block = np.meshgrid(np.arange(n), np.arange(k // fmt.cols), indexing="ij")
+    places = torch.from_numpy(formula(row, block))
+    for expert in range(2):
+        assert torch.equal(packed.scales[expert].flatten()[places], q.scales[expert])
+    return packed, places
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 256), (38, 192), (600, 320)])
+def test_cdna_scale_tile(n, k):
+    blocks = k // 32
+    packed, places = check_scales(
+        ORDERS["cdna_n16"], mxfp4, n, k, lambda r, b: e8m0_tile(r, b, blocks)
+    )
+    assert packed.scales.shape == (2, -(-n // 256) * 256, -(-blocks // 8) * 8)
+    rest = torch.ones(packed.scales[0].numel(), dtype=torch.bool)
+    rest[places.flatten()] = False
+    assert (packed.scales[0].flatten()[rest] == 127).all()
+    gui = ORDERS["cdna_n16_gui"]
+    check_scales(gui, mxfp4, n, k, lambda r, b: e8m0_tile(interleaved(r, (n, k)), b, blocks))
+    with pytest.raises(AssertionError):
+        check_scales(gui, mxfp4, n, k, lambda r, b: e8m0_tile(r ^ 1, b, blocks))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_cdna_int4_scales(group):
+    n, k, order = 48, 384, ORDERS["cdna_int4"]
+    groups = k // group
+    pairs = check_scales(order, int4_group(group), n, k, lambda r, g: (g // 2 * n + r) * 2 + g % 2)
+    assert pairs[0].scales.numel() == 2 * n * (groups + groups % 2)
+    single = int4_group(group, ScaleKind.F32)
+    check_scales(order, single, n, k, lambda r, g: g * n + r)
+    gui = ORDERS["cdna_int4_gui"]
+    check_scales(gui, single, n, k, lambda r, g: g * 64 + interleaved(r, (n, k)))
+    with pytest.raises(AssertionError):
+        check_scales(order, single, n, k, lambda r, g: r * groups + g)
+
+
+@pytest.mark.parametrize("tile", HOPPER, ids=str)
+def test_hopper_scales_lie_as_their_codes(tile):
+    """A block's byte sits where its first code does, with the parts inside a block left out."""
+    n, k = 38, 320
+
+    def place(row, block):
+        lane, ks0, half, _, _ = hopper_place(tile, False, row, 32 * block, (n, k))
+        return lane // 4 * 4 + 2 * ks0 + half
+
+    check_scales(hopper_fp4(tile, None), mxfp4, n, k, place)
+    with pytest.raises(AssertionError):
+        check_scales(hopper_fp4(tile, None), mxfp4, n, k, lambda r, b: place(r, b) ^ 1)
+
+
+# --------------------------------------------------------------------------------- round trips
+FORMATS_OF = {
+    "e2m1": [mxfp4], "e4m3fn": [mxfp8, fp8_channel, fp8_block()], "int8": [int8_channel],
+    "e4m3fnuz": [format_named("fp8_channel_fnuz")], "int4": [int4_group(), int4_group(64)],
+    "bf16": [bf16], "fp16": [format_named("fp16")],
+}
+
+
+def equal(a, b):
+    return a is b is None or torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_round_trip(name):
+    order = order_named(name)
+    for fmt in (f for e in order.elements for f in FORMATS_OF[e.name]):
+        for n, k in [(2, 64), (38, 192)]:
+            q = weights(fmt, 2, n, k, seed=n)
+            packed = order.pack(q)
+            back = packed.unpack()
+            assert packed.shape == (2, n, k) == back.shape and back.format is fmt
+            assert equal(back.codes, q.codes) and equal(back.scales, q.scales)
+            assert packed.nbytes >= q.nbytes
+
+
+def test_round_trip_at_2880_and_from_views():
+    q = weights(mxfp4, 3, 96, 2880)
+    q = Quantised(q.codes[1:, 7:43], q.scales[1:, 7:43], mxfp4)
+    for name in ("rows", "cdna_n16_gui", "cdna_k_major", "hopper_fp4_gu", "hopper_fp4_s8"):
+        back = order_named(name).pack(q).unpack()
+        assert torch.equal(back.codes, q.codes) and torch.equal(back.scales, q.scales)
+
+
+def test_storage_shapes():
+    """The shapes that Hopper's TMA boxes are cut from."""
+    packed = hopper_fp4(HopperTile(True)).pack(weights(mxfp4, 2, 192, 320))  # 2 tiles of 64, 3 of K
+    assert packed.codes.dtype == torch.int32 and packed.codes.shape == (2, 6 * 64, 32)
+    assert packed.scales.dtype == torch.uint8 and packed.scales.shape == (2, 6 * 4, 128)
+    assert packed.row_scale.dtype == torch.float32 and packed.row_scale.shape == (2, 192)
+    fp8 = hopper_fp8().pack(weights(fp8_channel, 2, 192, 320))
+    assert fp8.codes.shape == (2, 6 * 128, 32) and fp8.row_scale.shape == (2, 192)
+    assert ORDERS["cdna_n16"].pack(weights(mxfp4, 2, 38, 192)).codes.shape == (2, 48, 128)
+
+
+# ---------------------------------------------------------------------------------------- fold
+def check_table(table):
+    """Every e2m1 code times every exponent, exact against torch's own e4m3fn decode."""
+    codes = torch.tensor([[0x10, 0x32, 0x54, 0x76]], dtype=torch.uint8)
+    powers = torch.arange(-8, 7).exp2().double().unsqueeze(1)
+    exact = mxfp4.element.decode(codes, torch.float64) * powers
+    assert table.shape == (15, 8) and table.dtype == torch.uint8
+    assert torch.equal(table.view(torch.float8_e4m3fn).double(), exact)
+    negative = (table | 0x80).view(torch.float8_e4m3fn).double()
+    assert torch.equal(negative, -exact)
+    for k in range(-5, 7):
+        b = (k + 5) * 8
+        low = (b * 0x01010100 + 0x14100800) & 0xFFFFFFFF
+        high = (b * 0x01010101 + 0x24201C18) & 0xFFFFFFFF
+        assert table[k + 8].tolist() == list(low.to_bytes(4, "little") + high.to_bytes(4, "little"))
+
+
+def test_fold_table():
+    check_table(fold_table())
+
+
+@pytest.mark.parametrize("row", [0, 2, 3, 14])
+def test_fold_table_catches_a_mutation(row):
+    broken = fold_table()
+    broken[row, 5] ^= 1
+    with pytest.raises(AssertionError):
+        check_table(broken)
+
+
+def wgmma_registers(packed, expert):
+    """What the kernel makes of hopper_fp4 storage (warps=8): e4m3 values (rows, K), float64."""
+    fold, table = packed.order.fold, fold_table().to(torch.int64)
+    words = packed.codes[expert].to(torch.int64).view(-1, 2, 8, 8, 4, 2, 2) & 0xFFFFFFFF
+    byte = packed.scales[expert].to(torch.int64).view(-1, 2, 8, 8, 1, 2, 2).expand_as(words)
+    lut = table[byte // fold.step + fold.lowest - Fold.WIDE.lowest]
+    halves = []
+    for value, sign in ((words & 0x77777777, words), (words >> 16 & 0x7777, words << 4)):
+        places = torch.stack([value >> 4 * i & 7 for i in range(4)], -1)
+        signs = torch.stack([sign >> 8 * i & 0x80 for i in range(4)], -1)
+        halves.append(torch.gather(lut, -1, places) | signs)
+    x = torch.stack(halves, -2).to(torch.uint8).view(torch.float8_e4m3fn).double()
+    tiles = -(-packed.shape[1] // 128)
+    x = x.view(tiles, -1, 2, 8, 8, 4, 2, 2, 2, 4)  # tile kt ks1 warp g q ks0 half lohi by
+    return x.permute(0, 3, 7, 4, 1, 2, 6, 8, 5, 9).reshape(128 * tiles, -1)
+
+
+@pytest.mark.parametrize("kind", Fold)
+def test_folded_weights_are_exact(kind):
+    n, k = 150, 320
+    q = weights(mxfp4, 2, n, k, scales=(100, 100 + kind.reach + 1))
+    packed = hopper_fp4(fold=kind).pack(q)
+    assert (packed.row_scale.log2() % 1 == 0).all()
+    for expert in range(2):
+        got = wgmma_registers(packed, expert)
+        want = q[expert].dequantise(torch.float64)
+        assert torch.equal(got[:n, :k] * packed.row_scale[expert].double()[:, None], want)
+        assert not got[n:].any() and not got[:, k:].any()
+    packed.scales[0, 0, 3] += kind.step if packed.scales[0, 0, 3] < kind.step else -kind.step
+    shifted = wgmma_registers(packed, 0)[:n, :k] * packed.row_scale[0].double()[:, None]
+    assert not torch.equal(shifted, q[0].dequantise(torch.float64))
+
+
+def test_fold_range_and_refusal():
+    q = weights(mxfp4, 3, 20, 256, scales=(120, 121))
+    q.codes.bitwise_or_(0x11)
+    assert narrowest_fold(q) is Fold.NARROW and not fold_range(q).any()
+    q.scales[1, 17, 2] = 132
+    assert int(fold_range(q)[1, 17]) == 12 and int(fold_range(q).sum()) == 12
+    assert narrowest_fold(q) is Fold.WIDE
+    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 12.*_wide"):
+        hopper_fp4().pack(q)
+    hopper_fp4(fold=Fold.WIDE).pack(q)
+    q.scales[1, 17, 2] = 135
+    assert narrowest_fold(q) is None
+    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 15.*_raw"):
+        hopper_fp4(fold=Fold.WIDE).pack(q)
+    assert torch.equal(hopper_fp4(fold=None).pack(q).unpack().scales, q.scales)
+    q.codes[1, 17, 32:48] = 0x80  # the block holds only zeros now: its scale does not count
+    assert narrowest_fold(q) is Fold.NARROW
+    packed = hopper_fp4().pack(q)
+    assert torch.equal(packed.unpack().dequantise(), q.dequantise())
+    assert torch.equal(packed.unpack().codes, q.codes)
+
+
+@pytest.mark.parametrize("byte", [0, 5, 127, 249, 254])
+@pytest.mark.parametrize("kind", Fold)
+def test_row_scale_is_a_normal_float(byte, kind):
+    """At both ends of E8M0 the base stays where no GPU flushes it to zero or infinity."""
+    q = weights(mxfp4, 1, 16, 128, scales=(byte, byte + 1))
+    for span in (0, kind.reach):
+        q.scales[..., 0] = byte + span if byte < 128 else byte - span
+        packed = hopper_fp4(fold=kind).pack(q)
+        assert (packed.row_scale >= 2.0**-126).all() and packed.row_scale.isfinite().all()
+        assert torch.equal(packed.unpack().dequantise(torch.float64), q.dequantise(torch.float64))
+
+
+def test_rows_of_zeros_fold():
+    q = weights(mxfp4, 1, 16, 128, scales=(0, 255))
+    q.codes.zero_()
+    assert not fold_range(q).any()
+    packed = hopper_fp4().pack(q)
+    assert (packed.row_scale == 1).all() and not packed.unpack().dequantise().any()
+
+
+# ---------------------------------------------------------------------------- refusals, memory
+def test_require():
+    packed = hopper_fp4(HopperTile(True)).pack(weights(mxfp4, 1, 32, 64))
+    assert order_named("hopper_fp4_gu").require(packed) is packed
+    with pytest.raises(MixMoEError, match="w13 must be packed as hopper_fp4: got hopper_fp4_gu"):
+        order_named("hopper_fp4").require(packed, "w13")
+    with pytest.raises(MixMoEError, match="not packed"):
+        order_named("hopper_fp4").require(packed.unpack())
+    with pytest.raises(MixMoEError, match="hopper_fp4_gu"):
+        order_named("cdna_n16").unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: hopper_fp4().pack(weights(fp8_channel, 1, 16, 64)), "stores e2m1: got e4m3fn"),
+        (lambda: ORDERS["cdna_n16"].pack(weights(int4_group(), 1, 16, 64)), "got int4"),
+        (lambda: ORDERS["cdna_n16_gui"].pack(weights(mxfp4, 1, 17, 64)), "even: got 17"),
+        (lambda: hopper_fp8().pack(weights(fp8_channel, 1, 16, 40)), "multiple of 32: got 40"),
+        (lambda: hopper_fp4().pack(weights(mxfp4, 1, 16, 64)[0]), "E, N, K"),
+        (lambda: hopper_fp4().pack(weights(mxfp4, 1, 16, 64, scales=(255, 256))), "255"),
+        (lambda: fold_range(weights(mxfp8, 1, 16, 64)), "mxfp4"),
+        (lambda: HopperTile(warps=3), "warps"),
+        (lambda: HopperTile(k_slices=3), "k_slices"),
+        (lambda: HopperTile(k64=True), "repeat"),
+        (lambda: order_named("hopper_fp4_gi"), "hopper_fp4_gu"),
+    ],
+)
+def test_refusals(call, match):
+    with pytest.raises(MixMoEError, match=match):
+        call()
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the storage of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            self.bytes[storage.data_ptr()] = max(
+                storage.nbytes(), self.bytes.get(storage.data_ptr(), 0)
+            )
+        return out
+
+
+def largest_temporary(call, q):
+    with Allocations() as seen:
+        out = call(q)
+    known = {
+        t.untyped_storage().data_ptr()
+        for t in (q.codes, q.scales, out.codes, out.scales, out.row_scale)
+        if t is not None
+    }
+    return max(size for at, size in seen.bytes.items() if at not in known)
+
+
+@pytest.mark.parametrize("name", ["hopper_fp4_gu", "cdna_n16_gui", "cdna_k_major"])
+def test_packing_holds_one_expert(name):
+    """Beside input and output, nothing is larger than one expert in the fold's 16-bit numbers."""
+    q, order = weights(mxfp4, 16, 120, 992), order_named(name)
+    one = order.pack(q).codes[0].nbytes
+    assert largest_temporary(order.pack, q) <= 2 * one < q.codes.nbytes / 4
+
+    def copies_all(q):
+        return order.pack(Quantised(q.codes + 0, q.scales, mxfp4))
+
+    assert largest_temporary(copies_all, q) > 2 * one
+
+
+def test_pictures():
+    for name in ("rows", "cdna_n16_gui", "cdna_int4", "hopper_fp4_gu", "hopper_fp8"):
+        assert order_named(name).picture().startswith(f"{name}: ")
+    lines = ORDERS["cdna_n16"].picture().splitlines()
+    assert lines[3].split() == ["16", "r", "x", "16", "row", "1", "k", "0-31"]
+    text = order_named("hopper_fp4_gu").picture()
+    assert "gate 0 k 0-3, 16-19; up 0 k 0-3, 16-19; gate 0 k 32-35, 48-51; up 0" in text
+    assert "0/4 1/0 2/5 3/1 4/6 5/2 6/7 7/3" in text
