@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixmoe.backends import cpu_w4
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed
@@ -86,6 +87,11 @@ class CPUBackend:
             rows[routes] = x[routes // routed.problem.topk].float() * weights.w13_smooth[e]
         return recipe.activation.quantise(rows, recipe.rounding)
 
+    def _matmul(self, rows: Tensor, weights: Quantised) -> Tensor:
+        if self.work == torch.float32 and cpu_w4.applies(weights, len(rows)):
+            return cpu_w4.matmul(rows, weights)
+        return rows @ weights.dequantise(self.work).T
+
     def gemm1(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """Gate and up GEMM, activation, routing weight if on stage 1, requantisation."""
         problem = routed.problem
@@ -96,7 +102,7 @@ class CPUBackend:
         per_route = values.shape[0] != problem.tokens or recipe.activation.name == "int8_smooth"
         for e, routes, weight in expert_routes(routed):
             rows = values[routes if per_route else routes // problem.topk]
-            both = rows @ w13[e].dequantise(self.work).T
+            both = self._matmul(rows, w13[e])
             if weights.w13_bias is not None:
                 both += weights.w13_bias[e].to(self.work)
             gate, up = both.split(problem.intermediate, dim=1)
@@ -116,7 +122,7 @@ class CPUBackend:
             (problem.routes, problem.hidden), dtype=self.work, device=h.codes.device
         )
         for e, routes, _ in expert_routes(routed):
-            result = values[routes] @ w2[e].dequantise(self.work).T
+            result = self._matmul(values[routes], w2[e])
             if weights.w2_bias is not None:
                 result += weights.w2_bias[e].to(self.work)
             rows[routes] = result
