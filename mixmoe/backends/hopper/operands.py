@@ -1,0 +1,167 @@
+"""How a stored operand becomes a tile for the tensor cores: one record per number format.
+
+An Operand is three device functions. ``tile`` reads ``(R, BK)`` values as the MMA's dtype, block
+scales applied where that is exact; ``step`` gives the factor ``(R,)`` of one K step, for scales
+that are not powers of two; ``final`` the factor ``(R,)`` of a whole row, applied after the sum. A
+new weight format is one more record.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+import triton
+import triton.language as tl
+
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import Format, ScaleKind
+
+
+@triton.jit
+def columns(ptr, row, ok, k, K, BK: tl.constexpr):
+    """``(R, BK)`` elements from column ``k`` on, zero beyond K."""
+    at = k + tl.arange(0, BK)
+    mask = ok[:, None] & (at < K)[None, :]
+    zero = 0.0 if ptr.dtype.element_ty.is_floating() else 0
+    return tl.load(ptr + row[:, None] * K + at[None, :], mask=mask, other=zero)
+
+
+@triton.jit
+def e8m0_columns(ptr, row, ok, k, K, BK: tl.constexpr):
+    """``(R, BK/32)`` float32 powers of two; byte 0 is 2^-127."""
+    byte = columns(ptr, row, ok, k // 32, K // 32, BK // 32).to(tl.int32)
+    return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def spread(values, scale, R: tl.constexpr, BK: tl.constexpr):
+    """``(R, BK)`` times its ``(R, BK/32)`` block scales."""
+    blocks = tl.reshape(values, (R, BK // 32, 32)) * scale[:, :, None]
+    return tl.reshape(blocks, (R, BK))
+
+
+@triton.jit
+def tile_whole(ptr, scale_ptr, row, scale_row, ok, k, K,
+               R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    """bf16, fp16, e4m3, int8: one element a value."""
+    return columns(ptr, row, ok, k, K, BK).to(DT)
+
+
+@triton.jit
+def tile_mxfp8(ptr, scale_ptr, row, scale_row, ok, k, K,
+               R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    values = columns(ptr, row, ok, k, K, BK).to(tl.float32)
+    return spread(values, e8m0_columns(scale_ptr, scale_row, ok, k, K, BK), R, BK).to(DT)
+
+
+@triton.jit
+def tile_mxfp4(ptr, scale_ptr, row, scale_row, ok, k, K,
+               R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    """Sign, exponent and mantissa moved to their float32 places: a value times 2^-126."""
+    byte = columns(ptr, row, ok, k // 2, K // 2, BK // 2).to(tl.int32)
+    low = ((byte & 7) << 22) | ((byte & 8) << 28)
+    high = ((byte & 0x70) << 18) | ((byte & 0x80) << 24)
+    bits = tl.reshape(tl.join(low, high), (R, BK))
+    values = bits.to(tl.float32, bitcast=True) * 2.0**126
+    return spread(values, e8m0_columns(scale_ptr, scale_row, ok, k, K, BK), R, BK).to(DT)
+
+
+@triton.jit
+def tile_int4(ptr, scale_ptr, row, scale_row, ok, k, K,
+              R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    byte = columns(ptr, row, ok, k // 2, K // 2, BK // 2).to(tl.int8, bitcast=True)
+    low = (byte << 4).to(tl.int8) >> 4
+    return tl.reshape(tl.join(low, byte >> 4), (R, BK)).to(DT)
+
+
+@triton.jit
+def step_group(scale_ptr, scale_row, ok, k, K, COLS: tl.constexpr):
+    """The scale of the group of COLS columns that holds column ``k``."""
+    groups = (K + COLS - 1) // COLS
+    return tl.load(scale_ptr + scale_row * groups + k // COLS, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def final_row(scale_ptr, scale_row, ok):
+    """The scale of the row."""
+    return tl.load(scale_ptr + scale_row, mask=ok, other=0.0)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one format is read; ``rows x cols`` is the block of a ``step`` scale."""
+
+    name: str
+    tile: object
+    step: object = None
+    final: object = None
+    rows: int = 1
+    cols: int = 0
+
+    @property
+    def cache_key(self) -> str:
+        """Triton hashes compile-time arguments by this: the sources of the device functions."""
+        used = (f for f in (self.tile, self.step, self.final) if f is not None)
+        return f"{self.name}/{self.rows}x{self.cols}/" + "/".join(f.cache_key for f in used)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{self.name}_{self.rows}x{self.cols}"
+
+    def step_of(self, k: int) -> int:
+        """Largest K step up to ``k`` (a power of two) that stays inside one scale group."""
+        return k if self.step is None else gcd(k, self.cols)
+
+
+def operand(fmt: Format) -> Operand:
+    """The Operand of a format. Raises MixMoEError for one that has no reader here."""
+    if fmt.scale is ScaleKind.E8M0:
+        return Operand(fmt.name, tile_mxfp4 if fmt.element.bits == 4 else tile_mxfp8)
+    if fmt.element.name == "int4":
+        return Operand(fmt.name, tile_int4, step=step_group, cols=fmt.cols)
+    if fmt.element.name == "e4m3fnuz":
+        raise MixMoEError("Hopper's FP8 is e4m3fn", fmt.name, fmt.name.removesuffix("_fnuz"))
+    if fmt.scale is ScaleKind.NONE:
+        return Operand(fmt.name, tile_whole)
+    if fmt.cols == 0:
+        return Operand(fmt.name, tile_whole, final=final_row)
+    return Operand(fmt.name, tile_whole, step=step_group, rows=fmt.rows, cols=fmt.cols)
+
+
+@dataclass(frozen=True)
+class Math:
+    """What the tensor cores multiply: operand dtype, and whether every K step is added in float32.
+
+    ``promote`` also serves scales that belong to a K step. FP8 tensor cores keep about 14 bits of
+    a running sum (facts: docs/measured.md), so the precise recipes promote every 128 of K.
+    """
+
+    dtype: tl.dtype
+    promote: bool
+
+    @property
+    def cache_key(self) -> str:
+        """For Triton's cache."""
+        return repr(self)
+
+    def __repr__(self) -> str:
+        return f"{self.dtype}_{'promote' if self.promote else 'carry'}"
+
+
+def math_of(activation: Format, weight: Format, accumulate: str) -> Math:
+    """The fastest tensor-core type that holds both operands exactly.
+
+    Both e4m3 with scales outside the sum: FP8. Both integer: int8. Else bf16 holds e2m1, e4m3,
+    int8 and int4 times any power of two; fp16 beside a power-of-two scale needs the range of
+    float32 and the mantissa of tf32, which holds all of fp16's 11 bits.
+    """
+    a, w = activation.element.name, weight.element.name
+    step = any(f.cols and f.scale is not ScaleKind.E8M0 for f in (activation, weight))
+    block_scaled = any(f.scale is ScaleKind.E8M0 for f in (activation, weight))
+    if a == w == "e4m3fn" and not block_scaled:
+        return Math(tl.float8e4nv, step or accumulate == "precise")
+    if a == "int8":
+        return Math(tl.int8, True)
+    if a == "fp16":
+        return Math(tl.float32 if block_scaled else tl.float16, step)
+    return Math(tl.bfloat16, step)
+
+

@@ -1,0 +1,309 @@
+"""quantise: rows of bf16, fp16 or f32 -> activation codes, bit for bit as ``mixmoe.formats``.
+
+A *writer* turns a tile of float32 rows into codes and scales and stores them; the kernels differ
+only in where the rows come from (x itself, h of live routes, x times a smooth factor).
+
+``folded_*`` writers serve the FP8 tensor cores: an MX row becomes e4m3 codes and ONE float32 scale
+per row. mxfp4 folds exactly while a block lies at most 14 binades below the row's largest block
+scale (e2m1 * 2^-8..2^6 are e4m3 numbers). Below that, and for mxfp8 wherever a block lies lower
+than the largest, codes are rounded to nearest even once more; the error of an element is at most
+half the smallest e4m3 subnormal, 2^-10 of the row scale (mxfp8: also 2^-4 of nothing but itself
+where it drops into subnormals), that is <= 2^-17.8 of a row's amax for mxfp8 (amax >= 224 scales)
+and <= 2^-17.5 for mxfp4 (amax >= 192 folded scales).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixmoe.backends.hopper.launch import options, pow2, start_dependents
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import Format, Quantised, Rounding, ScaleKind
+
+TINY = tl.constexpr(2.0**-126)  # formats.F32_TINY: the least scale of a whole row
+RINT = tl.constexpr(1.5 * 2.0**23)  # x + RINT - RINT is rint(x) for |x| < 2^22, ties to even
+TILE = 8192  # values per CTA: 32 a thread with 8 warps
+
+
+@triton.jit
+def e8m0_of(amax, EMAX: tl.constexpr, UP: tl.constexpr):
+    """E8M0 byte of block maxima; the scale goes up a binade where the mantissa field is >= UP."""
+    bits = amax.to(tl.int32, bitcast=True)
+    byte = (bits >> 23) - EMAX + ((bits & 0x7FFFFF) >= UP).to(tl.int32)
+    return tl.minimum(tl.maximum(byte, 0), 254 - EMAX)
+
+
+@triton.jit
+def inverse_e8m0(byte):
+    """``2^(127 - byte)`` for bytes 0..252, exact."""
+    return ((254 - byte) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e2m1_code(y):
+    """Codes 0..15 of float32 values, nearest even, saturated; the sign of zero is kept."""
+    a = tl.abs(y)
+    code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32)
+    code += (a >= 1.75).to(tl.int32) + (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32)
+    code += (a > 5.0).to(tl.int32)
+    return code | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def e2m1_value(code):
+    """float32 value of codes 0..15: exponent and mantissa bits at their places, times 2^126."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 2.0**126
+
+
+@triton.jit
+def row_amax(x):
+    return tl.max(tl.abs(x), 1)
+
+
+@triton.jit
+def block_amax(x, QB: tl.constexpr, KP: tl.constexpr, G: tl.constexpr):
+    """``(QB, KP)`` -> the tile as ``(QB, KP/G, G)`` and its block maxima ``(QB, KP/G)``."""
+    tiles = tl.reshape(x, (QB, KP // G, G))
+    return tiles, tl.max(tl.abs(tiles), 2)
+
+
+@triton.jit
+def store_rows(ptr, values, row, live, K, QB: tl.constexpr, KP: tl.constexpr):
+    """Store ``(QB, KP)`` values as rows of ``K``."""
+    k = tl.arange(0, KP)
+    mask = live[:, None] & (k < K)[None, :]
+    tl.store(ptr + row.to(tl.int64)[:, None] * K + k[None, :], values, mask=mask)
+
+
+@triton.jit
+def write_fp8_row(x, codes_ptr, scales_ptr, row, live, K,
+                  QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    scale = tl.maximum(tl.div_rn(row_amax(x), 448.0), TINY)
+    y = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+    store_rows(codes_ptr, y.to(tl.float8e4nv), row, live, K, QB, KP)
+    tl.store(scales_ptr + row, scale, mask=live)
+
+
+@triton.jit
+def write_int8_row(x, codes_ptr, scales_ptr, row, live, K,
+                   QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    scale = tl.maximum(tl.div_rn(row_amax(x), 127.0), TINY)
+    y = tl.div_rn(x, scale[:, None] + tl.zeros_like(x))
+    y = tl.minimum(tl.maximum((y + RINT) - RINT, -127.0), 127.0)
+    store_rows(codes_ptr, y.to(tl.int8), row, live, K, QB, KP)
+    tl.store(scales_ptr + row, scale, mask=live)
+
+
+@triton.jit
+def write_fp8_groups(x, codes_ptr, scales_ptr, row, live, K,
+                     QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    tiles, amax = block_amax(x, QB, KP, 128)
+    scale = tl.maximum(tl.div_rn(amax, 448.0), TINY)
+    y = tl.div_rn(tiles, scale[:, :, None] + tl.zeros_like(tiles))
+    y = tl.reshape(tl.minimum(tl.maximum(y, -448.0), 448.0), (QB, KP))
+    store_rows(codes_ptr, y.to(tl.float8e4nv), row, live, K, QB, KP)
+    store_rows(scales_ptr, scale, row, live, (K + 127) // 128, QB, KP // 128)
+
+
+@triton.jit
+def write_mxfp8(x, codes_ptr, scales_ptr, row, live, K,
+                QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    tiles, amax = block_amax(x, QB, KP, 32)
+    byte = e8m0_of(amax, 8, UP)
+    y = tl.reshape(tiles * inverse_e8m0(byte)[:, :, None], (QB, KP))
+    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+    store_rows(codes_ptr, y.to(tl.float8e4nv), row, live, K, QB, KP)
+    store_rows(scales_ptr, byte.to(tl.uint8), row, live, K // 32, QB, KP // 32)
+
+
+@triton.jit
+def write_mxfp4(x, codes_ptr, scales_ptr, row, live, K,
+                QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    tiles, amax = block_amax(x, QB, KP, 32)
+    byte = e8m0_of(amax, 2, UP)
+    code = e2m1_code(tiles * inverse_e8m0(byte)[:, :, None])
+    low, high = tl.split(tl.reshape(code, (QB, KP // 2, 2)))
+    store_rows(codes_ptr, (low | (high << 4)).to(tl.uint8), row, live, K // 2, QB, KP // 2)
+    store_rows(scales_ptr, byte.to(tl.uint8), row, live, K // 32, QB, KP // 32)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """``2^exponent`` in float32 for -149..127, as a product of two normal powers."""
+    low = tl.maximum(exponent, -126)
+    rest = tl.maximum(exponent - low, -126)
+    a = ((low + 127) << 23).to(tl.float32, bitcast=True)
+    return a * ((rest + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fold(values, byte, codes_ptr, scales_ptr, row, live, K,
+         QB: tl.constexpr, KP: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+    """Values times ``2^(byte - top + SHIFT)`` as e4m3; row scale ``2^(top - 127 - SHIFT)``."""
+    top = tl.max(byte, 1)
+    y = values * power_of_two(byte - top[:, None] + SHIFT)[:, :, None]
+    store_rows(codes_ptr, tl.reshape(y, (QB, KP)).to(tl.float8e4nv), row, live, K, QB, KP)
+    tl.store(scales_ptr + row, power_of_two(top - 127 - SHIFT), mask=live)
+
+
+@triton.jit
+def write_folded_mxfp8(x, codes_ptr, scales_ptr, row, live, K,
+                       QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    tiles, amax = block_amax(x, QB, KP, 32)
+    byte = e8m0_of(amax, 8, UP)
+    y = tl.minimum(tl.maximum(tiles * inverse_e8m0(byte)[:, :, None], -448.0), 448.0)
+    y = y.to(tl.float8e4nv).to(tl.float32)
+    fold(y, byte, codes_ptr, scales_ptr, row, live, K, QB, KP, 0)
+
+
+@triton.jit
+def write_folded_mxfp4(x, codes_ptr, scales_ptr, row, live, K,
+                       QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    tiles, amax = block_amax(x, QB, KP, 32)
+    byte = e8m0_of(amax, 2, UP)
+    y = e2m1_value(e2m1_code(tiles * inverse_e8m0(byte)[:, :, None]))
+    fold(y, byte, codes_ptr, scales_ptr, row, live, K, QB, KP, 6)
+
+
+@triton.jit
+def load_rows(x_ptr, row, live, K, stride, KP: tl.constexpr):
+    """``(QB, KP)`` float32, zeros beyond K and in rows that are not live."""
+    k = tl.arange(0, KP)
+    mask = live[:, None] & (k < K)[None, :]
+    at = row.to(tl.int64)[:, None] * stride + k[None, :]
+    return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantise_rows(
+    x_ptr, codes_ptr, scales_ptr, rows, K, stride, position_ptr,
+    WRITE: tl.constexpr, QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of x as they lie; with ``position_ptr`` skipped routes count as rows of zeros."""
+    start_dependents(PDL)
+    row = tl.program_id(0) * QB + tl.arange(0, QB)
+    live = row < rows
+    real = live
+    if position_ptr is not None:
+        real = tl.load(position_ptr + row, mask=live, other=-1) >= 0
+    WRITE(load_rows(x_ptr, row, real, K, stride, KP), codes_ptr, scales_ptr, row, live, K,
+          QB, KP, UP)  # fmt: skip
+
+
+@triton.jit
+def quantise_smooth(
+    x_ptr, smooth_ptr, experts_ptr, position_ptr, codes_ptr, scales_ptr, rows, K, stride, share,
+    BLOCK: tl.constexpr,
+    WRITE: tl.constexpr, QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Row ``r // share`` of x times its expert's smooth factors, one row per route."""
+    start_dependents(PDL)
+    row = tl.program_id(0) * QB + tl.arange(0, QB)
+    live = row < rows
+    at = tl.load(position_ptr + row, mask=live, other=-1)
+    real = at >= 0
+    expert = tl.load(experts_ptr + at // BLOCK, mask=real, other=0)
+    x = load_rows(x_ptr, row // share, real, K, stride, KP)
+    x = x * load_rows(smooth_ptr, expert, real, K, K, KP)
+    WRITE(x, codes_ptr, scales_ptr, row, live, K, QB, KP, UP)
+
+
+WRITERS = {
+    "fp8_token": write_fp8_row,
+    "int8_token": write_int8_row,
+    "int8_smooth": write_int8_row,
+    "fp8_1x128": write_fp8_groups,
+    "mxfp8": write_mxfp8,
+    "mxfp4": write_mxfp4,
+}
+FOLDED = {"mxfp8": write_folded_mxfp8, "mxfp4": write_folded_mxfp4}
+
+
+def round_up_from(fmt: Format, rounding: Rounding) -> int:
+    """Mantissa field (23 bits) from which the block scale goes up a binade."""
+    if rounding is Rounding.FLOOR:
+        return 1 << 23
+    if rounding is Rounding.EVEN:
+        return (1 << 23) - (1 << (22 - fmt.element.mantissa))
+    return int((fmt.element.max / 2.0**fmt.element.emax - 1) * (1 << 23)) + 1
+
+
+def plan(K: int, rows: int) -> dict[str, int]:
+    """Rows and columns of a CTA's tile and its warps: about TILE values, 32 a thread."""
+    kp = max(pow2(K), 128)
+    qb = max(1, min(TILE // kp, pow2(-(-rows // 264))))  # two CTAs an SM before rows are shared
+    return {"QB": qb, "KP": kp, "num_warps": max(1, min(16, qb * kp // 1024))}
+
+
+def empty_codes(fmt: Format, rows: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Uninitialised codes ``(rows, K)`` and scales of a format that has scales."""
+    codes = torch.empty(
+        (rows, K // fmt.element.per_byte), dtype=fmt.element.storage, device=device
+    )
+    dtype = torch.uint8 if fmt.scale is ScaleKind.E8M0 else torch.float32
+    return codes, torch.empty(fmt.scale_shape(rows, K), dtype=dtype, device=device)
+
+
+def writer_of(fmt: Format) -> object:
+    """The writer of an activation format; refuses one this backend has none for."""
+    if fmt.name not in WRITERS:
+        raise MixMoEError("hopper quantises activations to", fmt.name, ", ".join(WRITERS))
+    return WRITERS[fmt.name]
+
+
+def quantise(
+    x: Tensor, fmt: Format, rounding: Rounding = Rounding.CEIL, position: Tensor | None = None
+) -> Quantised:
+    """``x: (R, K)`` of any float dtype -> codes and scales of ``fmt``; 16-bit formats only cast.
+
+    With ``position`` (int32, per row) the rows where it is -1 become zeros and are not read. Bits
+    as :meth:`mixmoe.formats.Format.quantise` gives them; NaN is not looked for here.
+    """
+    if fmt.scale is ScaleKind.NONE:
+        return Quantised(x.to(fmt.element.storage), None, fmt)
+    rows, K = x.shape
+    fmt.check_columns(K)
+    codes, scales = empty_codes(fmt, rows, K, x.device)
+    if rows:
+        shape = plan(K, rows)
+        quantise_rows[(-(-rows // shape["QB"]),)](
+            x, codes, scales, rows, K, x.stride(0), position,
+            WRITE=writer_of(fmt), UP=round_up_from(fmt, rounding), **shape, **options(x.device),
+        )  # fmt: skip
+    return Quantised(codes, scales, fmt)
+
+
+def quantise_folded(x: Tensor, fmt: Format, rounding: Rounding = Rounding.CEIL,
+                    position: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """An MX format folded for the FP8 tensor cores: e4m3 ``(R, K)`` and float32 ``(R,)``."""
+    rows, K = x.shape
+    codes = torch.empty((rows, K), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        shape = plan(K, rows)
+        quantise_rows[(-(-rows // shape["QB"]),)](
+            x, codes, scales, rows, K, x.stride(0), position,
+            WRITE=FOLDED[fmt.name], UP=round_up_from(fmt, rounding), **shape, **options(x.device),
+        )  # fmt: skip
+    return codes, scales
+
+
+def quantise_routes(
+    x: Tensor, fmt: Format, smooth: Tensor, experts: Tensor, position: Tensor, block: int
+) -> Quantised:
+    """``int8_smooth``: a row per route, ``x[r // topk] * smooth[expert of r]`` quantised.
+
+    ``experts`` is Routed's ``sorted_expert_ids``, ``position`` each route's place in it.
+    """
+    rows, K = position.shape[0], x.shape[1]
+    codes, scales = empty_codes(fmt, rows, K, x.device)
+    if rows:
+        shape = plan(K, rows)
+        quantise_smooth[(-(-rows // shape["QB"]),)](
+            x, smooth, experts, position, codes, scales, rows, K, x.stride(0), rows // x.shape[0],
+            BLOCK=block, WRITE=writer_of(fmt), UP=0, **shape, **options(x.device),
+        )  # fmt: skip
+    return Quantised(codes, scales, fmt)

@@ -1,0 +1,335 @@
+"""route: expert ids of the tokens -> Routed, on the device, in one kernel (small T) or three.
+
+Stable counting sort. A route's place is ``start[e] + (routes before it with the same e)``; both
+are sums over compares, so no order of arrival enters and a graph replay gives the same bits.
+
+========  ===============================================================================
+small     up to ``SMALL`` routes: every CTA counts all ids, then places 32 routes of its own;
+          further CTAs quantise the rows of x, which needs no routing, in the same launch
+large     ``count`` (rank in a chunk of 256, histogram of the chunk), ``scan`` (prefix over
+          chunks per expert), ``scatter``
+========  ===============================================================================
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixmoe.backends.hopper.launch import options, pow2, start_dependents
+from mixmoe.backends.hopper.quantise import load_rows, plan
+from mixmoe.spec import Problem, Routed
+
+SMALL = 1024  # routes; above, the all-pairs ranks of one CTA cost more than two more launches
+CHUNK = 256  # routes ranked by one CTA of the large path: 65,536 compares
+SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
+SCAN_ROWS = 256
+FILL = tl.constexpr(512)  # sentinels a CTA writes at a time
+LIST = tl.constexpr(32)  # blocks whose owner a CTA looks up at a time: a compare with every expert
+PAIRS = tl.constexpr(64)  # ids a chunk is compared with at a time: 64 a thread, no spill
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed(Routed):
+    """Routed plus where each route went: ``position[r]`` in sorted order, -1 when skipped."""
+
+    position: Tensor
+
+
+@triton.jit
+def expert_of(ids_ptr, map_ptr, r, R, E, known):
+    """Local expert of routes ``r``; -1 for masked, negative, foreign or unknown ids."""
+    e = tl.load(ids_ptr + r, mask=r < R, other=-1).to(tl.int32)
+    if map_ptr is not None:
+        e = tl.load(map_ptr + e, mask=(e >= 0) & (e < known), other=-1).to(tl.int32)
+    return tl.where((e >= 0) & (e < E), e, -1)
+
+
+@triton.jit
+def rank_among(ids_ptr, map_ptr, r, e, first, N, R, E, known):
+    """How many routes of ``first .. first + N`` stand before ``r`` and go to the same expert."""
+    rank = tl.zeros_like(e)
+    for at in range(first, first + N, PAIRS):
+        i = at + tl.arange(0, PAIRS)
+        other = expert_of(ids_ptr, map_ptr, i, R, E, known)
+        before = (other[None, :] == e[:, None]) & (i[None, :] < r[:, None])
+        rank += tl.sum(before.to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
+def write_lists(
+    ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts, T, P, E, TOPK,
+    BLOCK: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr, WORKERS: tl.constexpr,
+):  # fmt: skip
+    """All but the routes themselves: counts, offsets, the sentinels, the expert of each block.
+
+    Returns the padded start of each expert, ``(EP,)``. ``counts`` is the histogram ``(EP,)``; of
+    WORKERS CTAs number ``program_id(0)`` pads experts ``pid * EC ...`` and fills its part of the
+    block list.
+    """
+    pid = tl.program_id(0)
+    sentinel = T | (TOPK << 24)
+    e = tl.arange(0, EP)
+    padded = (counts + BLOCK - 1) // BLOCK * BLOCK
+    ends = tl.cumsum(padded, 0)
+    starts = ends - padded
+    total = tl.sum(padded, 0)
+    if pid == 0:
+        tl.store(counts_ptr + e, counts, mask=e < E)
+        tl.store(offsets_ptr + e, starts, mask=e < E)
+        tl.store(offsets_ptr + E, total)
+        tl.store(valid_ptr, total)
+        tl.store(valid_ptr + 1, T)
+    mine = pid * EC + tl.arange(0, EC)
+    is_mine = (e[None, :] == mine[:, None]) & (mine[:, None] < E)
+    first = tl.sum(tl.where(is_mine, (starts + counts)[None, :], 0), 1)
+    last = tl.sum(tl.where(is_mine, ends[None, :], 0), 1)
+    slot = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    tl.store(ids_out + slot, sentinel, mask=slot < last[:, None])
+    tl.store(weights_out + slot, 0.0, mask=slot < last[:, None])
+    for at in range(pid * FILL, P, WORKERS * FILL):  # beyond the last used block
+        p = at + tl.arange(0, FILL)
+        tl.store(ids_out + p, sentinel, mask=(p >= total) & (p < P))
+        tl.store(weights_out + p, 0.0, mask=(p >= total) & (p < P))
+    for at in range(pid * LIST, P // BLOCK, WORKERS * LIST):
+        b = at + tl.arange(0, LIST)
+        owner = tl.sum((ends[None, :] <= b[:, None] * BLOCK).to(tl.int32), 1)
+        owner = tl.where(b * BLOCK < total, owner, -1)
+        tl.store(experts_out + b, owner, mask=b < P // BLOCK)
+    return starts
+
+
+@triton.jit
+def place(
+    ids_out, weights_out, position_ptr, topk_weights_ptr, r, e, rank, starts, R, TOPK,
+):  # fmt: skip
+    """Write routes ``r`` of experts ``e`` at ``starts[e] + rank``; skipped ones get position -1."""
+    real = (r < R) & (e >= 0)
+    at = tl.gather(starts, tl.maximum(e, 0), 0) + rank
+    token = r // TOPK
+    tl.store(ids_out + at, token | ((r - token * TOPK) << 24), mask=real)
+    weight = tl.load(topk_weights_ptr + r, mask=real, other=0.0).to(tl.float32)
+    tl.store(weights_out + at, weight, mask=real)
+    tl.store(position_ptr + r, tl.where(real, at, -1), mask=r < R)
+
+
+@triton.jit
+def route_small(
+    ids_ptr, topk_weights_ptr, map_ptr, ids_out, weights_out, experts_out, valid_ptr, offsets_ptr,
+    counts_ptr, position_ptr, R, T, P, E, known, TOPK,
+    x_ptr, codes_ptr, scales_ptr, K, x_stride,
+    BLOCK: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr,
+    ROUTES: tl.constexpr, ROUTERS: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
+    KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """CTAs 0..ROUTERS-1 route, ROUTES routes each; the others quantise QB rows of x each."""
+    start_dependents(PDL)
+    pid = tl.program_id(0)
+    if pid < ROUTERS:
+        i = tl.arange(0, RP)
+        every = expert_of(ids_ptr, map_ptr, i, R, E, known)
+        counts = tl.histogram(tl.maximum(every, 0), EP, mask=every >= 0)
+        starts = write_lists(
+            ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
+            T, P, E, TOPK, BLOCK, EP, EC, ROUTERS,
+        )  # fmt: skip
+        r = pid * ROUTES + tl.arange(0, ROUTES)
+        e = expert_of(ids_ptr, map_ptr, r, R, E, known)
+        rank = rank_among(ids_ptr, map_ptr, r, e, 0, RP, R, E, known)
+        place(ids_out, weights_out, position_ptr, topk_weights_ptr, r, e, rank, starts, R, TOPK)
+    else:
+        if WRITE is not None:
+            row = (pid - ROUTERS) * QB + tl.arange(0, QB)
+            x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
+            WRITE(x, codes_ptr, scales_ptr, row, row < T, K, QB, KP, UP)
+
+
+@triton.jit
+def count(
+    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, E, known,
+    CHUNK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own."""
+    start_dependents(PDL)
+    chunk = tl.program_id(0)
+    r = chunk * CHUNK + tl.arange(0, CHUNK)
+    e = expert_of(ids_ptr, map_ptr, r, R, E, known)
+    counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
+    k = tl.arange(0, EP)
+    tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
+    tl.store(rank_ptr + r, rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known),
+             mask=r < R)  # fmt: skip
+
+
+@triton.jit
+def scan(
+    chunk_counts_ptr, counts_ptr, chunks, E,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Histograms -> exclusive prefix over the chunks, in place, and the totals."""
+    start_dependents(PDL)
+    e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.int32)
+    for first in range(0, chunks, ROWS):
+        c = first + tl.arange(0, ROWS)
+        mask = (c < chunks)[:, None] & (e < E)[None, :]
+        at = chunk_counts_ptr + c.to(tl.int64)[:, None] * E + e[None, :]
+        counts = tl.load(at, mask=mask, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        total += tl.sum(counts, 0)
+    tl.store(counts_ptr + e, total, mask=e < E)
+
+
+@triton.jit
+def scatter(
+    ids_ptr, topk_weights_ptr, map_ptr, chunk_counts_ptr, totals_ptr, ids_out, weights_out,
+    experts_out, valid_ptr, offsets_ptr, counts_ptr, position_ptr, R, T, P, E, known, TOPK,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr,
+    WORKERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Chunk ``program_id(0)``: place its routes; ``position`` holds their ranks on entry."""
+    start_dependents(PDL)
+    chunk = tl.program_id(0)
+    k = tl.arange(0, EP)
+    counts = tl.load(totals_ptr + k, mask=k < E, other=0)
+    starts = write_lists(
+        ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
+        T, P, E, TOPK, BLOCK, EP, EC, WORKERS,
+    )  # fmt: skip
+    r = chunk * CHUNK + tl.arange(0, CHUNK)
+    e = expert_of(ids_ptr, map_ptr, r, R, E, known)
+    before = tl.load(chunk_counts_ptr + chunk.to(tl.int64) * E + e, mask=e >= 0, other=0)
+    rank = tl.load(position_ptr + r, mask=r < R, other=0) + before
+    place(ids_out, weights_out, position_ptr, topk_weights_ptr, r, e, rank, starts, R, TOPK)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of x that ``route_small`` quantises beside its routing, and where the codes go."""
+
+    x: Tensor
+    codes: Tensor
+    scales: Tensor
+    writer: object
+    up: int
+
+
+def route(
+    topk_ids: Tensor, topk_weights: Tensor, problem: Problem, block: int,
+    expert_map: Tensor | None = None, rows: Rows | None = None,
+) -> Placed:  # fmt: skip
+    """Sort ``topk_ids (T, topk)`` into blocks of ``block`` routes; ``rows`` rides along if small.
+
+    An id of -1, at least E, or mapped to -1 is skipped. ``rows`` may be given only where
+    ``problem.routes <= SMALL``. Every byte of the result is written; nothing is read back.
+    """
+    out = empty_routed(problem, block, topk_ids.device)
+    small = problem.routes <= SMALL
+    (route_few if small else route_many)(
+        topk_ids.contiguous(), topk_weights.contiguous(), expert_map, out, rows
+    )
+    return out
+
+
+def empty_routed(problem: Problem, block: int, device: torch.device) -> Placed:
+    """Uninitialised lists of the sizes that problem and block ask for."""
+    padded = problem.padded_routes(block)
+    ints = [padded, padded // block, 2, problem.experts + 1, problem.experts, problem.routes]
+    ids, experts, valid, offsets, counts, position = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in ints
+    )
+    weights = torch.empty(padded, dtype=torch.float32, device=device)
+    return Placed(ids, weights, experts, valid, offsets, counts, block, problem, position)
+
+
+def lists_of(out: Placed) -> tuple[Tensor, ...]:
+    """The output pointers in the kernels' order."""
+    return (
+        out.sorted_token_ids, out.sorted_weights, out.sorted_expert_ids, out.num_valid_ids,
+        out.expert_offsets, out.expert_counts, out.position,
+    )  # fmt: skip
+
+
+def sizes_of(out: Placed, expert_map: Tensor | None) -> tuple[int, ...]:
+    """R, T, P, E, length of the map, topk."""
+    p = out.problem
+    known = 0 if expert_map is None else expert_map.shape[0]
+    padded = out.sorted_token_ids.shape[0]
+    return p.routes, p.tokens, padded, p.experts, known, p.topk
+
+
+def route_few(
+    ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed, rows: Rows | None
+) -> None:
+    """One launch: routing CTAs of 32 routes, and one CTA for a few rows of x."""
+    p = out.problem
+    ep = pow2(p.experts)
+    routers = max(1, -(-p.routes // 32), min(ep // 32, 8))
+    shape = {"QB": 1, "KP": 1, "num_warps": 8}
+    x, codes, scales, grid = ids, ids, ids, routers
+    if rows is not None:
+        x, codes, scales = rows.x, rows.codes, rows.scales
+        shape |= {**plan(x.shape[1], p.tokens), "num_warps": 8}
+        grid += -(-p.tokens // shape["QB"])
+    route_small[(grid,)](
+        ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map),
+        x, codes, scales, x.shape[-1], x.stride(0),
+        BLOCK=out.block, RP=max(16, pow2(p.routes)), EP=ep, EC=pow2(-(-p.experts // routers)),
+        ROUTES=32, ROUTERS=routers, WRITE=None if rows is None else rows.writer,
+        UP=0 if rows is None else rows.up, **shape, **options(ids.device),
+    )  # fmt: skip
+
+
+def route_many(
+    ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed, rows: Rows | None
+) -> None:
+    """Three launches: chunks counted, prefixes over the chunks, routes scattered."""
+    if rows is not None:
+        raise ValueError(f"rows ride along up to {SMALL} routes only")
+    p = out.problem
+    chunks, ep = -(-p.routes // CHUNK), pow2(p.experts)
+    chunk_counts = torch.empty((chunks, p.experts), dtype=torch.int32, device=ids.device)
+    totals = torch.empty(p.experts, dtype=torch.int32, device=ids.device)
+    R, T, P, E, known, topk = sizes_of(out, expert_map)
+    go = options(ids.device)
+    count[(chunks,)](
+        ids, expert_map, chunk_counts, out.position, R, E, known,
+        CHUNK=CHUNK, EP=ep, num_warps=16, **go,
+    )  # fmt: skip
+    scan[(-(-E // SCAN_COLUMNS),)](
+        chunk_counts, totals, chunks, E, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS, num_warps=8, **go
+    )
+    scatter[(chunks,)](
+        ids, weights, expert_map, chunk_counts, totals, *lists_of(out), R, T, P, E, known, topk,
+        BLOCK=out.block, CHUNK=CHUNK, EP=ep, EC=pow2(-(-E // chunks)), WORKERS=chunks,
+        num_warps=8, **go,
+    )  # fmt: skip
+
+
+@triton.jit
+def mark_positions(ids_ptr, position_ptr, P, T, TOPK, N: tl.constexpr, PDL: tl.constexpr):
+    start_dependents(PDL)
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    packed = tl.load(ids_ptr + at, mask=at < P, other=T)
+    token = packed & 0xFFFFFF
+    tl.store(position_ptr + token * TOPK + (packed >> 24), at, mask=token < T)
+
+
+def placed(routed: Routed) -> Placed:
+    """``routed`` with positions: made here where it came without (another backend, or by hand)."""
+    if isinstance(routed, Placed):
+        return routed
+    p, ids = routed.problem, routed.sorted_token_ids
+    position = torch.full((p.routes,), -1, dtype=torch.int32, device=ids.device)
+    n = ids.shape[0]
+    if n:
+        mark_positions[(-(-n // 1024),)](
+            ids, position, n, p.tokens, p.topk, N=1024, **options(ids.device)
+        )
+    return Placed(
+        ids, routed.sorted_weights, routed.sorted_expert_ids, routed.num_valid_ids,
+        routed.expert_offsets, routed.expert_counts, routed.block, p, position,
+    )  # fmt: skip
