@@ -73,7 +73,7 @@ def gate_up(acc, BN: tl.constexpr, BM: tl.constexpr):
     return tl.reshape(gate, (BN // 2, BM)), tl.reshape(up, (BN // 2, BM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "TOPK", "scale_rows"])
 def gemm1_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, smooth_ptr, h_ptr,
     ids_ptr, weights_ptr, experts_ptr, T, TOPK, H, I, scale_rows, limit, alpha, beta, beta2,  # noqa: E741

@@ -13,7 +13,7 @@ from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Tile, Weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "TOPK", "scale_rows"])
 def gemm2_kernel(
     h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, ids_ptr, experts_ptr,
     T, TOPK, H, I, scale_rows,  # noqa: E741

@@ -50,7 +50,7 @@ def products(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routes"])
 def zero_skipped(
     rows_ptr, position_ptr, routes, N, ROWS: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
 ):

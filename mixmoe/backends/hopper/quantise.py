@@ -177,7 +177,7 @@ def load_rows(x_ptr, row, live, K, stride, KP: tl.constexpr):
     return tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantise_rows(
     x_ptr, codes_ptr, scales_ptr, rows, K, stride, position_ptr,
     WRITE: tl.constexpr, QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
@@ -193,7 +193,7 @@ def quantise_rows(
           QB, KP, UP)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def quantise_smooth(
     x_ptr, smooth_ptr, experts_ptr, position_ptr, codes_ptr, scales_ptr, rows, K, stride, share,
     BLOCK: tl.constexpr,

@@ -28,6 +28,7 @@ SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
 SCAN_ROWS = 256
 FILL = tl.constexpr(512)  # sentinels a CTA writes at a time
 LIST = tl.constexpr(32)  # blocks whose owner a CTA looks up at a time: a compare with every expert
+SIZES = ["R", "T", "P", "E", "known", "TOPK", "chunks"]  # one binary for every count of tokens
 PAIRS = tl.constexpr(64)  # ids a chunk is compared with at a time: 64 a thread, no spill
 
 
@@ -116,7 +117,7 @@ def place(
     tl.store(position_ptr + r, tl.where(real, at, -1), mask=r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def route_small(
     ids_ptr, topk_weights_ptr, map_ptr, ids_out, weights_out, experts_out, valid_ptr, offsets_ptr,
     counts_ptr, position_ptr, R, T, P, E, known, TOPK,
@@ -147,7 +148,7 @@ def route_small(
             WRITE(x, codes_ptr, scales_ptr, row, row < T, K, QB, KP, UP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count(
     ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, E, known,
     CHUNK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
@@ -164,7 +165,7 @@ def count(
              mask=r < R)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan(
     chunk_counts_ptr, counts_ptr, chunks, E,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
@@ -183,7 +184,7 @@ def scan(
     tl.store(counts_ptr + e, total, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scatter(
     ids_ptr, topk_weights_ptr, map_ptr, chunk_counts_ptr, totals_ptr, ids_out, weights_out,
     experts_out, valid_ptr, offsets_ptr, counts_ptr, position_ptr, R, T, P, E, known, TOPK,
@@ -309,7 +310,7 @@ def route_many(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mark_positions(ids_ptr, position_ptr, P, T, TOPK, N: tl.constexpr, PDL: tl.constexpr):
     start_dependents(PDL)
     at = tl.program_id(0) * N + tl.arange(0, N)
