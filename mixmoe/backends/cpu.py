@@ -94,6 +94,11 @@ class CPUBackend:
 
     def gemm1(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """Gate and up GEMM, activation, routing weight if on stage 1, requantisation."""
+        h = self.hidden(x, weights, routed, recipe)
+        return recipe.activation.quantise(h, recipe.rounding)
+
+    def hidden(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Tensor:
+        """What stage 1 requantises: what the codes of any backend's h are judged by."""
         problem = routed.problem
         h = torch.zeros(
             (problem.routes, problem.intermediate), dtype=self.work, device=x.codes.device
@@ -112,7 +117,7 @@ class CPUBackend:
             if recipe.activation.name == "int8_smooth" and weights.w2_smooth is not None:
                 result *= weights.w2_smooth[e].to(self.work)
             h[routes] = result
-        return recipe.activation.quantise(h, recipe.rounding)
+        return h
 
     def gemm2(self, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Tensor:
         """Down GEMM with bias; rows of skipped routes are zero."""
