@@ -7,7 +7,7 @@ stages understand each other; ``route``, ``gemm1`` and ``gemm2`` state what is p
 
 from functools import cache
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,25 @@ class Backend(Protocol):
         self, rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor, deterministic: bool
     ) -> Tensor:
         """``out[t] = sum_k weight[t, k] * rows[t, k]``; writes every element of out."""
+
+
+@runtime_checkable
+class FusedBackend(Protocol):
+    """A backend that can also run the whole layer with stages fused into each other."""
+
+    def layer(
+        self,
+        x: Tensor,
+        weights: Weights,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        recipe: Recipe,
+        *,
+        out: Tensor,
+        expert_map: Tensor | None,
+        deterministic: bool,
+    ) -> Tensor:
+        """route, quantise, gemm1, gemm2, combine: what the five stages compute, in out."""
 
 
 # Name -> "module:attribute" of an instance maker; imported only when asked for.
