@@ -39,13 +39,11 @@ class Layer:
     ``format`` is what expert 0 is stored in.
     """
 
-    def __init__(self, store: Store, config: MoEConfig, family: Family, number: int) -> None:
-        self.store, self.config, self.family, self.number = store, config, family, number
-        blocks = moe_blocks(store, family)
-        if number not in blocks:
-            legal = f"one of {', '.join(map(str, blocks))}" if blocks else None
-            raise MixMoEError(f"layer must be a MoE layer of {store.folder}", number, legal)
-        self.prefix = blocks[number]
+    def __init__(
+        self, store: Store, config: MoEConfig, family: Family, number: int, prefix: str
+    ) -> None:
+        self.store, self.config, self.family = store, config, family
+        self.number, self.prefix = number, prefix
         self.layout, self.suffixes = self._routed_layout()
         self.format = self._projection(self.layout, self.suffixes, "gate", 0).format
 

@@ -97,22 +97,20 @@ def iter_layers(folder: str | Path, **options: object) -> Iterator[tuple[int, We
         options["format"] = format_named(options["format"])  # type: ignore[arg-type]
     choice = Choice(**options)  # type: ignore[arg-type]
     opened = Opened(folder)
-    for number in opened.numbers:
+    for number in opened.blocks:
         yield number, _load(opened(number), choice)
 
 
 def layers(folder: str | Path) -> list[LayerInfo]:
     """Every MoE layer of a checkpoint with its sizes and storage; reads headers alone."""
     opened = Opened(folder)
-    return [opened(number).info for number in opened.numbers]
+    return [opened(number).info for number in opened.blocks]
 
 
 def detect(folder: str | Path) -> LayerInfo:
     """The first MoE layer; MixMoEError when the folder is no checkpoint this library reads."""
     opened = Opened(folder)
-    if not opened.numbers:
-        raise MixMoEError("the checkpoint must hold MoE layers", f"none in {folder}")
-    return opened(opened.numbers[0]).info
+    return opened(next(iter(opened.blocks))).info
 
 
 def load_router(folder: str | Path, layer: int, device: torch.device | str = "cpu") -> Router:
@@ -131,10 +129,17 @@ class Opened:
         self.family, _ = family_of(folder)
         self.config = moe_config(folder)
         self.store = Store(folder)
-        self.numbers = list(moe_blocks(self.store, self.family))
+        self.blocks = moe_blocks(self.store, self.family)
+        if not self.blocks:
+            raise MixMoEError("the checkpoint must hold MoE layers", f"none in {folder}")
 
     def __call__(self, number: int) -> Layer:
-        return Layer(self.store, self.config, self.family, number)
+        if number not in self.blocks:
+            legal = f"one of {', '.join(map(str, self.blocks))}"
+            raise MixMoEError(
+                f"layer must be a MoE layer of {self.store.folder.name}", number, legal
+            )
+        return Layer(self.store, self.config, self.family, number, self.blocks[number])
 
 
 def _load(layer: Layer, choice: Choice) -> Weights:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mixmoe.checkpoint.store import Entry
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import (
+    E8M0_NAN,
     SCALE_STORAGE,
     Element,
     Format,
@@ -98,23 +99,25 @@ class Matrix:
         """Write the scales of a cut into ``out``, repeated where ``target`` has smaller blocks."""
         if self.scales is None:
             return
-        down = self.first + self.step * torch.arange(rows.start, rows.stop, target.rows)
-        picked = self.scales[down // self.format.rows]
+        first, step = self.first, self.step
+        down = range(first + step * rows.start, first + step * rows.stop, step * target.rows)
+        picked = self.scales[_blocks(down, self.format.rows)]
         if self.format.cols:
-            across = torch.arange(cols.start, cols.stop, target.cols) // self.format.cols
-            picked = picked[:, across]
+            across = range(cols.start, cols.stop, target.cols)
+            picked = picked[:, _blocks(across, self.format.cols)]
         self._check_scales(picked)
         out.copy_(_in_storage(picked, self.format))
 
     def _check_scales(self, scales: Tensor) -> None:
         e8m0 = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
-        bad = scales.view(torch.uint8) == 0xFF if e8m0 else ~torch.isfinite(scales)
-        if bad.any():
-            at = tuple(int(i) for i in bad.nonzero()[0])
-            value = "E8M0 NaN (0xFF)" if e8m0 else float(scales[at])
-            raise MixMoEError(
-                f"{self.scales_name}: scales must be finite", f"{value} at {at} of what is loaded"
-            )
+        if int(scales.view(torch.uint8).amax()) < E8M0_NAN if e8m0 else _finite(scales):
+            return
+        bad = scales.view(torch.uint8) == E8M0_NAN if e8m0 else ~torch.isfinite(scales)
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        value = "E8M0 NaN (0xFF)" if e8m0 else float(scales[at])
+        raise MixMoEError(
+            f"{self.scales_name}: scales must be finite", f"{value} at {at} of what is loaded"
+        )
 
     def cut(self, rows: slice, cols: slice, target: Format) -> Quantised:
         """A copy of some rows and columns with the scales of ``target``'s blocks; values equal."""
@@ -124,6 +127,13 @@ class Matrix:
         if made.scales is not None:
             self.copy_scales(rows, cols, target, made.scales)
         return made
+
+
+def _blocks(places: range, block: int) -> slice | Tensor:
+    """Indices of the blocks that hold these places: a slice (a view) unless one is repeated."""
+    if places.step % block:
+        return torch.tensor(places) // block
+    return slice(places[0] // block, places[-1] // block + 1, places.step // block)
 
 
 def empty(shape: tuple[int, ...], fmt: Format, device: torch.device | str) -> Quantised:
