@@ -150,6 +150,8 @@ def dress(axis: Any, title: str, x: str, y: str, base: int = 2) -> None:
     """Logarithmic axes, grid, labels."""
     axis.set_xscale("log", base=base)
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter("{x:g}")
     axis.set_title(title, fontsize=11)
     axis.set_xlabel(x)
     axis.set_ylabel(y)

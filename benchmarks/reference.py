@@ -48,7 +48,13 @@ def _per_expert(case: Case, numbers: Numbers, routes: Tensor, a: Tensor, which: 
 
 
 def expected(case: Case, entry: Entry, run: Run, index: Tensor) -> Tensor:
-    """The float64 rows that `run.rows(index)` should show."""
+    """The float64 rows that `run.rows(index)` should show, made once for all who show the same."""
+    key = ("expected", entry.recipe, entry.stage, run.shows, run.activation, *index.tolist())
+    rows: Tensor = case.memo.once(key, lambda: _expected(case, entry, run, index))
+    return rows
+
+
+def _expected(case: Case, entry: Entry, run: Run, index: Tensor) -> Tensor:
     numbers = RECIPES[entry.recipe]
     activation = run.activation or case.shape.activation
     if run.shows is Shows.GATE_UP:

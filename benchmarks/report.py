@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .registry import OURS
 from .results import Row, best_rival
 
+WIDTH = 170  # columns, where the output is a file
 STAGES = ("stage1", "stage2", "layer")
 
 
@@ -34,7 +36,7 @@ def print_all(
     console: Console | None = None,
 ) -> None:
     """Everything that a results file holds."""
-    out = console or Console(width=None if Console().is_terminal else 150)
+    out = console or Console(width=None if Console().is_terminal else WIDTH)
     versions = ", ".join(f"{k} {v}" for k, v in about.get("rivals", {}).items())
     out.print(
         f"[bold]{about['device']}[/bold], torch {about['torch']}, triton {about['triton']}, "
@@ -50,9 +52,9 @@ def print_all(
                     out.print(provider_table(f"{shape} {stage}, {flush} L2, us", here, stage))
     out.print(error_table(rows))
     for line in dict.fromkeys(left_out_lines(rows)):
-        out.print(f"  {line}")
+        out.print(f"  {escape(line)}")
     for item in failures(about.get("left_out", [])):
-        out.print(f"  [yellow]left out[/yellow] {item}")
+        out.print(f"  [yellow]left out[/yellow] {escape(item)}")
 
 
 def summary_table(title: str, rows: Sequence[Row]) -> Table:
@@ -61,8 +63,8 @@ def summary_table(title: str, rows: Sequence[Row]) -> Table:
     table.add_column("T", justify="right")
     table.add_column("experts", justify="right")
     for stage in STAGES:
-        for head in (f"{stage}: roof", "best rival", OURS, "of roof", "faster"):
-            table.add_column(head, justify="right")
+        for head in (f"{stage}: roof", "best rival", OURS, "faster"):
+            table.add_column(head, justify="right", no_wrap=True)
     rivals, ours = best_rival(rows), ours_of(rows)
     for tokens in sorted({row.tokens for row in rows}):
         here = [row for row in rows if row.tokens == tokens]
@@ -75,17 +77,21 @@ def summary_table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def summary_cells(ours: Row | None, rival: Row | None) -> list[str]:
-    """roof, best rival, ours, fraction of the roof, rival / ours."""
+    """roof, best rival, ours with its fraction of the roof, rival / ours."""
     roof = ours or rival
     theirs = f"{rival.us:.1f} {rival.provider}" if rival else "-"
     if ours is None:
-        return [f"{roof.roof_us:.1f}" if roof else "-", theirs, "-", "-", "-"]
+        return [f"{roof.roof_us:.1f}" if roof else "-", theirs, "-", "-"]
     gain = "-"
     if rival:
         ratio = rival.us / ours.us
         gain = f"[{'green' if ratio > 1 else 'red'}]{ratio:.2f}x[/]"
-    cells = [f"{ours.roof_us:.1f}", theirs, f"[bold]{ours.us:.1f}[/bold]"]
-    return [*cells, f"{ours.of_roof:.0%}", gain]
+    return [
+        f"{ours.roof_us:.1f}",
+        theirs,
+        f"[bold]{ours.us:.1f}[/bold] ({ours.of_roof:.0%})",
+        gain,
+    ]
 
 
 def provider_table(title: str, rows: Sequence[Row], stage: str) -> Table:
@@ -151,13 +157,25 @@ def left_out_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def failures(left_out: Iterable[dict[str, Any]]) -> list[str]:
-    """One line per provider, stage and reason, with where it happened."""
-    places: dict[tuple[str, str, str], list[str]] = {}
+    """One line per reason: who, which stages, where."""
+    found: dict[str, dict[str, list[str]]] = {}
     for item in left_out:
-        at = (item["provider"], item["stage"], item["reason"])
-        place = item["shape"] + (f" T {item['tokens']}" if item["tokens"] else "")
-        places.setdefault(at, []).append(place)
+        lists = found.setdefault(item["reason"], {"provider": [], "stage": [], "place": []})
+        place = item["shape"] + (f" T {item['tokens']}" if item["tokens"] else " shapes")
+        for name, value in (
+            ("provider", item["provider"]),
+            ("stage", item["stage"]),
+            ("place", place),
+        ):
+            if value not in lists[name]:
+                lists[name].append(value)
     return [
-        f"{provider} {stage}: {reason} ({', '.join(where[:4])}{', ...' if len(where) > 4 else ''})"
-        for (provider, stage, reason), where in places.items()
+        f"{few(lists['provider'])}; {few(lists['stage'])}; {few(lists['place'])}: {reason}"
+        for reason, lists in found.items()
     ]
+
+
+def few(words: Sequence[str], most: int = 6) -> str:
+    """The words, or the first of them and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

@@ -8,6 +8,7 @@ bounds it: 305 us at T 8192, topk 8, H 7168 on one H200 (2026-11-22), where the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,9 +102,9 @@ class Roofs:
     buffer: Tensor | None = None
 
     def read_us(self, flush: Flush, nbytes: int) -> float:
-        """A plain read of `nbytes` (rounded up to 64 KiB) with the best of READ_TILES, which is
+        """A plain read of `nbytes` (to half a per cent) with the best of READ_TILES, which is
         looked for once per power of two."""
-        size = -(-nbytes // (1 << 16)) << 16
+        size = near(nbytes)
         if (flush, size) not in self.reads:
             readers, octave = self._readers(size), (flush, size.bit_length())
             if octave in self.tiles:
@@ -147,7 +148,7 @@ class Roofs:
         clock = self.clocks[flush]
         for call in calls.values():
             call()
-        captured = {name: clock.capture(call, budget_us=1500) for name, call in calls.items()}
+        captured = {name: clock.capture(call, budget_us=600) for name, call in calls.items()}
         return {name: timing.us for name, timing in clock.compare(captured, rounds=5).items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -165,6 +166,13 @@ class Roofs:
                 for (f, t, k, h), us in self.reductions.items()
             ],
         }
+
+
+def near(nbytes: int, steps: int = 64) -> int:
+    """The nearest of `steps` sizes per octave, a multiple of 16: cases of about the same size
+    share one measurement."""
+    size = 2.0 ** (round(math.log2(max(nbytes, 1)) * steps) / steps)
+    return max(16, round(size / 16) * 16)
 
 
 def dense_gemm(kind: str, device: str) -> Callable[[], object]:

@@ -8,9 +8,11 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -64,6 +66,13 @@ def prepare(entry: Entry, case: Case) -> Prepared:
     return Prepared(entry, run, error, entry.deterministic and same)
 
 
+def compiled(entry: Entry, case: Case) -> Prepared:
+    """Built and run once, unchecked: what fills the compile caches."""
+    run = entry.build(case)
+    run.call()
+    return Prepared(entry, run, 0.0, entry.deterministic)
+
+
 @dataclass(slots=True)
 class Worker:
     """Runs a plan on one device."""
@@ -76,6 +85,7 @@ class Worker:
     device: str = "cuda"
     synchronise: Callable[[], None] = torch.cuda.synchronize
     started: float = field(default_factory=time.monotonic)
+    spent: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> None:
         """Every shape gets an equal share of the time that is left when it comes."""
@@ -99,13 +109,15 @@ class Worker:
         begin = time.monotonic()
         for stage in map(Stage, self.plan.stages):
             prepared = self._prepare(case, stage, skew)
-            if not self.plan.warm:
-                for flush in map(Flush, self.plan.flushes):
-                    self._measure(case, skew, flush, prepared)
+            self.spent["set-up"] += time.monotonic() - begin
+            for flush in () if self.plan.warm else map(Flush, self.plan.flushes):
+                self._measure(case, skew, flush, prepared)
             prepared.clear()
+            begin = time.monotonic()
         tidy()
-        seconds = time.monotonic() - begin
-        say(f"{case.shape.name} T {case.tokens} {skew.value}: {seconds:.1f} s")
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.spent.items())
+        say(f"{case.shape.name} T {case.tokens} {skew.value}: {spent} s")
+        self.spent.clear()
 
     def _present(self, entry: Entry) -> bool:
         reason = registry.why_missing(entry)
@@ -129,7 +141,9 @@ class Worker:
                 continue
             try:
                 with self._limit(entry, case):
-                    prepared.append(prepare(entry, case))
+                    prepared.append(
+                        compiled(entry, case) if self.plan.warm else prepare(entry, case)
+                    )
             except Exception as error:
                 self._fail(entry, case, error)
         return prepared
@@ -148,16 +162,22 @@ class Worker:
     def _measure(self, case: Case, skew: Skew, flush: Flush, prepared: list[Prepared]) -> None:
         """All providers of a stage in turn, under one flush."""
         clock, captured = self.clocks[flush], dict[str, Captured]()
+        marks = [time.monotonic()]
         for item in prepared:
             try:
                 with self._limit(item.entry, case):
                     captured[item.entry.label] = clock.capture(item.run.call)
             except Exception as error:
                 self._fail(item.entry, case, error)
+        marks.append(time.monotonic())
         times = clock.compare(captured)
+        marks.append(time.monotonic())
         for item in prepared:
             if item.entry.label in times:
                 self._record(case, skew, flush, item, times[item.entry.label])
+        marks.append(time.monotonic())
+        for name, (start, end) in zip(("capture", "replay", "roofs"), pairwise(marks), strict=True):
+            self.spent[name] += end - start
 
     def _record(self, case: Case, skew: Skew, flush: Flush, item: Prepared, timing: Timing) -> None:
         entry, routing = item.entry, case.routing

@@ -1,0 +1,402 @@
+"""A run of the benchmark with a fake clock: who is measured, who is named, what is written."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_toys import TINY, entry_of, plain_gate_up
+from rich.console import Console
+from typer.testing import CliRunner
+
+from benchmarks import counts, plots, registry, report, results, run
+from benchmarks.case import Case, Model
+from benchmarks.counts import Stage
+from benchmarks.plan import Plan
+from benchmarks.registry import Run, Shows, Unsupported
+from benchmarks.results import Journal, LeftOut, Row
+from benchmarks.roofs import near
+from benchmarks.routing import Skew
+from benchmarks.shapes import SHAPES
+from benchmarks.worker import Poisoned, Worker, prepare
+from mixmoe import bench_cli
+from mixmoe.timing import Flush, Timing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case.random(Model.random(TINY, "cpu"), 9, Skew.UNIFORM)
+
+
+# --- registry
+
+
+def test_the_rivals_of_the_issue_are_there():
+    entries = registry.load()
+    plugins = {e.plugin for e in entries if e.provider != registry.OURS}
+    assert plugins >= {"humming", "triton_kernels", "deepgemm", "torch_grouped"}
+    recipes = {(e.provider.split("_")[0], e.recipe) for e in entries}
+    assert {("humming", "a8w4"), ("humming", "a16w4"), ("deepgemm", "a8w8_block")} <= recipes
+    for name in ("a8w4", "a8w4_mx", "a4w4", "a16w4", "a8w8", "a16w16"):
+        stages = {e.stage for e in entries if (e.provider, e.recipe) == ("mixmoe", name)}
+        assert stages == set(Stage)
+    assert all(e.recipe in counts.RECIPES for e in entries)
+
+
+def test_choosing_rivals_and_recipes():
+    entries = registry.load()
+    none = registry.choose(entries, "none", ["a8w4"])
+    assert none and all(e.provider == "mixmoe" and e.recipe == "a8w4" for e in none)
+    some = registry.choose(entries, "humming,deepgemm", [])
+    assert {e.plugin for e in some} == {"humming", "deepgemm"}
+    with pytest.raises(ValueError, match="no such rival.*marlin"):
+        registry.choose(entries, "marlin", ["a8w4"])
+
+
+def test_two_providers_of_one_name_are_refused(monkeypatch):
+    monkeypatch.setattr(registry, "ENTRIES", [])
+    add = registry.provider("toy", Stage.STAGE1, recipe="a8w4")
+    add(lambda case: None)
+    with pytest.raises(ValueError, match="two providers"):
+        add(lambda case: None)
+    registry.provider("toy", Stage.STAGE2, recipe="a8w4")(lambda case: None)
+
+
+def test_a_missing_module_is_named():
+    assert registry.why_missing(entry_of(Stage.LAYER, needs=("json",))) is None
+    reason = registry.why_missing(entry_of(Stage.LAYER, needs=("no_such_rival",)))
+    assert reason is not None and "no_such_rival" in reason
+    assert registry.one_line(RuntimeError("\n\n a \n b")) == "RuntimeError:"
+    assert len(registry.one_line("x" * 999)) == 200
+
+
+# --- the worker
+
+
+class FakeClock:
+    """Gives 10 us to the first provider captured, 11 to the second and so on."""
+
+    def capture(self, call, **_):
+        call()
+        return call
+
+    def compare(self, captured, rounds=7):
+        return {name: Timing(10.0 + i, 0.5, rounds) for i, name in enumerate(captured)}
+
+
+class FakeRoofs:
+    def read_us(self, flush, nbytes):
+        return 1.9 + nbytes / 4.48e6
+
+    def tflops(self, kind):
+        return 1486.0
+
+    def reduction_us(self, flush, made, hidden):
+        return 0.0
+
+    def as_json(self):
+        return {"dense_tflops": {"fp8": 1486.0}, "read_us": [], "reduction_us": []}
+
+
+def right(case):
+    out = plain_gate_up(case, case.model.weights("bf16")[0].codes)
+    return Run(lambda: None, lambda routes: out[routes], Shows.GATE_UP)
+
+
+def wrong(case):
+    out = right(case)
+    return dataclasses.replace(out, rows=lambda routes: out.rows(routes) * 1.5)
+
+
+def refusing(case):
+    raise Unsupported("H must be odd")
+
+
+def varying(case):
+    good, calls = right(case), []
+    return dataclasses.replace(
+        good, call=lambda: calls.append(1), rows=lambda r: good.rows(r) * (1 + 1e-9 * len(calls))
+    )
+
+
+def make_worker(tmp_path, monkeypatch, builds, *, resume=False, synchronise=lambda: None, **plan):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    fields = {"shapes": ("tiny",), "tokens": (1, 9), "stages": ("stage1",), "out": str(tmp_path)}
+    made = Plan(**fields | plan)
+    entries = [entry_of(Stage.STAGE1, provider=name, build=build) for name, build in builds.items()]
+    journal = Journal(tmp_path / "journal.jsonl", resume=resume)
+    clocks = {flush: FakeClock() for flush in Flush}
+    return Worker(
+        made, journal, entries, clocks, FakeRoofs(), device="cpu", synchronise=synchronise
+    )
+
+
+def test_every_provider_is_measured_or_named(tmp_path, monkeypatch):
+    builds = {"right": right, "wrong": wrong, "refusing": refusing}
+    worker = make_worker(tmp_path, monkeypatch, builds)
+    worker.run()
+    seen = {(r.provider, r.tokens, r.routing, r.flush) for r in worker.journal.rows}
+    want = itertools.product(["right"], [1, 9], ["uniform", "zipf"], ["clean", "dirty"])
+    assert seen == set(want)
+    reasons = {item.provider: item.reason for item in worker.journal.left_out}
+    assert "wrong result" in reasons["wrong [a16w16]"]
+    assert "H must be odd" in reasons["refusing [a16w16]"]
+    row = worker.journal.rows[0]
+    assert row.us == 10.0 and row.spread == 0.5 and row.worst_row_error < 1e-9
+    assert row.roof_us == pytest.approx(1.9 + row.nbytes / 4.48e6, abs=1e-3)
+
+
+def test_ours_must_keep_its_word_on_determinism(case):
+    with pytest.raises(ArithmeticError, match="deterministic"):
+        prepare(entry_of(Stage.STAGE1, provider="mixmoe", build=varying), case)
+    assert prepare(entry_of(Stage.STAGE1, build=right), case).deterministic
+    assert not prepare(entry_of(Stage.STAGE1, build=varying), case).deterministic
+
+
+def test_a_resumed_run_measures_only_what_is_missing(tmp_path, monkeypatch):
+    first = make_worker(tmp_path, monkeypatch, {"right": right}, tokens=(1,))
+    first.run()
+    built = []
+
+    def counting(case):
+        built.append(case.tokens)
+        return right(case)
+
+    builds = {"right": counting}
+    again = make_worker(tmp_path, monkeypatch, builds, tokens=(1, 9), resume=True)
+    again.run()
+    assert built == [9, 9], "uniform and zipf of the new count"
+    assert len(again.journal.rows) == 8
+
+
+def test_a_failure_is_not_tried_again(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"refusing": refusing}, tokens=(1,))
+    worker.run()
+    assert len(worker.journal.left_out) == 1, "uniform failed, zipf is the same case"
+
+
+def test_a_lost_context_ends_the_process_with_the_failure_noted(tmp_path, monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    worker = make_worker(tmp_path, monkeypatch, {"bad": refusing}, synchronise=lost)
+    with pytest.raises(Poisoned):
+        worker.run()
+    noted = Journal(tmp_path / "journal.jsonl", resume=True)
+    assert [item.provider for item in noted.left_out] == ["bad [a16w16]"]
+
+
+def test_a_run_out_of_time_stops(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right}, seconds=0.0)
+    worker.run()
+    assert worker.journal.rows == []
+
+
+def test_sizes_are_shared_to_half_a_per_cent():
+    sizes = [17 * 1.003**i for i in range(4000)]
+    assert all(abs(near(round(size)) / size - 1) < 0.0056 for size in sizes if size > 1e5)
+    assert near(1) == near(0) == 16 and near(1 << 20) == 1 << 20
+
+
+def test_a_warm_run_times_nothing(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right, "no": refusing}, warm=True)
+    worker.run()
+    assert worker.journal.rows == [] and worker.journal.left_out
+
+
+# --- results, report, plots
+
+
+def row(provider="mixmoe", us=20.0, tokens=8, stage="stage1", **changes):
+    fields = {
+        "provider": provider,
+        "shape": "dsv3_tp8",
+        "recipe": "a8w4",
+        "tokens": tokens,
+        "stage": stage,
+        "flush": "clean",
+        "deterministic": True,
+        "us": us,
+        "spread": 0.4,
+        "roof_us": 10.0,
+        "worst_row_error": 2e-3,
+        "routing": "uniform",
+        "accumulate": "precise",
+        "active_experts": 57,
+        "nbytes": 44_800_000,
+        "flops": 10**9,
+        "roof_by": "read",
+        "compared": "x",
+        "leaves_out": "",
+    }
+    return Row(**fields | changes)
+
+
+PUBLISHED = (
+    "provider",
+    "shape",
+    "recipe",
+    "tokens",
+    "stage",
+    "flush",
+    "deterministic",
+    "us",
+    "spread",
+    "roof_us",
+    "worst_row_error",
+)
+
+
+def test_the_file_has_the_published_schema(tmp_path):
+    path = tmp_path / "h200.json"
+    results.save(path, results.meta("NVIDIA H200", "abc"), [row(), row("deepgemm", 30.0)])
+    body = json.loads(path.read_text())
+    assert set(body) == {"meta", "rows"}
+    assert set(body["meta"]) >= {"device", "torch", "triton", "commit", "date"}
+    assert body["meta"]["commit"] == "abc"
+    for made in body["rows"]:
+        assert tuple(made)[:11] == PUBLISHED
+    about, rows = results.load(path)
+    assert about["device"] == "NVIDIA H200" and rows == [row(), row("deepgemm", 30.0)]
+
+
+def test_a_number_that_json_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError):
+        results.save(tmp_path / "x.json", {}, [row(us=float("nan"))])
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_the_journal_survives_being_cut(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, resume=False)
+    journal.add(row(), "mixmoe [a8w4]")
+    journal.add(LeftOut("x", "s", 1, "stage1", "why"))
+    journal.note_roofs({"dense_tflops": {"fp8": 1.0}})
+    path.write_text(path.read_text() + '["row", {"prov')
+    again = Journal(path, resume=True)
+    assert again.rows == [row()] and again.left_out == journal.left_out
+    assert again.measured == journal.measured and again.roofs == journal.roofs
+    assert Journal(path, resume=False).rows == []
+
+
+def test_the_best_rival_is_a_rival_and_the_best():
+    rows = [row(us=5.0), row("a", 30.0), row("b", 25.0), row("c", 1.0, flush="dirty")]
+    best = results.best_rival(rows)
+    assert best["dsv3_tp8", 8, "stage1", "uniform", "clean"].provider == "b"
+    assert best["dsv3_tp8", 8, "stage1", "uniform", "dirty"].provider == "c"
+
+
+def test_rates_and_fractions():
+    assert row().rate == "2.24 TB/s" and row().of_roof == 0.5
+    assert row(roof_by="dense GEMM", flops=2 * 10**10).rate == "1000 TFLOP/s"
+
+
+def test_the_report_shows_ours_beside_theirs_and_names_who_is_missing():
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    rows = [row(us=20.0), row("humming_fp8", 34.4, leaves_out="activation"), row("deepgemm", 49.2)]
+    left = [dataclasses.asdict(LeftOut("triton_kernels", "all", 0, "layer", "does not import"))]
+    about = results.meta("NVIDIA H200", "abcdef") | {"left_out": left}
+    report.print_all(about, rows, detail=True, console=console)
+    text = console.export_text()
+    for part in (
+        "34.4 humming_fp8",
+        "20.0 (50%)",
+        "1.72x",
+        "triton_kernels",
+        "does not import",
+        "leaves out: activation",
+        "49.2",
+        "2.0e-03",
+    ):
+        assert part in text, part
+    assert report.summary_cells(row(us=50.0), row("a", 40.0))[3] == "[red]0.80x[/]"
+
+
+def test_plots_are_drawn(tmp_path):
+    rows = [
+        row(name, us * tokens**0.5, tokens, stage)
+        for name, us in (("mixmoe", 5.0), ("humming_fp8", 9.0))
+        for tokens in (1, 8, 64)
+        for stage in report.STAGES
+    ]
+    roofs = {"dense_tflops": {"fp8": 1486.0}, "read_us": [{"bytes": 10**8, "us": 24.0}]}
+    about = results.meta("NVIDIA H200", "abc") | {"roofs": roofs}
+    drawn = plots.draw_all(about, rows, tmp_path)
+    assert [path.name for path in drawn] == ["time-dsv3_tp8.png", "roofline.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 9000 for path in drawn)
+
+
+def test_the_file_is_named_after_the_device():
+    assert run.file_name("NVIDIA H200") == "h200"
+    assert run.file_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
+
+
+GLUE = """
+import torch
+from benchmarks.glue import activate_quantise, gather_quantise, weighted_sum
+from benchmarks.operands import activate, quantise_fp8
+
+def same(got, want):
+    # Triton 3.6.0's interpreter rounds to fp8 with ties away and loses the carry into the
+    # exponent (126.1 -> 64): a few codes may differ, by one step or by that factor of two
+    carry, step = got * 2 == want, (got - want).abs() <= want.abs() / 8
+    assert (carry | step).all() and (got != want).float().mean() < 0.06
+
+torch.manual_seed(0)
+x = torch.randn(5, 384).bfloat16()
+source = torch.tensor([3, -1, 0, 4], dtype=torch.int32)
+for group in (384, 128):
+    want = quantise_fp8(x, (1, group))
+    codes = torch.zeros(4, 384, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(384 // group, 4).T  # as DeepGEMM wants them: rows innermost
+    gather_quantise(x, source, codes, scales, group)
+    rows, kept = source[[0, 2, 3]].long(), torch.tensor([0, 2, 3])
+    torch.testing.assert_close(scales[kept], want.scales[rows])
+    same(codes.float()[kept], want.codes.float()[rows])
+    assert not codes.float()[1].any() and not scales[1].any(), "a skipped row is not written"
+for group, name in ((192, "silu"), (128, "swiglu")):
+    gate_up = torch.randn(4, 384).bfloat16() * 3
+    want = quantise_fp8(activate(name, gate_up.float()), (1, group))
+    h = torch.zeros(4, 192, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(4, -(-192 // group))
+    activate_quantise(gate_up, h, scales, group, name, keep=source)
+    torch.testing.assert_close(scales[kept], want.scales[kept], rtol=1e-5, atol=0)
+    same(h.float()[kept], want.codes.float()[kept])
+    assert not h.float()[1].any()
+rows, place = torch.randn(6, 96).bfloat16(), torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
+weights, y = torch.tensor([[0.25, 0.5], [1.0, 2.0]]), torch.zeros(2, 96).bfloat16()
+weighted_sum(rows, place, weights, y)
+want = (rows.float()[place.long()] * weights.unsqueeze(-1)).sum(1)
+torch.testing.assert_close(y, want.bfloat16())
+"""
+
+
+def test_the_glue_between_the_rivals_gemms():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", GLUE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_command_says_what_it_needs():
+    answer = CliRunner().invoke(bench_cli.app, ["--rivals", "none", "--shape", "nope"])
+    assert answer.exit_code != 0 and "no such shape" in answer.output
+    if not torch.cuda.is_available():
+        answer = CliRunner().invoke(bench_cli.app, ["--rivals", "none"])
+        assert answer.exit_code != 0 and "CUDA device" in answer.output
+
+
+def test_the_command_shows_a_results_file(tmp_path):
+    path = tmp_path / "h200.json"
+    results.save(path, results.meta("NVIDIA H200", "abc"), [row(), row("deepgemm", 30.0)])
+    answer = CliRunner().invoke(bench_cli.app, ["--show", str(path)])
+    assert answer.exit_code == 0, answer.output
+    assert "deepgemm" in answer.output and (tmp_path / "roofline.png").exists()
