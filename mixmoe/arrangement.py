@@ -1,10 +1,11 @@
 """The order of one matrix in memory, and of the bits in a word.
 
 An :class:`Arrangement` is a pattern of :func:`mixmoe.layout.arrange`: a permutation of the padded
-matrix. Packing is the view and permute that the layout's strides spell out, one expert at a time.
+matrix. Packing is the view and permute that the layout's strides spell out, matrix by matrix.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from mixmoe.errors import MixMoEError
 from mixmoe.layout import Layout, arrange, coarsen, right_inverse
 
 WIDE_ITEM = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# A gather by a ready index is 10 times as fast as a strided copy of 2-byte pieces (0.5 against 5.2
+# ms for 512 x 7168 codes, one CPU thread, 2026-11-24); the index is int32, at most 128 MB.
+INDEX_LIMIT = 1 << 25
 MOVE_CHUNK = 1 << 20  # words whose bits are moved at a time: 12 MB of temporaries stay in cache
 
 
@@ -101,62 +105,72 @@ class Arrangement:
         kept = kept.replace("( ", "(").replace(" )", ")")
         return Arrangement(kept, tuple(s for s in self.sizes if s[0] not in names))
 
-    def store(self, x: Tensor, out: Tensor, per_item: int = 1) -> None:
-        """Reorder the matrix ``x: (R, C)`` into its padded storage ``out: (R', C')``.
+    def pack(self, matrices: Iterable[Tensor], out: Tensor, per_item: int = 1) -> None:
+        """Reorder each of the ``matrices: (R, C)`` into its padded storage in ``out: (E, R', C')``.
 
-        ``per_item`` columns of the pattern share one element of ``x``: 2 for 4-bit codes in bytes.
+        ``per_item`` columns of the pattern share one element of a matrix: 2 for 4-bit codes in
+        bytes. Padding is ``fill``.
         """
-        rows, items = out.shape
-        source = x if x.shape == out.shape else x.new_full((rows, items), self.fill)
-        if source is not x:
-            self._used(source, x.shape).copy_(x.view(self.halves, -1, x.shape[1]))
-        to, come = _views(out, source, coarsen(self.layout(rows, items * per_item), per_item))
-        to.copy_(come)
+        move = self._mover(out[0], per_item, back=False)
+        for x, storage in zip(matrices, out, strict=True):
+            source = contiguous(x)
+            if x.shape != storage.shape:
+                source = x.new_full(storage.shape, self.fill)
+                self._used(source, x.shape).copy_(x.reshape(self.halves, -1, x.shape[1]))
+            move(source, storage)
 
-    def load(self, stored: Tensor, out: Tensor, per_item: int = 1) -> None:
-        """The inverse of :meth:`store`: fill the matrix ``out: (R, C)`` from its storage."""
-        rows, items = stored.shape
-        whole = out if out.shape == stored.shape else torch.empty_like(stored)
-        come, to = _views(stored, whole, coarsen(self.layout(rows, items * per_item), per_item))
-        to.copy_(come)
-        if whole is not out:
-            out.view(self.halves, -1, out.shape[1]).copy_(self._used(whole, out.shape))
+    def unpack(self, storages: Iterable[Tensor], out: Tensor, per_item: int = 1) -> None:
+        """The inverse of :meth:`pack`: fill ``out: (E, R, C)`` from storages ``(R', C')``."""
+        move = None
+        for storage, x in zip(storages, out, strict=True):
+            move = move or self._mover(storage, per_item, back=True)
+            whole = x if x.shape == storage.shape else torch.empty_like(storage)
+            move(contiguous(storage), whole)
+            if whole is not x:
+                x.view(self.halves, -1, x.shape[1]).copy_(self._used(whole, x.shape))
 
     def _used(self, padded: Tensor, shape: torch.Size) -> Tensor:
         view = padded.view(self.halves, -1, padded.shape[1])
         return view[:, : shape[0] // self.halves, : shape[1]]
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Reorder each matrix of ``x: (E, R, C)`` into ``(E, R', C')``, its padded storage."""
-        out = x.new_empty((x.shape[0], *self.padded(*x.shape[1:])))
-        for matrix, storage in zip(x, out, strict=True):
-            self.store(contiguous(matrix), storage)
-        return out
+    def _mover(
+        self, like: Tensor, per_item: int, back: bool
+    ) -> Callable[[Tensor, Tensor], object]:
+        """A function (source, out) that reorders a padded matrix into storage, or ``back``."""
+        rows, items = like.shape
+        layout = coarsen(self.layout(rows, items * per_item), per_item)
+        run = next((size for size, stride in layout[1].flat if stride == 1 and size > 1), 1)
+        unit = math.gcd(run, 8 // like.itemsize)
+        wide = WIDE_ITEM[unit * like.itemsize]
+        row_mode, col_mode = coarsen(layout, unit).modes
+        modes = [*reversed(row_mode.flat), *reversed(col_mode.flat)]
+        order = sorted(range(len(modes)), key=lambda i: -modes[i][1])
+        shape = [size for size, _ in modes]
+        if back:
+            shape = [shape[i] for i in order]
+            order = sorted(range(len(order)), key=lambda i: order[i])
 
-    def unpack(self, stored: Tensor, rows: int, cols: int) -> Tensor:
-        """The ``(E, rows, cols)`` matrices of a storage that :meth:`pack` made."""
-        out = stored.new_empty((stored.shape[0], rows, cols))
-        for storage, matrix in zip(stored, out, strict=True):
-            self.load(storage, matrix)
-        return out
+        def view(x: Tensor) -> Tensor:
+            return x.view(shape).permute(order)
+
+        count = math.prod(shape)
+        if count > INDEX_LIMIT:
+
+            def copy(x: Tensor, out: Tensor) -> Tensor:
+                source = view(x.view(wide))
+                return out.view(wide).view(source.shape).copy_(source)
+
+            return copy
+        index = view(torch.arange(count, dtype=torch.int32, device=like.device)).reshape(-1)
+        return lambda x, out: torch.index_select(
+            x.view(wide).view(-1), 0, index, out=out.view(wide).view(-1)
+        )
 
 
 def contiguous(x: Tensor) -> Tensor:
     """``x`` itself where its bytes can be viewed as 64-bit words, else a copy."""
     x = x.contiguous()
     return x if x.storage_offset() * x.itemsize % 8 == 0 else x.clone()
-
-
-def _views(stored: Tensor, matrix: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Both tensors as views of one shape: copying one to the other reorders by ``layout``."""
-    run = next((size for size, stride in layout[1].flat if stride == 1 and size > 1), 1)
-    unit = math.gcd(run, 8 // matrix.itemsize)
-    wide = WIDE_ITEM[unit * matrix.itemsize]
-    rows, cols = coarsen(layout, unit).modes
-    modes = [*reversed(rows.flat), *reversed(cols.flat)]
-    order = sorted(range(len(modes)), key=lambda i: -modes[i][1])
-    logical = matrix.view(wide).view([size for size, _ in modes]).permute(order)
-    return stored.view(wide).view(logical.shape), logical
 
 
 @dataclass(frozen=True, slots=True)

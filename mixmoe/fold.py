@@ -72,7 +72,7 @@ def fold_range(q: Quantised) -> Tensor:
     """int16 (E, N): by how many binades the scales of each row of mxfp4 weights differ.
 
     Blocks whose codes are all zero do not count. Up to 11 the row folds NARROW, up to 14 WIDE;
-    beyond that no FP8 fold is exact and a backend decodes to bf16 (the ``_raw`` orders).
+    beyond that no FP8 fold is exact: a backend keeps plain rows and decodes them to bf16.
     """
     if q.format.element is not e2m1 or q.format.scale is not ScaleKind.E8M0 or q.scales is None:
         raise MixMoEError("a fold takes e2m1 codes with E8M0 scales", q.format.name, "mxfp4")
@@ -102,7 +102,7 @@ def fold(
         raise MixMoEError(
             f"{where}, row {row}: E8M0 exponents of a row may differ by {kind.reach}",
             int(span[row]),
-            wider or "the _raw order (exact in bf16)",
+            wider or "order rows, decoded to bf16",
         )
     # The base nearest to 0 that fits: |base| <= 122, so 2^base is a normal float32.
     low, high = low - E8M0_BIAS, high - E8M0_BIAS

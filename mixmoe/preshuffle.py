@@ -11,6 +11,7 @@ m64k32 A fragment (Hopper); OCP MX v1.0 (E8M0).
 """
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -164,11 +165,10 @@ class Order:
         per_byte = 8 // self.unit
         rows, cols = self.codes.padded(n, self.columns(k, q.format.element.bits))
         out = q.codes.new_empty((experts, rows, cols // per_byte), dtype=torch.uint8)
-        for expert in range(experts):
-            raw = contiguous(q.codes[expert]).view(torch.uint8)
-            self.codes.store(raw, out[expert], per_byte)
-            if self.word is not None:
-                self.word.apply(out[expert].view(torch.int32))
+        self.codes.pack((contiguous(x).view(torch.uint8) for x in q.codes), out, per_byte)
+        if self.word is not None:
+            for storage in out:
+                self.word.apply(storage.view(torch.int32))
         return out.view(torch.int32).view(experts, -1, 32) if self.line else out.view(q.codes.dtype)
 
     def _pack_scales(self, q: Quantised) -> tuple[Tensor | None, Tensor | None]:
@@ -179,15 +179,22 @@ class Order:
             return q.scales, None
         experts, n, blocks = q.scales.shape
         out = q.scales.new_empty((experts, *order.padded(n, blocks)))
-        row_scale = q.scales.new_empty((experts, n), dtype=torch.float32) if self.fold else None
-        for expert, matrix in enumerate(q.scales):
-            if self.fold is not None and row_scale is not None:
-                where = f"{self.name}, expert {expert}"
-                matrix, row_scale[expert] = fold(q.codes[expert], matrix, self.fold, where)
-            order.store(contiguous(matrix), out[expert])
+        row_scale, matrices = None, iter(q.scales)
+        if self.fold is not None:
+            row_scale = q.scales.new_empty((experts, n), dtype=torch.float32)
+            matrices = self._folded(q, self.fold, row_scale)
+        order.pack(matrices, out)
         if self.line:
             out = out.view(experts, -1, min(128, order.tile_items))
         return out, row_scale
+
+    def _folded(self, q: Quantised, kind: Fold, row_scale: Tensor) -> Iterator[Tensor]:
+        """The bytes of each expert; fills ``row_scale`` on the way."""
+        assert q.scales is not None
+        for expert, (codes, scales) in enumerate(zip(q.codes, q.scales, strict=True)):
+            where = f"{self.name}, expert {expert}"
+            matrix, row_scale[expert] = fold(codes, scales, kind, where)
+            yield matrix
 
     def picture(self, element: Element | None = None) -> str:
         """A text that shows which (row, k) sits where, in a matrix of two tiles each way.
@@ -211,13 +218,14 @@ class Order:
         rows, cols = self.codes.padded(n, self.columns(k, element.bits))
         stored = p.codes.view(torch.uint8).view(experts, rows, cols // per_byte)
         out = stored.new_empty((experts, n, k * element.bits // 8))
-        for expert in range(experts):
-            source = stored[expert]
-            if self.word is not None:
-                source = source.clone()
-                self.word.apply(source.view(torch.int32), back=True)
-            self.codes.load(source, out[expert], per_byte)
+        self.codes.unpack(map(self._plain_words, stored), out, per_byte)
         return out.view(element.storage)
+
+    def _plain_words(self, storage: Tensor) -> Tensor:
+        if self.word is not None:
+            storage = storage.clone()
+            self.word.apply(storage.view(torch.int32), back=True)
+        return storage
 
     def _unpack_scales(self, p: Packed) -> Tensor | None:
         if p.format.cols == 0:
@@ -227,11 +235,11 @@ class Order:
             return p.scales
         experts, n, k = p.shape
         blocks = k // p.format.cols
-        stored = p.scales.view(experts, *order.padded(n, blocks))
-        out = order.unpack(stored, n, blocks)
-        for expert in range(experts if self.fold else 0):
-            assert self.fold is not None and p.row_scale is not None
-            out[expert] = unfold(out[expert], p.row_scale[expert], self.fold)
+        out = p.scales.new_empty((experts, n, blocks))
+        order.unpack(p.scales.view(experts, *order.padded(n, blocks)), out)
+        if self.fold is not None and p.row_scale is not None:
+            for scales, row_scale in zip(out, p.row_scale, strict=True):
+                scales.copy_(unfold(scales, row_scale, self.fold))
         return out
 
 

@@ -4,6 +4,9 @@ The formulas here are written out with // and % from the hardware's description,
 the patterns in mixmoe/preshuffle.py.
 """
 
+import doctest
+import pathlib
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -370,7 +373,7 @@ def test_fold_range_and_refusal():
     hopper_fp4(fold=Fold.WIDE).pack(q)
     q.scales[1, 17, 2] = 135
     assert narrowest_fold(q) is None
-    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 15.*_raw"):
+    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 15.*order rows"):
         hopper_fp4(fold=Fold.WIDE).pack(q)
     assert torch.equal(hopper_fp4(fold=None).pack(q).unpack().scales, q.scales)
     q.codes[1, 17, 32:48] = 0x80  # the block holds only zeros now: its scale does not count
@@ -474,6 +477,16 @@ def test_packing_holds_one_expert(name):
     assert largest_temporary(copies_all, q) > 2 * one
 
 
+def test_strided_copies_equal_gathers(monkeypatch):
+    """Matrices too large for an index take the other way through the same view."""
+    q, order = weights(mxfp4, 2, 38, 320), order_named("hopper_fp4_gu")
+    packed = order.pack(q)
+    monkeypatch.setattr("mixmoe.arrangement.INDEX_LIMIT", 0)
+    again = order.pack(q)
+    assert torch.equal(again.codes, packed.codes) and torch.equal(again.scales, packed.scales)
+    assert torch.equal(packed.unpack().codes, q.codes)
+
+
 def test_pictures():
     for name in ("rows", "cdna_n16_gui", "cdna_int4", "hopper_fp4_gu", "hopper_fp8"):
         assert order_named(name).picture().startswith(f"{name}: ")
@@ -482,3 +495,13 @@ def test_pictures():
     text = order_named("hopper_fp4_gu").picture()
     assert "gate 0 k 0-3, 16-19; up 0 k 0-3, 16-19; gate 0 k 32-35, 48-51; up 0" in text
     assert "0/4 1/0 2/5 3/1 4/6 5/2 6/7 7/3" in text
+
+
+def test_the_docs_are_true():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "layouts.md").read_text()
+    shown = re.findall(r"```text\n((\w+): .*?)```", text, re.DOTALL)
+    assert len(shown) >= 6
+    for picture, name in shown:
+        assert picture == order_named(name).picture()
+    examples = doctest.DocTestParser().get_doctest(text.replace("```", ""), {}, "docs", None, 0)
+    assert doctest.DocTestRunner().run(examples) == (0, 6)
