@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ class Worker:
     device: str = "cuda"
     synchronise: Callable[[], None] = torch.cuda.synchronize
     started: float = field(default_factory=time.monotonic)
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def run(self) -> None:
         """Every shape gets an equal share of the time that is left when it comes."""
@@ -134,16 +134,14 @@ class Worker:
     def _prepare(self, case: Case, stage: Stage, skew: Skew) -> list[Prepared]:
         """Every provider that can do the case, compiled, run and checked."""
         failed = {(x.provider, x.shape, x.tokens, x.stage) for x in self.journal.left_out}
-        prepared = []
+        prepared, make = [], compiled if self.plan.warm else prepare
         for entry in self.entries:
             at = (entry.label, case.shape.name, case.tokens, stage.value)
             if entry.stage is not stage or at in failed or self._done(entry, case, skew):
                 continue
             try:
                 with self._limit(entry, case):
-                    prepared.append(
-                        compiled(entry, case) if self.plan.warm else prepare(entry, case)
-                    )
+                    prepared.append(make(entry, case))
             except Exception as error:
                 self._fail(entry, case, error)
         return prepared

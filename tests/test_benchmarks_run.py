@@ -346,7 +346,7 @@ from benchmarks.operands import activate, quantise_fp8
 def same(got, want):
     # Triton 3.6.0's interpreter rounds to fp8 with ties away and loses the carry into the
     # exponent (126.1 -> 64): a few codes may differ, by one step or by that factor of two
-    carry, step = got * 2 == want, (got - want).abs() <= want.abs() / 8
+    carry, step = got * 2 == want, (got - want).abs() <= want.abs() / 8 + 2**-9
     assert (carry | step).all() and (got != want).float().mean() < 0.06
 
 torch.manual_seed(0)
