@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -27,9 +29,9 @@ from mixmoe.backends.hopper.mainloop import (
     UNIT_SCALES,
     UNIT_WORDS,
     advance,
+    cp_async,
     fragment,
     load_units,
-    smem_cast,
     tma_load,
     weight_descriptors,
 )
@@ -40,38 +42,77 @@ SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
 
 
 @gluon.jit
-def block_row(ids_ptr, at, topk, BY_ROUTE: gl.constexpr):
-    """Row of X of sorted position `at`: its token or its route. Padding lies past the last row."""
-    packed = gl.load(ids_ptr + at)
-    token = packed & SENTINEL_MASK
-    if BY_ROUTE:
-        return token * topk + (packed >> 24)
-    else:
-        return token
+def stream_weights(
+    w_desc, s_desc, words, scales, full, empty, expert_ptr, tiles, limit, row_tiles, units, steps,
+    STAGES: gl.constexpr,
+):
+    """Fill the ring with the weights of every tile of this CTA: the work of one warp.
+
+    The experts of the first `limit` tiles may be read, so that no load waits for the tile count.
+    """
+    ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
+    stage = gl.program_id(0) * 0
+    phase = stage + 1
+    expert = gl.load(expert_ptr + gl.program_id(0) // row_tiles)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        unit = expert * units + tile % row_tiles * ROWS
+        ahead = tile + gl.num_programs(0)
+        expert = gl.load(expert_ptr + ahead // row_tiles, mask=ahead < limit, other=0)
+        for step in range(steps):
+            barrier = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
+            tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, words.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, scales.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
-def load_step(
-    w_desc, s_desc, x_desc, unit, step, rows, full, words, scales, xs, stage,
-    TOKENS: gl.constexpr, SLICES: gl.constexpr, WEIGHTS: gl.constexpr, INPUT: gl.constexpr,
+def stream_rows(
+    x_ptr, pitch, K, ids_ptr, xs, full, empty, tokens, tiles, limit, row_tiles, steps,
+    TOKENS: gl.constexpr, SLICES: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Issue the loads of one ring stage: a box of words, its scales, a box of X for every row.
+    """Gather each block's rows of X beside its weights, B = (token, slice) rows of 128 columns.
 
-    WEIGHTS also announces the bytes of all, so that INPUT may follow later.
+    The copies of a step are announced LAG steps later, once they have landed and a fence has made
+    them visible to the tensor cores; rows of padding and columns past K are filled with zeros.
     """
-    barrier = full.index(stage)
-    if WEIGHTS:
-        mbarrier.expect(
-            barrier,
-            w_desc.block_type.nbytes + s_desc.block_type.nbytes + TOKENS * x_desc.block_type.nbytes,
-        )
-        tma_load(w_desc, [unit, step * (2 * SLICES), 0], barrier, words.index(stage))
-        tma_load(s_desc, [unit, step * (16 * SLICES)], barrier, scales.index(stage))
-    if INPUT:
-        layout: gl.constexpr = gl.NVMMASharedLayout(128, 8, 3)
-        tile = smem_cast(xs.index(stage), gl.float8e4nv, [TOKENS, 1, SLICES, 128], layout)
-        for n in gl.static_range(TOKENS):
-            tma_load(x_desc, [rows[n], step * SLICES, 0], barrier, tile.index(n))
+    LAG: gl.constexpr = 3
+    N: gl.constexpr = TOKENS * SLICES
+    L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
+    column = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
+    k = (n % SLICES * 128)[:, None] + column[None, :]
+    stage = gl.program_id(0) * 0
+    phase = stage + 1
+    late = stage
+    issued = stage
+    packed = gl.load(ids_ptr + gl.program_id(0) // row_tiles * TOKENS + n // SLICES)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        token = packed & SENTINEL_MASK
+        row = x_ptr + token.to(gl.int64) * pitch
+        live = token < tokens
+        ahead = tile + gl.num_programs(0)
+        packed = gl.load(ids_ptr + ahead // row_tiles * TOKENS + n // SLICES, mask=ahead < limit,
+                         other=0)
+        for step in range(steps):
+            at = step * (SLICES * 128) + k
+            mbarrier.wait(empty.index(stage), phase)
+            cp_async(xs.index(stage), row[:, None] + at, mask=live[:, None] & (at < K))
+            async_copy.commit_group()
+            stage, phase = advance(stage, phase, STAGES)
+            issued += 1
+            if issued > LAG:
+                async_copy.wait_group(LAG)
+                fence_async_shared()
+                mbarrier.arrive(full.index(late), count=1)
+                late = gl.where(late + 1 == STAGES, 0, late + 1)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for _ in range(gl.minimum(issued, LAG)):
+        mbarrier.arrive(full.index(late), count=1)
+        late = gl.where(late + 1 == STAGES, 0, late + 1)
 
 
 @gluon.jit
@@ -186,7 +227,7 @@ class Stream:
     def of(cls, tile: Tile, packed: Packed) -> "Stream":
         """rows = tile.rows / 16, slices = tile.split_k; `ctas_per_sm` sets the register budget."""
         rows = tile.rows // 16
-        threads = 32 * (tile.warps + 4)  # one producer and one epilogue warp, padded to four
+        threads = 32 * (tile.warps + 4)  # producer, epilogue and gather warps, padded to four
         registers = 65536 // (tile.ctas_per_sm * threads) // 8 * 8
         return cls(
             rows,

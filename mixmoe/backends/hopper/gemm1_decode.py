@@ -1,9 +1,9 @@
 """Stage 1 for few rows per expert: h = act(x Wg^T + bg, x Wu^T + bu), a stream of weight bytes.
 
-Three roles in a CTA: `consume` (matrix warps), `produce` (one warp that keeps the ring of TMA loads
-full) and `activate_tiles` (the float32 sum over the K slices in fixed order, scales, bias, activation,
-store), so that the stream never stops for an epilogue. Launched dependently (PDL): barriers and
-ring are set up while the kernel before it still runs.
+Four roles in a CTA: `consume` (matrix warps), `produce` and `gather`, which keep the ring full of
+weights and of rows of x, and `activate_tiles` (the float32 sum over the K slices in fixed order,
+scales, bias, activation, store), so that the stream never stops for an epilogue. Launched
+dependently (PDL): the CTAs are set up while the kernel before it still runs.
 """
 
 from torch import Tensor
@@ -16,14 +16,14 @@ from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
     Stream,
     consume,
-    load_step,
+    stream_rows,
+    stream_weights,
 )
 from mixmoe.backends.hopper.mainloop import (
     KINDS,
     activate,
     activation_scalars,
-    advance,
-    row_descriptor,
+    smem_cast,
 )
 from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Routed, Tile, Weights
@@ -32,64 +32,60 @@ HELPER_REGISTERS = 48  # producer and epilogue warps: 40 spill; the matrix warps
 
 
 @gluon.jit
-def block_of(tile, tiles, row_tiles, units, ids_ptr, expert_ptr, topk, ROWS: gl.constexpr,
-             TOKENS: gl.constexpr):
-    """First weight unit of a tile, and the row of X of each of its tokens (past the last: none)."""
-    block = tile // row_tiles
-    expert = gl.load(expert_ptr + block, mask=tile < tiles, other=0)
-    rows = ()
-    for n in gl.static_range(TOKENS):
-        packed = gl.load(ids_ptr + block * TOKENS + n, mask=tile < tiles, other=0)
-        rows = rows + (packed & SENTINEL_MASK,)
-    return expert * units + tile % row_tiles * ROWS, rows
+def produce(
+    w_desc, s_desc, words, scales, full, empty, expert_ptr, count_ptr, limit, row_tiles, units,
+    steps, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Role of the producer warp: the weights."""
+    gdc_wait()
+    gdc_launch_dependents()
+    tiles = gl.load(count_ptr) // TOKENS * row_tiles
+    stream_weights(
+        w_desc, s_desc, words, scales, full, empty, expert_ptr, tiles, limit, row_tiles, units,
+        steps, STAGES,
+    )
 
 
 @gluon.jit
-def produce(
-    w_desc, s_desc, x_desc, ids_ptr, expert_ptr, count_ptr, words, scales, xs, full, empty,
-    units, topk, row_tiles, steps,
+def gather(
+    x_ptr, pitch, H, xs, full, empty, ids_ptr, count_ptr, tokens, limit, row_tiles, steps,
     TOKENS: gl.constexpr, SLICES: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Role of the producer warp: weights, scales and rows of X of every step of every tile."""
+    """Role of the gather warps: the rows of x."""
     gdc_wait()
-    gdc_launch_dependents()
-    ROWS: gl.constexpr = w_desc.block_type.shape[0]
     tiles = gl.load(count_ptr) // TOKENS * row_tiles
-    stage = tiles * 0
-    phase = tiles * 0 + 1
-    unit, rows = block_of(gl.program_id(0), tiles, row_tiles, units, ids_ptr, expert_ptr, topk,
-                          ROWS, TOKENS)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        next_unit, next_rows = block_of(tile + gl.num_programs(0), tiles, row_tiles, units, ids_ptr,
-                                        expert_ptr, topk, ROWS, TOKENS)  # a tile ahead: latency
-        for step in range(steps):
-            mbarrier.wait(empty.index(stage), phase)
-            load_step(
-                w_desc, s_desc, x_desc, unit, step, rows, full, words, scales, xs, stage,
-                TOKENS, SLICES, True, True,
-            )
-            stage, phase = advance(stage, phase, STAGES)
-        unit = next_unit
-        rows = next_rows
+    stream_rows(
+        x_ptr, pitch, H, ids_ptr, xs, full, empty, tokens, tiles, limit, row_tiles, steps,
+        TOKENS, SLICES, STAGES,
+    )
+
+
+@gluon.jit
+def load_pair(ptr, expert, I, column):  # noqa: E741
+    """The values of a gate column and of its up column: ptr is (E, 2 I) float32."""
+    row = ptr + expert * (2 * I) + column
+    return gl.load(row, mask=column < I, other=0.0), gl.load(row + I, mask=column < I, other=0.0)
 
 
 @gluon.jit
 def activate_tiles(
     sums, ready, taken, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, ids_ptr, weight_ptr,
-    expert_ptr, count_ptr, tokens, topk, I, row_tiles, limit, alpha, beta, beta2,
+    expert_ptr, count_ptr, tokens, topk, I, row_tiles, clamp, alpha, beta, beta2,  # noqa: E741
     TOKENS: gl.constexpr, KIND: gl.constexpr,
 ):
-    """Role of the epilogue warp: sums over the slices -> scale, bias, activation -> h (float32)."""
-    gdc_wait()
+    """Role of the epilogue warp: sums over the slices -> scale, bias, activation -> h (float32).
+
+    A row unit at a time; what does not depend on the sums is fetched before they are waited for.
+    """
     ROWS: gl.constexpr = sums.shape[1]
     SLICES: gl.constexpr = sums.shape[2]
     L: gl.constexpr = gl.BlockedLayout(
-        [ROWS, 1, 2, 1, 1], [1, 1, 1, 8, 4], [1, 1, 1, 1, gl.num_warps()], [3, 4, 2, 1, 0]
+        [1, 2, 1, 1], [1, 1, 8, 4], [1, 1, 1, gl.num_warps()], [2, 3, 1, 0]
     )
-    LY: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))  # (ROWS, 8, TOKENS)
-    m = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LY)))[None, :, None]
-    u = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LY)))[:, None, None]
-    n = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LY)))[None, None, :]
+    LY: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))  # (8, TOKENS)
+    m = gl.arange(0, 8, layout=gl.SliceLayout(1, LY))[:, None]
+    n = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LY))[None, :]
+    gdc_wait()
     tiles = gl.load(count_ptr) // TOKENS * row_tiles
     done = tiles * 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -97,37 +93,45 @@ def activate_tiles(
         expert = gl.load(expert_ptr + block).to(gl.int64)
         packed = gl.load(ids_ptr + block * TOKENS + n)
         token = packed & SENTINEL_MASK
-        column = tile % row_tiles * (ROWS * 8) + u * 8 + m
-        live = (column < I) & (token < tokens)
-        gate_scale = gl.load(row_scale_ptr + expert * (2 * I) + column, mask=column < I, other=0.0)
-        up_scale = gl.load(row_scale_ptr + expert * (2 * I) + I + column, mask=column < I, other=0.0)
+        first = tile % row_tiles * (ROWS * 8) + m
+        gate_scale, up_scale = load_pair(row_scale_ptr, expert, I, first)
+        if bias_ptr is not None:
+            gate_bias, up_bias = load_pair(bias_ptr, expert, I, first)
         x_scale = gl.load(x_scale_ptr + token, mask=token < tokens, other=0.0)
-        if bias_ptr is not None:
-            gate_bias = gl.load(bias_ptr + expert * (2 * I) + column, mask=column < I, other=0.0)
-            up_bias = gl.load(bias_ptr + expert * (2 * I) + I + column, mask=column < I, other=0.0)
-        mbarrier.wait(ready.index(done & 1), (done >> 1) & 1)
-        total = gl.sum(sums.index(done & 1).load(L), axis=1)
-        mbarrier.arrive(taken.index(done & 1), count=1)
-        gate, up = total.permute((0, 2, 3, 1)).split()
-        gate = gl.convert_layout(gate, LY, assert_trivial=True) * (gate_scale * x_scale)
-        up = gl.convert_layout(up, LY, assert_trivial=True) * (up_scale * x_scale)
-        if bias_ptr is not None:
-            gate += gate_bias
-            up += up_bias
-        h = activate(gate, up, limit, alpha, beta, beta2, KIND)
         if weight_ptr is not None:
-            h *= gl.load(weight_ptr + block * TOKENS + n)
-        route = token * topk + (packed >> 24)
-        gl.store(h_ptr + route.to(gl.int64) * I + column, h, mask=live)
+            weight = gl.load(weight_ptr + block * TOKENS + n)
+        row = h_ptr + (token * topk + (packed >> 24)).to(gl.int64) * I
+        mbarrier.wait(ready.index(done & 1), (done >> 1) & 1)
+        units = smem_cast(
+            sums.index(done & 1), gl.float32, [ROWS, SLICES, 2, 8, TOKENS],
+            gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
+        )
+        for u in range(ROWS):
+            total = gl.sum(units.index(u).load(L), axis=0)
+            gate, up = total.permute((1, 2, 0)).split()
+            gate = gl.convert_layout(gate, LY, assert_trivial=True) * (gate_scale * x_scale)
+            up = gl.convert_layout(up, LY, assert_trivial=True) * (up_scale * x_scale)
+            column = first + u * 8
+            gate_scale, up_scale = load_pair(row_scale_ptr, expert, I, column + 8)
+            if bias_ptr is not None:
+                gate += gate_bias
+                up += up_bias
+                gate_bias, up_bias = load_pair(bias_ptr, expert, I, column + 8)
+            h = activate(gate, up, clamp, alpha, beta, beta2, KIND)
+            if weight_ptr is not None:
+                h *= weight
+            gl.store(row + column, h, mask=(column < I) & (token < tokens))
+        mbarrier.arrive(taken.index(done & 1), count=1)
         done += 1
 
 
 @gluon.jit
 def gemm1_decode(
-    w_desc, s_desc, x_desc, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, ids_ptr, weight_ptr,
-    expert_ptr, count_ptr, tokens, topk, I, units, row_tiles, steps, limit, alpha, beta, beta2,
+    w_desc, s_desc, x_ptr, pitch, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, ids_ptr, weight_ptr,
+    expert_ptr, count_ptr, tokens, topk, H, I, limit, row_tiles, steps,  # noqa: E741
+    clamp, alpha, beta, beta2,
     TOKENS: gl.constexpr, SLICES: gl.constexpr, REP: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, HELPER_REGISTERS: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, EPILOGUE_WARPS: gl.constexpr, HELPER: gl.constexpr,
 ):
     ROWS: gl.constexpr = REP * gl.num_warps() // SLICES
     words = gl.allocate_shared_memory(
@@ -148,7 +152,7 @@ def gemm1_decode(
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=2)  # weights, rows of x
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
@@ -158,14 +162,16 @@ def gemm1_decode(
         [
             (consume, (words, scales, xs, sums, full, empty, ready, taken, count_ptr, row_tiles,
                        steps, TOKENS, SLICES, REP, STAGES, WIDE)),
-            (produce, (w_desc, s_desc, x_desc, ids_ptr, expert_ptr, count_ptr, words, scales, xs,
-                       full, empty, units, topk, row_tiles, steps, TOKENS, SLICES, STAGES)),
+            (produce, (w_desc, s_desc, words, scales, full, empty, expert_ptr, count_ptr, limit,
+                       row_tiles, (I + 7) // 8, steps, TOKENS, STAGES)),
             (activate_tiles, (sums, ready, taken, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr,
                               ids_ptr, weight_ptr, expert_ptr, count_ptr, tokens, topk, I,
-                              row_tiles, limit, alpha, beta, beta2, TOKENS, KIND)),
+                              row_tiles, clamp, alpha, beta, beta2, TOKENS, KIND)),
+            (gather, (x_ptr, pitch, H, xs, full, empty, ids_ptr, count_ptr, tokens, limit,
+                      row_tiles, steps, TOKENS, SLICES, STAGES)),
         ],
-        [1, 1],
-        [HELPER_REGISTERS, HELPER_REGISTERS],
+        [1, EPILOGUE_WARPS, 3 - EPILOGUE_WARPS],
+        [HELPER, HELPER, HELPER],
     )
 
 
@@ -174,9 +180,8 @@ def launch(
 ) -> Tensor:
     """Run stage 1: out (T * topk, I) float32, a row per route; skipped routes are not written.
 
-    x: e4m3 codes (T, H) with a float32 scale per row, the row pitch a multiple of 128; weights.w13
-    in the order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens. `tile` is one of
-    `decode.Stream.of`'s.
+    x: e4m3 codes (T, H) with a float32 scale per row, 16-byte aligned rows; weights.w13 in the
+    order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens.
     """
     p = routed.problem
     stream = Stream.of(tile, weights.w13)
@@ -186,12 +191,13 @@ def launch(
         return out
     words, scales = stream.boxes(weights.w13)
     gemm1_decode[(grid,)](
-        words, scales, row_descriptor(x.codes, 1, stream.slices), out, weights.w13.row_scale,
-        weights.w13_bias, x.scales, routed.sorted_token_ids,
+        words, scales, x.codes, x.codes.stride(0), out, weights.w13.row_scale, weights.w13_bias,
+        x.scales, routed.sorted_token_ids,
         routed.sorted_weights if recipe.weight_on == 1 else None,
-        routed.sorted_expert_ids, routed.num_valid_ids, p.tokens, p.topk, p.intermediate,
-        -(-p.intermediate // 8), row_tiles, -(-p.hidden // (128 * stream.slices)),
-        *activation_scalars(recipe.act), tile.tokens, stream.slices, stream.rep, tile.stages,
-        KINDS[recipe.act.kind], stream.wide, HELPER_REGISTERS, **stream.options,
+        routed.sorted_expert_ids, routed.num_valid_ids, p.tokens, p.topk, p.hidden, p.intermediate,
+        routed.sorted_expert_ids.shape[0] * row_tiles, row_tiles,
+        -(-p.hidden // (128 * stream.slices)), *activation_scalars(recipe.act), tile.tokens,
+        stream.slices, stream.rep, tile.stages, KINDS[recipe.act.kind], stream.wide,
+        1 if tile.tokens < 32 else 2, HELPER_REGISTERS, **stream.options,
     )
     return out

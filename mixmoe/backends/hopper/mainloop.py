@@ -213,6 +213,43 @@ def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.c
 
 
 @gluon.jit
+def load_chunks(words, scales, CHUNKS: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
+    """WARPS * 16 rows x CHUNKS * 128 columns of a stage, in the order warp, chunk, K half.
+
+    Returns (lo, hi) int32 (warp, chunk, half, g, q, j): `chunk_of` takes one chunk out of each.
+    """
+    L: gl.constexpr = gl.BlockedLayout(
+        [1, CHUNKS, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+    )
+    raw = smem_cast(
+        words, gl.int32, [WARPS, CHUNKS, 2, 8, 4, 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]),
+    ).load(L)
+    byte = smem_cast(
+        scales, gl.uint8, [WARPS, CHUNKS, 2, 8, 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]),
+    ).load(gl.SliceLayout(4, L))
+    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
+    if WIDE:
+        return dequantise_wide(raw, scale)
+    else:
+        return dequantise(raw, scale)
+
+
+@gluon.jit
+def chunk_of(x, CHUNK: gl.constexpr):
+    """Chunk 0 or 1 of (warp, chunk, half, g, q, j) as `fragment` takes it; no instruction."""
+    if x.shape[1] == 1:
+        return x.permute((1, 0, 2, 3, 4, 5))
+    else:
+        first, second = x.permute((0, 2, 3, 4, 5, 1)).split()
+        if CHUNK == 0:
+            return first.reshape([1, x.shape[0], 2, 8, 4, 4])
+        else:
+            return second.reshape([1, x.shape[0], 2, 8, 4, 4])
+
+
+@gluon.jit
 def as_e4m3(x):
     """int32 repeated four times along a register dimension -> its four e4m3; no instruction."""
     return gl.inline_asm_elementwise(
