@@ -1,0 +1,230 @@
+"""Architectural state of a batch: waves that walk the same path and execute each instruction as one NumPy operation.
+
+Layout: a vector register is an array (waves, 64) of uint32, *replaced, never changed in place*, so that moves are free,
+a decoded matrix operand can be cached by the identity of its rows, and "nothing wrote this register" is `row is fresh`.
+A scalar is a Python int while it is the same for every wave of the batch and a uint64 array (waves,) when it is not;
+`norm` brings an array whose entries agree back to an int.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .numerics import Array, i64, u8, u32, u64
+
+if TYPE_CHECKING:
+    from .machine import Group
+
+LANES = np.arange(64)
+ALL = (1 << 64) - 1
+M32 = 0xFFFFFFFF
+VCC, M0, EXEC = 106, 124, 126
+POISON = u32(0x7FBADBAD)           # a NaN: what a register holds before its first write, and while a load is in flight
+Scalar = Any                       # int | uint64 array (waves,)
+Row = Any                          # uint32 array that broadcasts to (waves, 64)
+
+
+def norm(x: Array) -> Scalar:
+    """uint64[waves] -> int when all waves agree."""
+    first = x[0]
+    return int(first) if len(x) == 1 or (x == first).all() else x
+
+
+def each(fn: Callable[..., int], *xs: Scalar) -> Scalar:
+    """Apply a function on Python ints wave by wave; once when every argument is uniform."""
+    n = next((len(x) for x in xs if type(x) is not int), 0)
+    if not n:
+        return fn(*xs)
+    cols = [[x] * n if type(x) is int else x.tolist() for x in xs]
+    return norm(np.array([fn(*row) & ALL for row in zip(*cols, strict=True)], u64))
+
+
+def pair(lo: Scalar, hi: Scalar) -> Scalar:
+    """Two 32-bit scalars -> one 64-bit scalar."""
+    if type(lo) is int and type(hi) is int:
+        return lo | hi << 32
+    return (lo if type(lo) is not int else u64(lo)) | ((hi if type(hi) is not int else u64(hi)) << u64(32))
+
+
+def mask_to_bool(mask: Scalar, n: int) -> Array:
+    """64-bit lane mask -> bool (waves, 64)."""
+    if type(mask) is int:
+        row = np.unpackbits(np.array([mask], u64).view(u8), bitorder='little').view(bool)
+        return np.broadcast_to(row, (n, 64))
+    bits = np.ascontiguousarray(mask).view(u8).reshape(n, 8)
+    return np.unpackbits(bits, axis=1, bitorder='little').view(bool)
+
+
+def bool_to_mask(b: Array) -> Scalar:
+    """bool (waves, 64) -> 64-bit lane mask."""
+    return norm(np.packbits(b, axis=1, bitorder='little').view(u64)[:, 0])
+
+
+def signed(x: Scalar) -> Any:
+    """32-bit scalar -> signed int or int64[waves]."""
+    if type(x) is int:
+        return x - (1 << 32) if x >> 31 else x
+    return x.astype(u32).view(np.int32).astype(i64)
+
+
+class Pending:
+    """A memory operation that has been issued and has not landed.
+
+    `land(batch, *args)` performs it. Arrays in `args` whose first axis is the batch's waves follow a split.
+    """
+    __slots__ = ('land', 'args', 'pc', 'rows', 'sgprs', 'smem')
+
+    def __init__(self, land: Callable[..., None], args: tuple[Any, ...], pc: int, rows: tuple[int, int] = (0, 0),
+                 sgprs: tuple[int, int] = (0, 0), smem: bool = False):
+        self.land, self.args, self.pc, self.rows, self.sgprs, self.smem = land, args, pc, rows, sgprs, smem
+
+    def take(self, keep: Array, n: int) -> Pending:
+        args = tuple(take(a, keep, n) for a in self.args)
+        return Pending(self.land, args, self.pc, self.rows, self.sgprs, self.smem)
+
+
+def take(a: Any, keep: Array, n: int) -> Any:
+    if isinstance(a, list):
+        return [take(x, keep, n) for x in a]
+    return a[keep] if isinstance(a, np.ndarray) and a.ndim and a.shape[0] == n else a
+
+
+def join(xs: list[Any], sizes: list[int]) -> Any:
+    """Concatenate one Pending argument or scalar over batches."""
+    if isinstance(xs[0], list):
+        return [join(list(col), sizes) for col in zip(*xs, strict=True)]
+    if all(not isinstance(x, np.ndarray) for x in xs) and all(x == xs[0] for x in xs):
+        return xs[0]
+    xs = [True if x is None else x for x in xs]              # None stands for "every lane"
+    dtype = next(x.dtype for x in xs if isinstance(x, np.ndarray))
+    shape = next(x.shape[1:] for x in xs if isinstance(x, np.ndarray))
+    return np.concatenate([np.broadcast_to(np.asarray(x, dtype), (k, *shape)) for x, k in zip(xs, sizes, strict=True)])
+
+
+class Batch:
+    """`group` holds what the waves share; `wg` is each wave's workgroup slot in it, `wave` its number there."""
+
+    def __init__(self, group: Group, wg: Array, wave: Array, nregs: int):
+        self.group, self.wg, self.wave = group, wg, wave
+        self.n = len(wg)
+        self.shape = (self.n, 64)
+        self.fresh = np.full(self.shape, POISON, u32)
+        self.v: list[Row] = [self.fresh] * nregs
+        self.s: list[Scalar] = [int(POISON)] * 128
+        self.scc: Scalar = 0
+        self.mode: Scalar = 0
+        self.pc = 0
+        self.steps = 0
+        self.vm: list[Pending] = []
+        self.lgkm: list[Pending] = []
+        self.hazard = group.hazard
+        self.state = ''                            # '' ready, 'barrier' or 'end'
+        self.decoded: dict[Any, Any] = {}          # matrix operands by identity of their rows (isa/mfma.py)
+        self.states: Any = None                    # wait-state tracker of hazard mode
+        self.trace: list[int] = []
+        self.history: list[list[list[int]]] = [[] for _ in range(self.n)]
+        self.set_exec(ALL)
+
+    # ---- masks and pairs
+    def set_exec(self, mask: Scalar) -> None:
+        if type(mask) is int:
+            self.s[EXEC], self.s[EXEC + 1] = mask & M32, mask >> 32
+            self.full = mask == ALL
+        else:
+            self.s[EXEC], self.s[EXEC + 1] = norm(mask & u64(M32)), norm(mask >> u64(32))
+            self.full = False
+        self.m = mask_to_bool(mask, self.n)        # replaced, never changed in place
+        self.active: Array | None = None
+
+    def exec64(self) -> Scalar:
+        return pair(self.s[EXEC], self.s[EXEC + 1])
+
+    def vcc64(self) -> Scalar:
+        return pair(self.s[VCC], self.s[VCC + 1])
+
+    def lanes(self) -> Array:
+        """Flat indices wave * 64 + lane of the active lanes."""
+        if self.active is None:
+            self.active = np.flatnonzero(self.m)
+        return self.active
+
+    # ---- writes
+    def put(self, i: int, x: Row) -> None:
+        """EXEC-masked write of one vector register."""
+        if self.full:
+            self.v[i] = x if x.shape == self.shape else np.broadcast_to(x, self.shape)
+        else:
+            self.v[i] = np.where(self.m, x, self.v[i])
+
+    def put_masked(self, i: int, x: Row, mask: Array) -> None:
+        self.v[i] = np.where(mask, x, self.v[i])
+
+    # ---- memory operations in flight
+    def wait(self, queue: list[Pending], left: int) -> None:
+        while len(queue) > left:
+            op = queue.pop(0)
+            op.land(self, *op.args)
+
+    def drain(self) -> None:
+        self.wait(self.vm, 0)
+        self.wait(self.lgkm, 0)
+
+    # ---- divergence
+    def subset(self, keep: Array) -> Batch:
+        """The waves selected by the index array `keep`, as a batch of their own."""
+        b = Batch(self.group, self.wg[keep], self.wave[keep], 0)
+        memo: dict[int, Row] = {id(self.fresh): b.fresh}
+        for row in self.v:
+            if id(row) not in memo:
+                memo[id(row)] = row[keep]
+        b.v = [memo[id(row)] for row in self.v]
+        b.s = [x if type(x) is int else norm(x[keep]) for x in self.s]
+        b.scc, b.mode = (x if type(x) is int else norm(x[keep]) for x in (self.scc, self.mode))
+        b.pc, b.state, b.steps = self.pc, self.state, self.steps
+        b.vm = [p.take(keep, self.n) for p in self.vm]
+        b.lgkm = [p.take(keep, self.n) for p in self.lgkm]
+        b.states = self.states.copy() if self.states is not None else None
+        b.history = [[*self.history[k], self.trace] for k in keep.tolist()]
+        b.set_exec(b.exec64())
+        return b
+
+    def can_merge(self, other: Batch) -> bool:
+        def key(b: Batch) -> Any:
+            return b.pc, b.state, [p.pc for p in b.vm], [p.pc for p in b.lgkm]
+        return key(self) == key(other)
+
+    @staticmethod
+    def merge(batches: list[Batch]) -> Batch:
+        """Batches at one place (see can_merge) -> one batch, in order of workgroup and wave."""
+        first, sizes = batches[0], [b.n for b in batches]
+        out = Batch(first.group, np.concatenate([b.wg for b in batches]), np.concatenate([b.wave for b in batches]), 0)
+        for rows in zip(*[b.v for b in batches], strict=True):
+            same = all(r is b.fresh for r, b in zip(rows, batches, strict=True))
+            out.v.append(out.fresh if same else np.concatenate([np.broadcast_to(r, b.shape)
+                                                               for r, b in zip(rows, batches, strict=True)]))
+        out.s = [join_scalar(xs, sizes) for xs in zip(*[b.s for b in batches], strict=True)]
+        out.scc, out.mode = (join_scalar([getattr(b, k) for b in batches], sizes) for k in ('scc', 'mode'))
+        out.pc, out.state, out.steps = first.pc, first.state, max(b.steps for b in batches)
+        for name in ('vm', 'lgkm'):
+            for ps in zip(*[getattr(b, name) for b in batches], strict=True):
+                args = tuple(join(list(col), sizes) for col in zip(*[p.args for p in ps], strict=True))
+                p = ps[0]
+                getattr(out, name).append(Pending(p.land, args, p.pc, p.rows, p.sgprs, p.smem))
+        out.states = first.states
+        out.history = [[*h, b.trace] for b in batches for h in b.history]
+        out.set_exec(out.exec64())
+        order = np.lexsort((out.wave, out.wg))
+        return out if (order == np.arange(out.n)).all() else out.reorder(order)
+
+    def reorder(self, order: Array) -> Batch:
+        out = self.subset(order)
+        out.history = [self.history[k] for k in order.tolist()]
+        return out
+
+
+def join_scalar(xs: Any, sizes: list[int]) -> Scalar:
+    if all(type(x) is int for x in xs) and len(set(xs)) == 1:
+        return xs[0]
+    return norm(np.concatenate([np.full(k, x, u64) if type(x) is int else x for x, k in zip(xs, sizes, strict=True)]))

@@ -1,0 +1,253 @@
+"""What a launch found: hazards, reads of values nothing wrote, and the container that holds every finding.
+
+Hazard mode checks two things while a batch runs:
+  loads    a register is read, or written again, while a memory result for it is in flight
+  states   wait states that the hardware does not insert itself (CDNA3 ISA 4.5 and 7.5; values as in LLVM's hazard recogniser)
+"""
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .batch import Batch
+from .effects import Effects, effects
+from .numerics import Array
+
+if TYPE_CHECKING:
+    from .asm import Instr
+    from .machine import Kernel, Options
+    from .memory import Region
+
+LIMIT = 200                  # different findings kept
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`kind`: race, hazard, wait-states or uninitialised. `first` and `second` are program counters, -1 for none."""
+    kind: str
+    what: str
+    first: int
+    second: int = -1
+
+
+class Findings:
+    """Different findings with how often each was seen."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.seen: Counter[Finding] = Counter()
+
+    def add(self, finding: Finding, times: int = 1) -> None:
+        if finding in self.seen or len(self.seen) < LIMIT:
+            self.seen[finding] += times
+
+    def place(self, pc: int) -> str:
+        ins = self.kernel.module.instrs[pc]
+        return f'`{ins.text}` (line {ins.line}{", " + ins.source if ins.source else ""})'
+
+    def lines(self) -> list[str]:
+        out = []
+        for f, n in self.seen.most_common():
+            where = ' / '.join(self.place(pc) for pc in (f.first, f.second) if pc >= 0)
+            out.append(f'{f.kind}: {f.what} x{n}: {where}')
+        return out
+
+
+def register_name(row: int) -> str:
+    return f'v{row}' if row < 256 else f'a{row - 256}'
+
+
+class Uninitialised:
+    """Reads of LDS bytes, fresh buffers and registers that nothing wrote."""
+
+    def __init__(self, findings: Findings):
+        self.findings = findings
+        self.group_pc = -1
+
+    def lds(self, w: Batch, ids: Array, off: Array, n: int, ins: Instr) -> None:
+        where = f'LDS byte {int(off[0]):#x}, wave {int(w.wave[int(ids[0]) // 64])}, lane {int(ids[0]) % 64}'
+        known = [f for f in self.findings.seen if f.kind == 'uninitialised' and f.first == ins.pc]
+        self.findings.add(known[0] if known else Finding('uninitialised', where, ins.pc), len(ids))
+
+    def unwritten(self, region: Region, off: Array, n: int) -> None:
+        assert region.written is not None
+        bad = ~region.written[off[:, None] + np.arange(n)].all(1)
+        if bad.any():
+            pc = self.group_pc
+            known = [f for f in self.findings.seen if f.kind == 'uninitialised' and f.first == pc]
+            what = f'buffer {region.name or "?"} offset {int(off[bad][0]):#x}'
+            self.findings.add(known[0] if known else Finding('uninitialised', what, pc), int(bad.sum()))
+
+
+# ---- wait states -----------------------------------------------------------------------------------------------------
+# Wait states between producer and consumer; s_nop N counts N + 1, every other instruction 1.
+VALU_SGPR_VMEM = 5           # VALU writes an SGPR, VMEM reads it
+VALU_VCC_FMAS = 4            # VALU writes VCC, v_div_fmas reads it
+VALU_LANE_SELECT = 4         # VALU writes an SGPR, v_readlane / v_writelane takes it as lane select
+VALU_EXEC_DPP = 5            # VALU writes EXEC, DPP instruction
+VALU_VGPR_DPP = 2            # VALU writes a VGPR, DPP reads it
+SALU_M0_LDS = 1              # SALU writes M0, load into LDS, s_movrel, ds_gws
+TRANS_VALU = 1               # transcendental result read by the next VALU that is not transcendental
+VALU_SGPR_VALU = 2           # v_readlane and friends write an SGPR, VALU reads it (gfx940 and later)
+TRANS_OPS = ('v_exp_', 'v_log_', 'v_rcp_', 'v_rsq_', 'v_sqrt_', 'v_sin_', 'v_cos_')
+
+
+class StateChecker:
+    """Called before every instruction of a batch. All waves of a batch share their history, so one clock serves."""
+
+    def __init__(self, kernel: Kernel, findings: Findings, options: Options):
+        self.kernel, self.findings = kernel, findings
+        self.hazard, self.uninitialised = options.hazard, options.uninitialised
+        self.effects = [effects(i) for i in kernel.module.instrs]
+        self.reported: set[tuple[int, int, int]] = set()
+
+    def before(self, b: Batch, pc: int) -> None:
+        e, ins = self.effects[pc], self.kernel.module.instrs[pc]
+        uninit = b.group.uninitialised
+        if uninit is not None:
+            uninit.group_pc = pc
+            self.registers(b, pc, e)
+        if self.hazard:
+            if b.vm or b.lgkm:
+                self.in_flight(b, pc, e)
+            self.states(b, pc, e, ins)
+
+    def registers(self, b: Batch, pc: int, e: Effects) -> None:
+        for row in e.reads:
+            if b.v[row] is b.fresh and (row, pc, -3) not in self.reported:
+                self.reported.add((row, pc, -3))
+                self.findings.add(Finding('uninitialised', f'{register_name(row)} was never written', pc))
+
+    def in_flight(self, b: Batch, pc: int, e: Effects) -> None:
+        """Read or overwritten while a load for it is outstanding."""
+        for op in itertools.chain(b.vm, b.lgkm):
+            lo, hi = op.rows
+            if hi:
+                for rows, what in ((e.reads, 'read'), (e.writes, 'written again')):
+                    bad = next((r for r in rows if lo <= r < hi), None)
+                    if bad is not None and not (what != 'read' and self.ordered(op.pc, pc)):
+                        self.report(pc, op.pc, f'{register_name(bad)} is {what} before the wait for its load')
+            lo, hi = op.sgprs
+            if hi:
+                bad = next((r for r in e.sreads if lo <= r < hi), None)
+                if bad is not None:
+                    self.report(pc, op.pc, f's{bad} is read before the wait for its load')
+
+    def ordered(self, first: int, second: int) -> bool:
+        """Two loads of one queue return in order: the second may overwrite the first."""
+        return self.effects[first].kind == self.effects[second].kind
+
+    def report(self, pc: int, other: int, what: str, kind: str = 'hazard') -> None:
+        if (pc, other, hash(what)) not in self.reported:
+            self.reported.add((pc, other, hash(what)))
+            self.findings.add(Finding(kind, what, other, pc))
+
+    def states(self, b: Batch, pc: int, e: Effects, ins: Instr) -> None:
+        t = b.states
+        if t is None:
+            t = b.states = Clock()
+        self.consume(t, pc, e, ins)
+        t.produce(pc, e, ins)
+        t.now += 1 + (int(ins.ops[0].val) if ins.op == 's_nop' and ins.ops else 0)
+
+    def consume(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
+        op = ins.op
+        if e.kind in ('vmem', 'lds') and e.sreads:
+            for s in e.sreads:
+                self.need(t, t.valu_sgpr.get(s), VALU_SGPR_VMEM if e.kind == 'vmem' else 0, pc, f's{s} from a VALU')
+        if op.startswith('v_div_fmas'):
+            self.need(t, t.valu_sgpr.get(106), VALU_VCC_FMAS, pc, 'VCC from a VALU for v_div_fmas')
+        if op.startswith(('v_readlane', 'v_writelane')) and ins.ops[2].kind == 's':
+            self.need(t, t.valu_sgpr.get(ins.ops[2].idx), VALU_LANE_SELECT, pc, 'lane select from a VALU')
+        if e.dpp:
+            self.need(t, t.valu_exec, VALU_EXEC_DPP, pc, 'EXEC from a VALU for DPP')
+            for r in e.reads[:]:
+                if ins.ops[1].kind == 'v' and r in range(ins.ops[1].idx, ins.ops[1].idx + ins.ops[1].n):
+                    self.need(t, t.valu_vgpr.get(r), VALU_VGPR_DPP, pc, f'{register_name(r)} from a VALU for DPP')
+        if e.kind == 'vmem' and ('lds' in ins.flags or '_lds_' in op):
+            self.need(t, t.salu_m0, SALU_M0_LDS, pc, 'M0 from a scalar instruction')
+        if e.kind == 'valu' and not op.startswith(TRANS_OPS):
+            for r in e.reads:
+                self.need(t, t.trans.get(r), TRANS_VALU, pc, f'{register_name(r)} from a transcendental')
+        self.matrix(t, pc, e, ins)
+
+    def matrix(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
+        """Results of the matrix core. An accumulator may follow back to back into the same C and D."""
+        if not t.matrix:
+            return
+        for r in (*e.reads, *e.writes):
+            hit = t.matrix.get(r)
+            if hit is None:
+                continue
+            made, producer, passes = hit
+            chained = e.kind == 'mfma' and len(ins.ops) > 3 and ins.ops[3].kind == 'v' and r in range(
+                ins.ops[3].idx, ins.ops[3].idx + ins.ops[3].n)
+            need = self.matrix_states(passes, chained and self.same_block(ins, producer), chained)
+            self.need(t, (made, producer), need, pc, f'{register_name(r)} from the matrix core')
+        if e.kind == 'valu' and self.kernel.module.instrs[pc].op.startswith('v_accvgpr_read'):
+            return
+
+    def same_block(self, ins: Instr, producer: int) -> bool:
+        d = self.kernel.module.instrs[producer].ops[0]
+        return ins.ops[3].idx == d.idx and ins.ops[3].n == d.n
+
+    def matrix_states(self, passes: int, same: bool, chained: bool) -> int:
+        """gfx940: N-pass result as C of the next: 0 when exactly the same registers (2 for 4x4), N when they overlap;
+        as A, B or for VALU, VMEM and LDS: N + 3 (LLVM GCNHazardRecognizer, GFX940_XDL_N_PassWriteVgpr*)."""
+        if same:
+            return 0 if passes > 2 else 2
+        return passes + 1 if chained else passes + 3
+
+    def need(self, t: Clock, made: tuple[int, int] | None, states: int, pc: int, what: str) -> None:
+        if made is None or not states:
+            return
+        have = t.now - made[0] - 1
+        if have < states:
+            self.report(pc, made[1], f'{what} needs {states} wait states, has {have}', 'wait-states')
+
+
+class Clock:
+    """When each register was last written, and by whom: (time, program counter)."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.valu_sgpr: dict[int, tuple[int, int]] = {}
+        self.valu_vgpr: dict[int, tuple[int, int]] = {}
+        self.trans: dict[int, tuple[int, int]] = {}
+        self.matrix: dict[int, tuple[int, int, int]] = {}
+        self.valu_exec: tuple[int, int] | None = None
+        self.salu_m0: tuple[int, int] | None = None
+
+    def produce(self, pc: int, e: Effects, ins: Instr) -> None:
+        stamp = (self.now, pc)
+        for r in e.writes:
+            self.matrix.pop(r, None)
+            self.trans.pop(r, None)
+            self.valu_vgpr.pop(r, None)
+        for s in e.swrites:
+            self.valu_sgpr.pop(s, None)
+        if e.kind == 'mfma':
+            passes = max(2, ins.cycles // 4)
+            self.matrix.update(dict.fromkeys(e.writes, (self.now, pc, passes)))
+        elif e.kind == 'valu':
+            self.valu_vgpr.update(dict.fromkeys(e.writes, stamp))
+            self.valu_sgpr.update(dict.fromkeys(e.swrites, stamp))
+            if e.writes_exec:
+                self.valu_exec = stamp
+            if ins.op.startswith(TRANS_OPS):
+                self.trans.update(dict.fromkeys(e.writes, stamp))
+        elif 124 in e.swrites:
+            self.salu_m0 = stamp
+
+    def copy(self) -> Clock:
+        c = Clock()
+        c.now, c.valu_exec, c.salu_m0 = self.now, self.valu_exec, self.salu_m0
+        c.valu_sgpr, c.valu_vgpr = dict(self.valu_sgpr), dict(self.valu_vgpr)
+        c.trans, c.matrix = dict(self.trans), dict(self.matrix)
+        return c
+
+

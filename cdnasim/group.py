@@ -1,0 +1,150 @@
+"""What the workgroups that run together share: LDS, scratch, memory, counters, and the checks that watch them."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import banks
+from .asm import Instr
+from .batch import Batch, Scalar, norm
+from .counters import Counters
+from .errors import MemFault
+from .gather import gather, scatter
+from .numerics import Array, i64, u8, u32, u64
+
+if TYPE_CHECKING:
+    from .machine import Kernel, Launch
+
+LDS_FILL = 0xA5                      # the hardware does not zero LDS
+LINE = 128                           # bytes of a cache line (CDNA3 ISA 9.1.10)
+LINE_SAMPLES = 16                    # accesses per instruction whose cache lines are counted
+
+
+class Group:
+    """Workgroups `linear` (linear ids) of one launch. LDS of slot k begins at k * lds_stride."""
+
+    def __init__(self, kernel: Kernel, launch: Launch, linear: Array):
+        self.kernel, self.launch, self.memory = kernel, launch, launch.memory
+        self.linear = linear.astype(u64)
+        self.hazard = launch.options.hazard
+        self.lds_bytes = launch.lds_bytes
+        self.lds_stride = (launch.lds_bytes + 255) // 256 * 256
+        self.lds = np.full(len(linear) * self.lds_stride, LDS_FILL, u8)
+        self.waves = launch.waves
+        self.scratch: Array | None = None
+        self.counters = Counters()
+        self.counts = [0] * len(kernel.module.instrs)
+        self.line_samples: dict[int, int] = {}
+        self.races = launch.races.for_group(self) if launch.races else None
+        self.uninitialised = launch.uninitialised
+        self.lds_written = np.zeros(len(self.lds), bool) if self.uninitialised else None
+        self.epochs = np.zeros(len(linear), i64)
+        self.pc = 0                     # instruction in execution, for reports from below
+
+    # ---- waves
+    def all_waves(self, block: tuple[int, int, int], wave: int | None = None) -> Batch:
+        """The waves of every workgroup, or only number `wave` of each, ready to run."""
+        ids = np.arange(self.waves) if wave is None else np.array([wave])
+        wg, waves = (x.ravel() for x in np.meshgrid(np.arange(len(self.linear)), ids, indexing='ij'))
+        b = Batch(self, wg, waves, self.kernel.registers)
+        threads = block[0] * block[1] * block[2]
+        t = waves[:, None] * 64 + np.arange(64)
+        tid = (t % block[0]) | (t // block[0] % block[1]) << 10 | (t // (block[0] * block[1])) << 20
+        b.v[0] = tid.astype(u32)
+        if threads % 64:
+            live = np.minimum(64, threads - 64 * waves)
+            b.set_exec(norm(np.array([(1 << int(k)) - 1 for k in live], u64)))
+        self.launch.init_sgprs(b)
+        b.pc = self.kernel.entry
+        return b
+
+    def scalar(self, w: Batch, per_slot: Array) -> Scalar:
+        return norm(per_slot[w.wg])
+
+    def wave_slot(self, w: Batch) -> Array:
+        return w.wg * self.waves + w.wave
+
+    def scratch_of(self, w: Batch) -> Array:
+        if self.scratch is None:
+            self.scratch = np.zeros((len(self.linear) * self.waves, 64, self.kernel.private_bytes), u8)
+        return self.scratch
+
+    # ---- LDS
+    def lds_index(self, w: Batch, off: Array, ids: Array, n: int, what: str, ins: Instr) -> Array:
+        if len(off) and (int(off.min()) < 0 or int(off.max()) + n > self.lds_bytes):
+            bad = np.flatnonzero((off < 0) | (off + n > self.lds_bytes))[0]
+            row = int(ids[bad])
+            raise MemFault(f'LDS {what} of {n} bytes at {int(off[bad]):#x} by lane {row % 64} is beyond the '
+                           f'{self.lds_bytes} bytes of the workgroup', int(off[bad]), row % 64, row)
+        base = w.wg.astype(i64) * self.lds_stride
+        if len(ids) == w.n * 64:
+            return (off.reshape(w.shape) + base[:, None]).reshape(-1)
+        return off + base[ids >> 6]
+
+    def lds_load(self, w: Batch, off: Array, ids: Array, n: int, ins: Instr, atomic: bool = False) -> Array:
+        idx = self.lds_index(w, off, ids, n, 'read', ins)
+        if self.lds_written is not None and len(idx):
+            missing = ~self.lds_written[idx[:, None] + np.arange(n)].all(1)
+            if missing.any():
+                self.uninitialised.lds(w, ids[missing], off[missing], n, ins)
+        if self.races:
+            self.races.lds(w, idx, ids, n, ins.pc, None if atomic else False)
+        return gather(self.lds, idx, n)
+
+    def lds_store(self, w: Batch, off: Array, ids: Array, data: Array, ins: Instr, atomic: bool = False) -> None:
+        n = data.shape[1]
+        idx = self.lds_index(w, off, ids, n, 'write', ins)
+        if self.lds_written is not None:
+            self.lds_written[idx[:, None] + np.arange(n)] = True
+        if self.races:
+            self.races.lds(w, idx, ids, n, ins.pc, None if atomic else True)
+        scatter(self.lds, idx, data)
+
+    def count_lds(self, w: Batch, pc: int, base: Array, offset: int, n: int, read: bool) -> None:
+        """Bytes and bank cycles of an LDS access; the conflict model is banks.py."""
+        c = self.counters
+        lanes = w.n * 64 if w.full else len(w.lanes())
+        if read:
+            c.lds_read_bytes += lanes * n
+        else:
+            c.lds_write_bytes += lanes * n
+        cycles, extra = self.kernel.banks.cost(w, pc, base, n, read)
+        c.lds_cycles += cycles
+        c.lds_conflict_cycles += extra
+        c.add_pc_cycles(pc, cycles, w.n)
+        if self.races and w.hazard:                # in flight from now until it lands
+            rows = np.arange(w.n * 64) if w.full else w.lanes()
+            off = base.reshape(-1)[rows] + offset
+            if len(off) and off.min() >= 0 and off.max() + n <= self.lds_bytes:
+                self.races.lds(w, self.lds_index(w, off, rows, n, 'access', self.kernel.module.instrs[pc]), rows, n, pc, not read)
+
+    def note_dma(self, w: Batch, base: Any, step: int, pc: int) -> None:
+        """A load into LDS may write from the moment it issues."""
+        if self.races and w.hazard:
+            rows = np.arange(w.n * 64) if w.full else w.lanes()
+            at = np.broadcast_to(np.asarray(base, i64), w.n)[rows >> 6] + rows % 64 * step
+            if len(at) and at.min() >= 0 and at.max() + step <= self.lds_bytes:
+                self.races.lds(w, self.lds_index(w, at, rows, step, 'DMA', self.kernel.module.instrs[pc]), rows, step, pc, True)
+
+    # ---- global memory
+    def count_global(self, w: Batch, pc: int, addr: Array, n: int, what: str) -> None:
+        c = self.counters
+        lanes = w.n * 64 if w.full else len(w.lanes())
+        setattr(c, what, getattr(c, what) + lanes * n)
+        seen = self.line_samples.get(pc, 0)
+        if seen < LINE_SAMPLES and lanes:
+            self.line_samples[pc] = seen + 1
+            row = addr[0][w.m[0]] if not w.full else addr[0]
+            if len(row):
+                lines = len(np.unique(np.concatenate([row // LINE, (row + n - 1) // LINE])))
+                c.line_sample(pc, lines)
+
+    def note_global(self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None) -> None:
+        """`write` None: atomic."""
+        if self.races and len(addr):
+            self.races.globally(w, addr, ids, n, pc, write)
+
+
+def make_banks(arch: str) -> banks.Banks:
+    return banks.Banks(32 if arch == 'gfx942' else 64)
