@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import markdown as tables
 from . import plots, report, results
 from .plan import Plan
 
@@ -51,9 +52,12 @@ def file_name(device: str) -> str:
     return "-".join(device.lower().replace("nvidia", "").split()) or "gpu"
 
 
-def show(path: Path, *, detail: bool = False) -> None:
-    """Prints the tables of a results file and draws its plots beside it."""
+def show(path: Path, *, detail: bool = False, markdown: Path | None = None) -> None:
+    """Prints the tables of a results file and draws its plots beside it; `markdown` is a document
+    whose tables are replaced."""
     about, rows = results.load(path)
     report.print_all(about, rows, detail=detail)
+    if markdown is not None:
+        tables.update(markdown, about, rows)
     for drawn in plots.draw_all(about, rows, path.parent):
         print(f"drew {drawn}")

@@ -27,6 +27,9 @@ def bench(
     warm: Annotated[bool, typer.Option(help="only compile and check, time nothing")] = False,
     detail: Annotated[bool, typer.Option(help="print every provider's times")] = False,
     show: Annotated[Path | None, typer.Option(help="print a results file, run nothing")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="with --show: tables go here")
+    ] = None,
 ) -> None:
     """Measure stage 1, stage 2 and the layer, cold L2, CUDA graphs, rivals interleaved.
 
@@ -35,7 +38,7 @@ def bench(
     """
     run = _benchmarks()
     if show is not None:
-        run.show(show, detail=detail)
+        run.show(show, detail=detail, markdown=markdown)
         return
     from benchmarks.plan import Plan
     from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS

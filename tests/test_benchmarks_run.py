@@ -14,7 +14,7 @@ from benchmark_toys import TINY, entry_of, plain_gate_up
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import counts, plots, registry, report, results, run
+from benchmarks import counts, markdown, plots, registry, report, results, run
 from benchmarks.case import Case, Model
 from benchmarks.counts import Stage
 from benchmarks.plan import Plan
@@ -331,6 +331,24 @@ def test_plots_are_drawn(tmp_path):
     drawn = plots.draw_all(about, rows, tmp_path)
     assert [path.name for path in drawn] == ["time-dsv3_tp8.png", "roofline.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 9000 for path in drawn)
+
+
+def test_the_tables_of_a_document_are_replaced(tmp_path):
+    path = tmp_path / "measured.md"
+    path.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
+    left = [dataclasses.asdict(LeftOut("triton_kernels", "all", 0, "layer", "does not import"))]
+    about = results.meta("NVIDIA H200", "abc") | {"left_out": left}
+    rows = [row(us=20.0), row("humming_fp8", 34.4, leaves_out="activation")]
+    for _ in range(2):
+        markdown.update(path, about, rows)
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("10.0 / 34.4 humming_fp8 / **20.0**, 1.72x") == 1
+    assert "triton_kernels; layer; all shapes: does not import" in text
+    assert "leaves out: activation" in text
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="needs one line"):
+        markdown.update(path, about, rows)
 
 
 def test_the_file_is_named_after_the_device():
