@@ -11,7 +11,7 @@ m64k32 A fragment (Hopper); OCP MX v1.0 (E8M0).
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,12 +102,9 @@ class Order:
     def __str__(self) -> str:
         return self.name
 
-    def require(self, weights: "Packed | Quantised", name: str = "weights") -> Packed:
-        """The weights, if they are in this order. Raises MixMoEError naming both orders if not."""
-        if isinstance(weights, Packed) and weights.order == self:
-            return weights
-        got = weights.order.name if isinstance(weights, Packed) else "weights that are not packed"
-        raise MixMoEError(f"{name} must be packed as {self.name}", got, f"{self.name}.pack(..)")
+    def require(self, weights: Packed | Quantised, name: str = "weights") -> Packed:
+        """The weights, if they are in this order, see :func:`require`."""
+        return require(weights, (self,), name)
 
     def columns(self, k: int, bits: int) -> int:
         """Columns of the code arrangement for K values of ``bits`` bits, before its padding."""
@@ -243,6 +240,20 @@ class Order:
         return out
 
 
+def require(
+    weights: Packed | Quantised, orders: Sequence[Order], name: str = "weights"
+) -> Packed:
+    """The weights, if they are in one of these orders: the check that every kernel makes.
+
+    Raises MixMoEError naming the orders that the kernel reads and the order it got.
+    """
+    if isinstance(weights, Packed) and weights.order in orders:
+        return weights
+    got = weights.order.name if isinstance(weights, Packed) else "weights that are not packed"
+    legal = " or ".join(order.name for order in orders)
+    raise MixMoEError(f"{name} must be packed as {legal}", got, f"order_named(..).pack({name})")
+
+
 def picture(order: Order, element: Element | None = None) -> str:
     """Which (row, k) sits where, for two tiles each way: see :meth:`Order.picture`."""
     element = element or order.elements[0]
@@ -358,15 +369,15 @@ class HopperTile:
         return Arrangement(f"({row}) (slice kt ks1 ks0 lohi q by) -> {order}", teams + lane)
 
 
-def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold | None = Fold.NARROW) -> Order:
+def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold = Fold.NARROW) -> Order:
     """mxfp4 as the A fragment of an FP8 wgmma.
 
-    ``fold=None`` keeps the raw E8M0 bytes, for an exact decode to bf16. Codes: int32 (E, 8 * warps
-    * repeat * tiles, 32), one word = 8 codes of one row and one 32-block; scales: uint8 (E,
-    warps * repeat / 2 * tiles, 128), stored as the codes are, without the parts inside a block.
+    Codes: int32 (E, 8 * warps * repeat * tiles, 32), one word = 8 codes of one row and one
+    32-block; scales: uint8 (E, warps * repeat / 2 * tiles, 128), the bytes that ``fold`` says,
+    stored as the codes are, without the parts inside a block.
     """
     codes = tile.arrangement(FRAGMENT_4BIT)
-    suffix = "_raw" if fold is None else "" if fold is Fold.NARROW else "_wide"
+    suffix = "_wide" if fold is Fold.WIDE else ""
     scales = ((ScaleKind.E8M0, codes.without("lohi", "q", "by")),)
     name = f"hopper_fp4{tile}{suffix}"
     return Order(
@@ -455,7 +466,7 @@ ORDERS: dict[str, Order] = {
     for order in (
         ROWS,
         *CDNA_ORDERS,
-        *(hopper_fp4(tile, fold) for tile in HOPPER_TILES for fold in (*Fold, None)),
+        *(hopper_fp4(tile, fold) for tile in HOPPER_TILES for fold in Fold),
         *(hopper_fp8(tile) for tile in HOPPER_TILES),
     )
 }

@@ -245,7 +245,7 @@ PROPERTIES: dict[str, tuple[Callable, Callable, Callable]] = {
     "idx2crd": (idx2crd_property, la.idx2crd, row_major),
     "cosize": (cosize_property, lambda x: x.cosize, lambda x: x.size),
     "is_permutation": (
-        permutation_property, Layout.is_permutation, lambda x: x.cosize == x.size,
+        permutation_property, Layout.is_permutation, lambda x: x.cosize >= x.size,
     ),
     "coalesce": (coalesce_property, la.coalesce, merge_all),
     "compose": (compose_property, la.compose, linear_compose),
@@ -291,7 +291,7 @@ def test_property(name):
 def test_property_catches_a_mutation(name):
     prop, _, mutant = PROPERTIES[name]
     with pytest.raises(AssertionError):
-        run(prop, mutant, 500, phases=[Phase.generate], database=None)
+        run(prop, mutant, 500, phases=[Phase.generate], derandomize=True)
 
 
 def test_printing_and_parts():

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmoe.arrangement import Word
 from mixmoe.errors import MixMoEError
-from mixmoe.fold import Fold, fold_range, fold_table, narrowest_fold
+from mixmoe.fold import fold
 from mixmoe.formats import (
     Quantised,
     ScaleKind,
@@ -148,7 +148,7 @@ def check_order(order: Order, formula, fmt, n, k):
         assert int(stored.sum()) == int(ramp.sum())  # padding holds zero codes
 
 
-CASES = [(hopper_fp4(t, fold), hopper_fp4_bit(t), mxfp4) for t in HOPPER for fold in (None,)]
+CASES = [(hopper_fp4(t), hopper_fp4_bit(t), mxfp4) for t in HOPPER]
 CASES += [(hopper_fp8(t), hopper_fp8_bit(t), fp8_channel) for t in HOPPER]
 CASES += [(ORDERS[n], cdna_bit(n, 4), mxfp4) for n in CDNA if "int4" not in n]
 CASES += [(ORDERS[n], cdna_bit(n, 8), int8_channel) for n in CDNA if "int4" not in n]
@@ -165,18 +165,18 @@ def test_index_ramp(order, formula, fmt, n, k):
 
 def test_index_ramp_at_2880():
     tile = HopperTile(True)
-    check_order(hopper_fp4(tile, None), hopper_fp4_bit(tile), mxfp4, 10, 2880)
+    check_order(hopper_fp4(tile), hopper_fp4_bit(tile), mxfp4, 10, 2880)
     check_order(ORDERS["cdna_n16"], cdna_bit("cdna_n16", 4), mxfp4, 10, 2880)
 
 
 @pytest.mark.parametrize(
     ("order", "part", "value"),
     [
-        (hopper_fp4(fold=None), "word", None),
-        (hopper_fp4(fold=None), "word", Word(Layout(8, 1), Layout(8, 1))),
-        (hopper_fp4(fold=None), "pattern", ("ks0 half", "half ks0")),
-        (hopper_fp4(fold=None), "pattern", ("lohi q by)", "q lohi by)")),
-        (hopper_fp4(HopperTile(True), None), "pattern", ("gu tile rep warp", "tile rep warp gu")),
+        (hopper_fp4(), "word", None),
+        (hopper_fp4(), "word", Word(Layout(8, 1), Layout(8, 1))),
+        (hopper_fp4(), "pattern", ("ks0 half", "half ks0")),
+        (hopper_fp4(), "pattern", ("lohi q by)", "q lohi by)")),
+        (hopper_fp4(HopperTile(True)), "pattern", ("gu tile rep warp", "tile rep warp gu")),
         (ORDERS["cdna_n16"], "pattern", ("nb kb r b", "kb nb r b")),
         (ORDERS["cdna_n16_gui"], "pattern", ("-> nb gu", "-> gu nb")),
         (ORDERS["cdna_int4"], "word", None),
@@ -207,7 +207,10 @@ def check_scales(order: Order, fmt, n, k, formula):
     row, block = np.meshgrid(np.arange(n), np.arange(k // fmt.cols), indexing="ij")
     places = torch.from_numpy(formula(row, block))
     for expert in range(2):
-        assert torch.equal(packed.scales[expert].flatten()[places], q.scales[expert])
+        want = q.scales[expert]
+        if order.fold is not None:
+            want, _ = fold(q.codes[expert], want, order.fold)
+        assert torch.equal(packed.scales[expert].flatten()[places], want)
     return packed, places
 
 
@@ -250,9 +253,9 @@ def test_hopper_scales_lie_as_their_codes(tile):
         lane, ks0, half, _, _ = hopper_place(tile, False, row, 32 * block, (n, k))
         return lane // 4 * 4 + 2 * ks0 + half
 
-    check_scales(hopper_fp4(tile, None), mxfp4, n, k, place)
+    check_scales(hopper_fp4(tile), mxfp4, n, k, place)
     with pytest.raises(AssertionError):
-        check_scales(hopper_fp4(tile, None), mxfp4, n, k, lambda r, b: place(r, b) ^ 1)
+        check_scales(hopper_fp4(tile), mxfp4, n, k, lambda r, b: place(r, b) ^ 1)
 
 
 # --------------------------------------------------------------------------------- round trips
@@ -299,110 +302,6 @@ def test_storage_shapes():
     assert ORDERS["cdna_n16"].pack(weights(mxfp4, 2, 38, 192)).codes.shape == (2, 48, 128)
 
 
-# ---------------------------------------------------------------------------------------- fold
-def check_table(table):
-    """Every e2m1 code times every exponent, exact against torch's own e4m3fn decode."""
-    codes = torch.tensor([[0x10, 0x32, 0x54, 0x76]], dtype=torch.uint8)
-    powers = torch.arange(-8, 7).exp2().double().unsqueeze(1)
-    exact = mxfp4.element.decode(codes, torch.float64) * powers
-    assert table.shape == (15, 8) and table.dtype == torch.uint8
-    assert torch.equal(table.view(torch.float8_e4m3fn).double(), exact)
-    negative = (table | 0x80).view(torch.float8_e4m3fn).double()
-    assert torch.equal(negative, -exact)
-    for k in range(-5, 7):
-        b = (k + 5) * 8
-        low = (b * 0x01010100 + 0x14100800) & 0xFFFFFFFF
-        high = (b * 0x01010101 + 0x24201C18) & 0xFFFFFFFF
-        assert table[k + 8].tolist() == list(low.to_bytes(4, "little") + high.to_bytes(4, "little"))
-
-
-def test_fold_table():
-    check_table(fold_table())
-
-
-@pytest.mark.parametrize("row", [0, 2, 3, 14])
-def test_fold_table_catches_a_mutation(row):
-    broken = fold_table()
-    broken[row, 5] ^= 1
-    with pytest.raises(AssertionError):
-        check_table(broken)
-
-
-def wgmma_registers(packed, expert):
-    """What the kernel makes of hopper_fp4 storage (warps=8): e4m3 values (rows, K), float64."""
-    fold, table = packed.order.fold, fold_table().to(torch.int64)
-    words = packed.codes[expert].to(torch.int64).view(-1, 2, 8, 8, 4, 2, 2) & 0xFFFFFFFF
-    byte = packed.scales[expert].to(torch.int64).view(-1, 2, 8, 8, 1, 2, 2).expand_as(words)
-    lut = table[byte // fold.step + fold.lowest - Fold.WIDE.lowest]
-    halves = []
-    for value, sign in ((words & 0x77777777, words), (words >> 16 & 0x7777, words << 4)):
-        places = torch.stack([value >> 4 * i & 7 for i in range(4)], -1)
-        signs = torch.stack([sign >> 8 * i & 0x80 for i in range(4)], -1)
-        halves.append(torch.gather(lut, -1, places) | signs)
-    x = torch.stack(halves, -2).to(torch.uint8).view(torch.float8_e4m3fn).double()
-    tiles = -(-packed.shape[1] // 128)
-    x = x.view(tiles, -1, 2, 8, 8, 4, 2, 2, 2, 4)  # tile kt ks1 warp g q ks0 half lohi by
-    return x.permute(0, 3, 7, 4, 1, 2, 6, 8, 5, 9).reshape(128 * tiles, -1)
-
-
-@pytest.mark.parametrize("kind", Fold)
-def test_folded_weights_are_exact(kind):
-    n, k = 150, 320
-    q = weights(mxfp4, 2, n, k, scales=(100, 100 + kind.reach + 1))
-    packed = hopper_fp4(fold=kind).pack(q)
-    assert (packed.row_scale.log2() % 1 == 0).all()
-    for expert in range(2):
-        got = wgmma_registers(packed, expert)
-        want = q[expert].dequantise(torch.float64)
-        assert torch.equal(got[:n, :k] * packed.row_scale[expert].double()[:, None], want)
-        assert not got[n:].any() and not got[:, k:].any()
-    packed.scales[0, 0, 3] += kind.step if packed.scales[0, 0, 3] < kind.step else -kind.step
-    shifted = wgmma_registers(packed, 0)[:n, :k] * packed.row_scale[0].double()[:, None]
-    assert not torch.equal(shifted, q[0].dequantise(torch.float64))
-
-
-def test_fold_range_and_refusal():
-    q = weights(mxfp4, 3, 20, 256, scales=(120, 121))
-    q.codes.bitwise_or_(0x11)
-    assert narrowest_fold(q) is Fold.NARROW and not fold_range(q).any()
-    q.scales[1, 17, 2] = 132
-    assert int(fold_range(q)[1, 17]) == 12 and int(fold_range(q).sum()) == 12
-    assert narrowest_fold(q) is Fold.WIDE
-    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 12.*_wide"):
-        hopper_fp4().pack(q)
-    hopper_fp4(fold=Fold.WIDE).pack(q)
-    q.scales[1, 17, 2] = 135
-    assert narrowest_fold(q) is None
-    with pytest.raises(MixMoEError, match="expert 1, row 17.* got 15.*order rows"):
-        hopper_fp4(fold=Fold.WIDE).pack(q)
-    assert torch.equal(hopper_fp4(fold=None).pack(q).unpack().scales, q.scales)
-    q.codes[1, 17, 32:48] = 0x80  # the block holds only zeros now: its scale does not count
-    assert narrowest_fold(q) is Fold.NARROW
-    packed = hopper_fp4().pack(q)
-    assert torch.equal(packed.unpack().dequantise(), q.dequantise())
-    assert torch.equal(packed.unpack().codes, q.codes)
-
-
-@pytest.mark.parametrize("byte", [0, 5, 127, 249, 254])
-@pytest.mark.parametrize("kind", Fold)
-def test_row_scale_is_a_normal_float(byte, kind):
-    """At both ends of E8M0 the base stays where no GPU flushes it to zero or infinity."""
-    q = weights(mxfp4, 1, 16, 128, scales=(byte, byte + 1))
-    for span in (0, kind.reach):
-        q.scales[..., 0] = byte + span if byte < 128 else byte - span
-        packed = hopper_fp4(fold=kind).pack(q)
-        assert (packed.row_scale >= 2.0**-126).all() and packed.row_scale.isfinite().all()
-        assert torch.equal(packed.unpack().dequantise(torch.float64), q.dequantise(torch.float64))
-
-
-def test_rows_of_zeros_fold():
-    q = weights(mxfp4, 1, 16, 128, scales=(0, 255))
-    q.codes.zero_()
-    assert not fold_range(q).any()
-    packed = hopper_fp4().pack(q)
-    assert (packed.row_scale == 1).all() and not packed.unpack().dequantise().any()
-
-
 # ---------------------------------------------------------------------------- refusals, memory
 def test_require():
     packed = hopper_fp4(HopperTile(True)).pack(weights(mxfp4, 1, 32, 64))
@@ -424,7 +323,6 @@ def test_require():
         (lambda: hopper_fp8().pack(weights(fp8_channel, 1, 16, 40)), "multiple of 32: got 40"),
         (lambda: hopper_fp4().pack(weights(mxfp4, 1, 16, 64)[0]), "E, N, K"),
         (lambda: hopper_fp4().pack(weights(mxfp4, 1, 16, 64, scales=(255, 256))), "255"),
-        (lambda: fold_range(weights(mxfp8, 1, 16, 64)), "mxfp4"),
         (lambda: HopperTile(warps=3), "warps"),
         (lambda: HopperTile(k_slices=3), "k_slices"),
         (lambda: HopperTile(k64=True), "repeat"),
