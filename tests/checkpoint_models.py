@@ -50,6 +50,11 @@ def quark(rng, n, k):
     return Coded({".weight": codes, ".weight_scale": scales}, dense)
 
 
+def packed_mx(rng, n, k):
+    codes, scales, dense = mx_codes(rng, n, k)
+    return Coded({".weight_packed": codes, ".weight_scale": scales}, dense)
+
+
 def deepseek_v4(rng, n, k):
     codes, scales, dense = mx_codes(rng, n, k)
     scales = scales.view(torch.float8_e8m0fnu)
@@ -235,6 +240,7 @@ SEPARATE = {
     ),
     "fp8 per row": (QWEN, fp8_rows, "model.layers.1.mlp", GATE_UP_DOWN, "fp8_channel"),
     "fp8 per tensor": (QWEN, fp8_tensor, "model.layers.1.mlp", GATE_UP_DOWN, "fp8_channel"),
+    "compressed mxfp4": (QWEN, packed_mx, "model.layers.1.mlp", GATE_UP_DOWN, "mxfp4"),
     "mxfp8": (QWEN, mx8, "model.layers.1.mlp", GATE_UP_DOWN, "mxfp8"),
     "int8 per row": (QWEN, int8_rows, "model.layers.1.mlp", GATE_UP_DOWN, "int8_channel"),
 }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,10 @@ def test_folder_and_config_errors(tmp_path):
     config.write_text(json.dumps({**sizes(QWEN, 2, 64, 32), "hidden_act": "relu"}))
     with pytest.raises(MixMoEError, match="hidden_act.*relu"):
         checkpoint.detect(tmp_path)
+
+
+def test_progress_without_rich_says_what_to_install(tmp_path, monkeypatch):
+    separate(tmp_path, DEEPSEEK, quark, "model.layers.1.mlp", GATE_UP_DOWN)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(MixMoEError, match="needs rich"):
+        checkpoint.load_layer(tmp_path, 1, progress=True)
