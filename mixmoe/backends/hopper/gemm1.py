@@ -11,7 +11,7 @@ import triton.language as tl
 from mixmoe.activations import Activation, ActivationKind
 from mixmoe.backends.hopper.grouped import block_of, products
 from mixmoe.backends.hopper.launch import options, start_dependents
-from mixmoe.backends.hopper.operands import math_of, operand
+from mixmoe.backends.hopper.operands import math_of, operand, stored
 from mixmoe.backends.hopper.quantise import quantise
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.formats import Quantised, ScaleKind
@@ -75,7 +75,7 @@ def gate_up(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "TOPK", "scale_rows"])
 def gemm1_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, smooth_ptr, h_ptr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_final_ptr, bias_ptr, smooth_ptr, h_ptr,
     ids_ptr, weights_ptr, experts_ptr, T, TOPK, H, I, scale_rows, limit, alpha, beta, beta2,  # noqa: E741
     X: tl.constexpr, W: tl.constexpr, MATH: tl.constexpr, ACT: tl.constexpr,
     PER_TOKEN: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -93,12 +93,14 @@ def gemm1_kernel(
         n = column + at // 8 % 2 * I
         ok = column < I
         e = expert.to(tl.int64)
+        plain = e * 2 * I + n
+        lies = e * 2 * I + 2 * first + at if W.paired else plain
         acc = products(
-            x_ptr, x_scale_ptr, row, live, w_ptr, w_scale_ptr, e * 2 * I + n,
-            e * scale_rows + n // W.rows, ok, H, 0, H, X, W, MATH, BM, BN, BK,
+            x_ptr, x_scale_ptr, row, live, w_ptr, w_scale_ptr, w_final_ptr, lies,
+            e * scale_rows + n // W.rows, plain, ok, H, 0, H, X, W, MATH, BM, BN, BK,
         )  # fmt: skip
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + e * 2 * I + n, mask=ok, other=0.0)[:, None]
+            acc += tl.load(bias_ptr + plain, mask=ok, other=0.0)[:, None]
         gate, up = gate_up(acc, BN, BM)
         h = activate(gate, up, limit, alpha, beta, beta2, ACT)
         if WEIGHTED:
@@ -120,13 +122,13 @@ def scalars(act: Activation) -> tuple[float, float, float, float]:
 def gemm1(
     x: Quantised, weights: Weights, routed: Placed, recipe: Recipe, tile: Tile
 ) -> Quantised:  # fmt: skip
-    """Stage 1 of any recipe on weights in plain rows: h ``(T * topk, I)`` in the recipe's format.
+    """Stage 1 of any recipe: h ``(T * topk, I)`` in the recipe's format.
 
     The sum is float32; h is rounded once, from float32, to the activation format. Rows of skipped
     routes are zero in a quantised h, and left as they were in a 16-bit one.
     """
-    p, fmt, w13 = routed.problem, recipe.activation, weights.w13
-    W, X = operand(w13.format), operand(fmt)
+    p, fmt, w13 = routed.problem, recipe.activation, stored(weights.w13)
+    W, X = w13.operand, operand(fmt)
     smooth = weights.w2_smooth if fmt.name == "int8_smooth" else None
     plain = fmt.scale is ScaleKind.NONE
     dtype = fmt.element.storage if plain else torch.float32
@@ -136,10 +138,11 @@ def gemm1(
     if blocks:
         grid = blocks * -(-p.intermediate // (tile.rows // 2))
         gemm1_kernel[(grid,)](
-            x.codes, x.scales, w13.codes, w13.scales, weights.w13_bias, smooth, h,
+            x.codes, x.scales, w13.codes, w13.scales, w13.row_scale, weights.w13_bias, smooth, h,
             routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
             p.tokens, p.topk, p.hidden, p.intermediate, -(-2 * p.intermediate // W.rows),
-            *scalars(recipe.act), X=X, W=W, MATH=math_of(fmt, w13.format, recipe.accumulate),
+            *scalars(recipe.act), X=X, W=W,
+            MATH=math_of(fmt, weights.w13.format, recipe.accumulate),
             ACT=ACTIVATIONS[recipe.act.kind], PER_TOKEN=fmt.name != "int8_smooth",
             WEIGHTED=recipe.weight_on == 1, BM=tile.tokens, BN=tile.rows,
             BK=min(W.step_of(tile.k), X.step_of(tile.k)),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixmoe.backends.hopper.grouped import block_of, products
 from mixmoe.backends.hopper.launch import options, start_dependents
-from mixmoe.backends.hopper.operands import math_of, operand
+from mixmoe.backends.hopper.operands import math_of, operand, stored
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Tile, Weights
@@ -15,7 +15,7 @@ from mixmoe.spec import Recipe, Tile, Weights
 
 @triton.jit(do_not_specialize=["T", "TOPK", "scale_rows"])
 def gemm2_kernel(
-    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, ids_ptr, experts_ptr,
+    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, w_final_ptr, bias_ptr, out_ptr, ids_ptr, experts_ptr,
     T, TOPK, H, I, scale_rows,  # noqa: E741
     X: tl.constexpr, W: tl.constexpr, MATH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
@@ -30,8 +30,8 @@ def gemm2_kernel(
         ok = n < H
         e = expert.to(tl.int64)
         acc = products(
-            h_ptr, h_scale_ptr, row, live, w_ptr, w_scale_ptr, e * H + n,
-            e * scale_rows + n // W.rows, ok, I, 0, I, X, W, MATH, BM, BN, BK,
+            h_ptr, h_scale_ptr, row, live, w_ptr, w_scale_ptr, w_final_ptr, e * H + n,
+            e * scale_rows + n // W.rows, e * H + n, ok, I, 0, I, X, W, MATH, BM, BN, BK,
         )  # fmt: skip
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + e * H + n, mask=ok, other=0.0)[:, None]
@@ -43,20 +43,20 @@ def gemm2_kernel(
 def gemm2(
     h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, tile: Tile
 ) -> Tensor:  # fmt: skip
-    """Stage 2 of any recipe on weights in plain rows: ``(T * topk, H)`` in ``recipe.out_dtype``.
+    """Stage 2 of any recipe: ``(T * topk, H)`` in ``recipe.out_dtype``.
 
     Rows of skipped routes are left as they were: ``combine`` does not read them.
     """
-    p, w2 = routed.problem, weights.w2
-    W, X = operand(w2.format), operand(recipe.activation)
+    p, w2 = routed.problem, stored(weights.w2)
+    W, X = w2.operand, operand(recipe.activation)
     out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=h.codes.device)
     blocks = routed.sorted_expert_ids.shape[0]
     if blocks:
         gemm2_kernel[(blocks * -(-p.hidden // tile.rows),)](
-            h.codes, h.scales, w2.codes, w2.scales, weights.w2_bias, out,
+            h.codes, h.scales, w2.codes, w2.scales, w2.row_scale, weights.w2_bias, out,
             routed.sorted_token_ids, routed.sorted_expert_ids,
             p.tokens, p.topk, p.hidden, p.intermediate, -(-p.hidden // W.rows),
-            X=X, W=W, MATH=math_of(recipe.activation, w2.format, recipe.accumulate),
+            X=X, W=W, MATH=math_of(recipe.activation, weights.w2.format, recipe.accumulate),
             BM=tile.tokens, BN=tile.rows, BK=min(W.step_of(tile.k), X.step_of(tile.k)),
             num_warps=tile.warps, num_stages=tile.stages, **options(out.device),
         )  # fmt: skip

@@ -25,11 +25,15 @@ def block_of(ids_ptr, experts_ptr, block, T, TOPK, PER_TOKEN: tl.constexpr, BM: 
 
 @triton.jit
 def products(
-    x_ptr, x_scale_ptr, x_row, x_ok, w_ptr, w_scale_ptr, w_row, w_scale_row, w_ok, K,
-    k_from, k_to, X: tl.constexpr, W: tl.constexpr, MATH: tl.constexpr,
+    x_ptr, x_scale_ptr, x_row, x_ok, w_ptr, w_scale_ptr, w_final_ptr, w_row, w_scale_row,
+    w_final_row, w_ok, K, k_from, k_to, X: tl.constexpr, W: tl.constexpr, MATH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``acc[n, m] = sum_k w[n, k] x[m, k]`` over columns k_from..k_to, all scales applied."""
+    """``acc[n, m] = sum_k w[n, k] x[m, k]`` over columns k_from..k_to, all scales applied.
+
+    Where a weight row's codes lie (``w_row``), its block scale and its final scale are three row
+    numbers: they differ for packed orders and for scale blocks of several rows.
+    """
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(k_from, k_to, BK):
         w = W.tile(w_ptr, w_scale_ptr, w_row, w_scale_row, w_ok, k, K, BN, BK, MATH.dtype)
@@ -44,7 +48,7 @@ def products(
         else:
             acc = tl.dot(w, tl.trans(x), acc)
     if W.final is not None:
-        acc *= W.final(w_scale_ptr, w_scale_row, w_ok)[:, None]
+        acc *= W.final(w_final_ptr, w_final_row, w_ok)[:, None]
     if X.final is not None:
         acc *= X.final(x_scale_ptr, x_row, x_ok)[None, :]
     return acc

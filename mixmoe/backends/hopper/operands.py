@@ -11,9 +11,11 @@ from math import gcd
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import Format, ScaleKind
+from mixmoe.formats import Format, Quantised, ScaleKind
+from mixmoe.preshuffle import Packed
 
 
 @triton.jit
@@ -74,6 +76,47 @@ def tile_int4(ptr, scale_ptr, row, scale_row, ok, k, K,
 
 
 @triton.jit
+def tile_fragment(ptr, scale_ptr, row, k, K, STEP: tl.constexpr, LOWEST: tl.constexpr,
+                  R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """float32 ``(R, BK)`` of folded mxfp4 in fragment order (the layout is stated in mainloop.py).
+
+    A word holds columns 4q..4q+3 and 16+4q..16+4q+3 of a block of 32; a word beyond K reads zero
+    words of the padding or is masked.
+    """
+    block = k // 32 + tl.arange(0, BK // 32)
+    units = (K + 127) // 128 * 2
+    lane = row % 8 * 4
+    unit = (row // 16 * units)[:, None] + (block // 2)[None, :]
+    part = (block % 2 * 2)[None, :] + (row // 8 % 2)[:, None]
+    known = (block < (K + 31) // 32)[None, :] & (row >= 0)[:, None]
+    byte = tl.load(scale_ptr + unit * 32 + lane[:, None] + part, mask=known, other=0)
+    power = ((byte.to(tl.int32) // STEP + LOWEST + 127) << 23).to(tl.float32, bitcast=True)
+    q = tl.arange(0, 4)[None, None, :]
+    at = unit[:, :, None] * 128 + lane[:, None, None] * 4 + q * 4 + part[:, :, None]
+    word = tl.load(ptr + at, mask=known[:, :, None], other=0)[:, :, None, :, None]
+    by = tl.arange(0, 4)[None, None, None, None, :]
+    high = tl.arange(0, 2)[None, None, :, None, None]
+    bits = ((word >> (16 * high + 4 * by)) & 7) << 22
+    bits |= ((word >> (8 * by + 7 - 4 * high)) & 1) << 31
+    values = tl.reshape(bits.to(tl.float32, bitcast=True) * 2.0**126, (R, BK // 32, 32))
+    return tl.reshape(values * power[:, :, None], (R, BK))
+
+
+@triton.jit
+def tile_narrow(ptr, scale_ptr, row, scale_row, ok, k, K,
+                R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    """Folded mxfp4, scale bytes 8 (k + 5)."""
+    return tile_fragment(ptr, scale_ptr, tl.where(ok, row, -1), k, K, 8, -5, R, BK).to(DT)
+
+
+@triton.jit
+def tile_wide(ptr, scale_ptr, row, scale_row, ok, k, K,
+              R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):  # fmt: skip
+    """Folded mxfp4, scale bytes k + 8."""
+    return tile_fragment(ptr, scale_ptr, tl.where(ok, row, -1), k, K, 1, -8, R, BK).to(DT)
+
+
+@triton.jit
 def step_group(scale_ptr, scale_row, ok, k, K, COLS: tl.constexpr):
     """The scale of the group of COLS columns that holds column ``k``."""
     groups = (K + COLS - 1) // COLS
@@ -88,7 +131,10 @@ def final_row(scale_ptr, scale_row, ok):
 
 @dataclass(frozen=True)
 class Operand:
-    """How one format is read; ``rows x cols`` is the block of a ``step`` scale."""
+    """How one format is read; ``rows x cols`` is the block of a ``step`` scale.
+
+    ``paired``: gate and up rows alternate by 8 in memory too (a packed gate/up order).
+    """
 
     name: str
     tile: object
@@ -96,15 +142,16 @@ class Operand:
     final: object = None
     rows: int = 1
     cols: int = 0
+    paired: bool = False
 
     @property
     def cache_key(self) -> str:
         """Triton hashes compile-time arguments by this: the sources of the device functions."""
         used = (f for f in (self.tile, self.step, self.final) if f is not None)
-        return f"{self.name}/{self.rows}x{self.cols}/" + "/".join(f.cache_key for f in used)  # type: ignore[attr-defined]
+        return "/".join([repr(self), *(f.cache_key for f in used)])  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"{self.name}_{self.rows}x{self.cols}"
+        return f"{self.name}_{self.rows}x{self.cols}{'_paired' if self.paired else ''}"
 
     def step_of(self, k: int) -> int:
         """Largest K step up to ``k`` (a power of two) that stays inside one scale group."""
@@ -124,6 +171,34 @@ def operand(fmt: Format) -> Operand:
     if fmt.cols == 0:
         return Operand(fmt.name, tile_whole, final=final_row)
     return Operand(fmt.name, tile_whole, step=step_group, rows=fmt.rows, cols=fmt.cols)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A weight matrix as the kernels take it: its reader, and pointers to codes and scales."""
+
+    operand: Operand
+    codes: Tensor
+    scales: Tensor | None
+    row_scale: Tensor | None
+
+
+PACKED = {
+    "hopper_fp4_gu_w1": Operand("mxfp4_narrow", tile_narrow, final=final_row, paired=True),
+    "hopper_fp4_gu_w1_wide": Operand("mxfp4_wide", tile_wide, final=final_row, paired=True),
+    "hopper_fp4_w1": Operand("mxfp4_narrow", tile_narrow, final=final_row),
+    "hopper_fp4_w1_wide": Operand("mxfp4_wide", tile_wide, final=final_row),
+}
+
+
+def stored(weights: Quantised | Packed) -> Stored:
+    """Weights in plain rows or in one of the orders of ``PACKED``; refuses any other."""
+    if isinstance(weights, Packed):
+        if weights.order.name not in PACKED:
+            raise MixMoEError("hopper reads weights in", weights.order.name, ", ".join(PACKED))
+        reader = PACKED[weights.order.name]
+        return Stored(reader, weights.codes, weights.scales, weights.row_scale)
+    return Stored(operand(weights.format), weights.codes, weights.scales, weights.scales)
 
 
 @dataclass(frozen=True)
