@@ -6,6 +6,7 @@ So the list is LLVM's own table, seen through its disassembler. `python -m cdnas
 """
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from .toolchain import find_tool
 
 DATA = Path(__file__).with_name('data')
+# directives, words the disassembler marks as illegal, matrix operands that are constants, the first half of v_mfma_scale
+NO_EXAMPLE = re.compile(r'^\.|/\*|^v_s?mf\w+ \S+ 0, |^v_mfma_ld_scale')
 SEGMENTS = (0, 1, 2)                      # flat, scratch, global
 
 
@@ -60,10 +63,10 @@ def families() -> Iterator[tuple[int, ...]]:
             yield (0xD3800000 | op << 16 | 0x0040, tail[0])                                 # VOP3P-MAI
     for tail in vop3_words():
         for mfma in (0x2D, 0x2E):                                                           # scaled: ld_scale + MFMA
-            yield (0xD3AC0000, 0x00010000 | 0x150 | 0x160 << 9, 0xD3800000 | mfma << 16 | 0x40, tail[0])
+            yield (0xD3AC0000, 0x150 | 0x160 << 9, 0xD3800000 | mfma << 16 | 0x840, tail[0])
     for op in range(256):
-        yield (0xD8000000 | op << 17, 0x40302010)                                           # DS
-        yield (0xD8000000 | op << 17, 0x00302010)                                           # no result
+        for tail in (0x40302010, 0x40002010, 0x40000010, 0x00302010, 0x00002010, 0x00000010, 0x40000000, 0):
+            yield (0xD8000000 | op << 17, tail)                                             # DS: unused fields must be 0
     for op in range(128):
         for lds in (0, 1 << 16):
             yield (0xE0000000 | op << 18 | 1 << 12 | lds, 0x80014010)                       # MUBUF
@@ -96,7 +99,7 @@ def examples(gpu: str) -> dict[str, str]:
     """mnemonic with encoding suffix -> shortest example text."""
     best: dict[str, str] = {}
     for text in disassemble(gpu):
-        if text and not text.startswith('.'):
+        if text and not NO_EXAMPLE.search(text):
             name = text.split()[0]
             if 'lds' in text.split()[1:]:
                 name += ' lds'

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..asm import Instr
-from ..batch import ALL, Batch, Scalar, each
+from ..batch import ALL, M0, Batch, Scalar, each
 from ..errors import ExecError, UnsupportedError
 from ..numerics import u64
 from ..operands import code_address, code_index, rs32, rs64, ws32, ws64
@@ -36,8 +36,9 @@ CONDITION: dict[str, Callable[[Batch], Scalar]] = {       # non-zero: taken
 NO_EFFECT = {'s_nop', 's_setprio', 's_sethalt', 's_dcache_inv', 's_icache_inv', 's_dcache_wb', 's_ttracedata',
              's_incperflevel', 's_decperflevel', 's_inst_prefetch', 's_sendmsg', 's_code_end', 's_clause',
              's_dcache_discard', 's_dcache_discard_x2', 's_dcache_inv_vol', 's_dcache_wb_vol', 's_setkill',
-             's_set_gpr_idx_off', 's_wakeup', 's_setvskip', 's_atc_probe', 's_atc_probe_buffer'}
-HWREG = re.compile(r'hwreg\((\w+)(?:,\s*(\d+),\s*(\d+))?\)')
+             's_set_gpr_idx_off', 's_set_gpr_idx_mode', 's_wakeup', 's_setvskip', 's_atc_probe', 's_atc_probe_buffer'}
+HWREG = re.compile(r'(?:hwreg\()?(\w+)(?:,\s*(\d+),\s*(\d+))?\)?')
+NUMBERED = {'1': 'HW_REG_MODE', '2': 'HW_REG_STATUS', '3': 'HW_REG_TRAPSTS', '4': 'HW_REG_HW_ID', '20': 'HW_REG_XCC_ID'}
 READABLE = {'HW_REG_MODE', 'HW_REG_XCC_ID', 'HW_REG_HW_ID', 'HW_REG_STATUS', 'HW_REG_TRAPSTS', 'HW_REG_GPR_ALLOC',
             'HW_REG_LDS_ALLOC', 'HW_REG_IB_STS', 'HW_REG_SQ_SHADER_TBA_LO', 'HW_REG_SQ_SHADER_TBA_HI'}
 
@@ -119,9 +120,10 @@ def wait(ins: Instr) -> Closure:
 
 def register_field(text: str, ins: Instr) -> tuple[str, int, int]:
     m = HWREG.match(text)
-    if not m or m.group(1) not in READABLE:
+    name = NUMBERED.get(m.group(1), m.group(1)) if m else ''
+    if not m or not (name in READABLE or name.isdigit()):
         raise UnsupportedError(f'`{ins.text}`: hardware register {text!r}')
-    return m.group(1), int(m.group(2) or 0), int(m.group(3) or 32)
+    return name, int(m.group(2) or 0), int(m.group(3) or 32)
 
 
 def get_register(ins: Instr) -> Closure:
@@ -139,12 +141,33 @@ def get_register(ins: Instr) -> Closure:
 def set_register(ins: Instr) -> Closure:
     name, off, size = register_field(ins.ops[0].text, ins)
     value, field = rs32(ins.ops[1]), ((1 << size) - 1) << off
-    if name not in ('HW_REG_MODE', 'HW_REG_TRAPSTS', 'HW_REG_STATUS'):
-        raise UnsupportedError(f'`{ins.text}`: only MODE can be written')
 
-    def f(w: Batch) -> None:
+    def f(w: Batch) -> None:                    # every other register steers traps and caches, not results
         if name == 'HW_REG_MODE':
             w.mode = each(lambda m, v: (m & ~field) | (v << off & field), w.mode, value(w))
+    return f
+
+
+def gpr_index(ins: Instr) -> Closure:
+    """s_set_gpr_idx_on / _idx: M0[7:0] = index; which operands are indexed is known when decoding (machine.py)."""
+    a = rs32(ins.ops[0])
+
+    def f(w: Batch) -> None:
+        w.s[M0] = each(lambda m, x: (m & 0xFFFFFF00) | (x & 255), w.s[M0], a(w))
+    return f
+
+
+def relative_move(ins: Instr) -> Closure:
+    """s_movrels (source register + M0), s_movreld (destination register + M0)."""
+    n, to = 2 if ins.op.endswith('b64') else 1, 'movreld' in ins.op
+    d, s = ins.ops[0].idx, ins.ops[1].idx
+
+    def f(w: Batch) -> None:
+        k = w.s[M0]
+        if type(k) is not int:
+            raise ExecError(f'`{ins.text}`: waves of one batch disagree on M0; run with batch_waves=1')
+        for j in range(n):
+            w.s[d + j + (k if to else 0)] = w.s[s + j + (0 if to else k)]
     return f
 
 
@@ -180,6 +203,10 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
         return trap(ins)
     if op in ('s_memtime', 's_memrealtime'):
         return clock(ins)
+    if op in ('s_set_gpr_idx_on', 's_set_gpr_idx_idx'):
+        return gpr_index(ins)
+    if op.startswith('s_movrel'):
+        return relative_move(ins)
     if op.startswith('s_getreg'):
         return get_register(ins)
     if op.startswith('s_setreg'):

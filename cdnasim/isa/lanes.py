@@ -11,8 +11,8 @@ from ..asm import Instr, Operand
 from ..batch import LANES, M0, M32, VCC, Batch, Row, mask_to_bool, norm
 from ..errors import UnsupportedError
 from ..numerics import f32, f64, i32, i64, u32, u64
-from ..operands import lo32, rs32, rs64, rv32, rv64, write_mask, ws32, wv32, wv64
-from .valu_float import fma32, fma64
+from ..operands import RAW, TYPED, lo32, rs32, rs64, rv32, rv64, write_mask, ws32, wv32, wv64
+from .valu_float import fma16, fma32, fma64
 from .vop import Closure, finish, sdwa_read, source
 
 CARRY = re.compile(r'^v_(add|sub|subrev)_co_u32$|^v_(addc|subb|subbrev)_co_u32$')
@@ -238,6 +238,16 @@ def constant_fma(ins: Instr) -> Closure:
     return lambda w: wr(w, fma32(a(w).view(f32), b(w).view(f32), c(w).view(f32)).view(u32))
 
 
+def constant_mad_f16(ins: Instr) -> Closure:
+    """v_madmk_f16, v_madak_f16."""
+    a, b, c = (rv32(x, 'h') for x in ins.ops[1:4])
+    wr = wv32(ins.ops[0])
+
+    def half(x: Any) -> Any:
+        return TYPED['h'](x & u32(0xFFFF))
+    return lambda w: wr(w, RAW['h'](fma16(half(a(w)), half(b(w)), half(c(w)))))
+
+
 def mqsad_u32(ins: Instr) -> Closure:
     """Four masked SADs of a sliding window into four registers."""
     from .valu_int import sad, wrap
@@ -257,7 +267,8 @@ NAMED: dict[str, Callable[[Instr], Closure]] = {
     'v_permlane32_swap_b32': permlane_swap, 'v_permlane16_swap_b32': permlane_swap, 'v_bitop3_b32': bitop3,
     'v_bitop3_b16': bitop3, 'v_mad_u64_u32': mad64, 'v_mad_i64_i32': mad64, 'v_div_scale_f32': div_scale,
     'v_div_scale_f64': div_scale, 'v_div_fmas_f32': div_fmas, 'v_div_fmas_f64': div_fmas, 'v_fmamk_f32': constant_fma,
-    'v_fmaak_f32': constant_fma, 'v_madmk_f32': constant_fma, 'v_madak_f32': constant_fma, 'v_mqsad_u32_u8': mqsad_u32}
+    'v_fmaak_f32': constant_fma, 'v_madmk_f32': constant_fma, 'v_madak_f32': constant_fma, 'v_madmk_f16': constant_mad_f16,
+    'v_madak_f16': constant_mad_f16, 'v_mqsad_u32_u8': mqsad_u32}
 
 
 def decode(ins: Instr) -> Closure | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..asm import Instr
-from ..batch import LANES, Batch, Pending
+from ..batch import LANES, M0, Batch, Pending
 from ..errors import ExecError
 from ..numerics import Array, i64, u8, u32, unpack_bits
 from ..operands import rv32
@@ -89,6 +89,11 @@ TABLE = atomic_table()
 
 
 def addresses(ins: Instr, k: int) -> Callable[[Batch], Array]:
+    if 'addtid' in ins.op:                                   # M0 + 4 * lane, no address operand
+        def by_lane(w: Batch) -> Array:
+            m0 = w.s[M0]
+            return np.broadcast_to((m0 if type(m0) is int else m0.astype(i64)[:, None]) + 4 * LANES, w.shape)
+        return by_lane
     a = rv32(ins.ops[k])
     return lambda w: np.broadcast_to(a(w), w.shape).astype(i64)
 
@@ -126,7 +131,8 @@ def read(ins: Instr, mode: str | None, kind: str) -> Closure:
 def write(ins: Instr, mode: str | None, kind: str) -> Closure:
     n, shift = WRITE[kind]
     offs, pc = offsets_of(ins, mode, n), ins.pc
-    where, src = addresses(ins, 0), [ins.ops[1 + k].idx for k in range(len(offs))]
+    first = 0 if 'addtid' in ins.op else 1
+    where, src = addresses(ins, 0), [ins.ops[first + k].idx for k in range(len(offs))]
 
     def land(w: Batch, base: Array, mask: Any, data: list[Array]) -> None:
         rows = Masked.rows(mask)
@@ -296,7 +302,7 @@ def swizzle(ins: Instr) -> Closure:
 def decode(ins: Instr, kernel: Any) -> Closure | None:
     if not ins.op.startswith('ds_'):
         return None
-    name = ins.op[3:]
+    name = ins.op[3:].replace('_addtid', '')
     if name == 'nop':
         return lambda w: None
     if name in ('bpermute_b32', 'permute_b32'):
