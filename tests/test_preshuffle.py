@@ -267,7 +267,9 @@ FORMATS_OF = {
 
 
 def equal(a, b):
-    return a is b is None or torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -383,6 +385,17 @@ def test_strided_copies_equal_gathers(monkeypatch):
     again = order.pack(q)
     assert torch.equal(again.codes, packed.codes) and torch.equal(again.scales, packed.scales)
     assert torch.equal(packed.unpack().codes, q.codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hopper_fp4_gu_w1", "hopper_fp8_w1", "cdna_n16_gui", "cdna_int4"])
+def test_packing_on_the_gpu_gives_the_same_bits(name):
+    order = order_named(name)
+    q = weights(FORMATS_OF[order.elements[0].name][0], 3, 38, 320)
+    here, there = order.pack(q), order.pack(q.to("cuda"))
+    assert equal(here.codes, there.codes.cpu())
+    assert equal(here.scales, None if there.scales is None else there.scales.cpu())
+    assert equal(there.unpack().codes.cpu(), q.codes)
 
 
 def test_pictures():
