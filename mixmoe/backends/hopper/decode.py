@@ -238,10 +238,10 @@ class Stream:
             {"num_warps": tile.warps, "maxnreg": min(registers, 248), "launch_pdl": True},
         )
 
-    def boxes(self, packed: Packed) -> tuple[Any, Any]:
-        """TMA boxes of one step: rows x (2 * slices) units of words, and their scales."""
+    def boxes(self, packed: Packed, chunks: int = 1) -> tuple[Any, Any]:
+        """TMA boxes of one step: rows x (2 * slices * chunks) units of words, and their scales."""
         _, _, k = packed.shape
         padded = -(-k // 128) * 2
         words = packed.codes.view(-1, padded, UNIT_WORDS)[:, : -(-k // 64)]
         scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)
-        return weight_descriptors(words, scales, self.rows, 2 * self.slices)
+        return weight_descriptors(words, scales, self.rows, 2 * self.slices * chunks)
