@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import ToolError
 
-PACKAGE = {'ld.lld': 'lld-22', 'llvm-objdump': 'llvm-22', 'llvm-readelf': 'llvm-22', 'llvm-mc': 'llvm-22', 'cc': 'gcc'}
+PACKAGE = {'ld.lld': 'lld-22', 'llvm-objdump': 'llvm-22', 'llvm-readelf': 'llvm-22', 'llvm-mc': 'llvm-22', 'llc': 'llvm-22', 'cc': 'gcc'}
 
 
 def candidates(name: str) -> list[str]:
@@ -30,7 +30,7 @@ def candidates(name: str) -> list[str]:
 def find_tool(name: str) -> str:
     """Path of an LLVM tool that knows gfx950 (LLVM 19 or later). Raises ToolError that says what to install."""
     for path in candidates(name):
-        if not name.startswith('llvm-') or llvm_version(path) >= 19:
+        if not name.startswith(('llvm-', 'llc')) or llvm_version(path) >= 19:
             return path
     hint = f'apt-get install {PACKAGE.get(name, name)}'
     raise ToolError(f'{name} was not found (or is older than LLVM 19). Install it, e.g. `{hint}`, and put it on PATH.')

@@ -6,6 +6,9 @@ set), except in the transcendental unit, which flushes them.
 """
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -143,11 +146,15 @@ def stochastic(a: Any, b: Any, drop: int, encode: Fn) -> Any:
 
 
 def div_fixup(q: Any, den: Any, num: Any) -> Any:
-    """Special cases of a division whose quotient is q (CDNA3 ISA, V_DIV_FIXUP_F32)."""
+    """Special cases of a division whose quotient is q (CDNA3 ISA, V_DIV_FIXUP_F32).
+
+    A NaN quotient of ordinary operands means that the steps before overflowed; it becomes infinity, which the manual's
+    text does not say but LLVM's fdiv needs to be correct for results beyond the range.
+    """
     ty = q.dtype.type
     sign = np.where(np.signbit(den) ^ np.signbit(num), ty(-1), ty(1))
     a, b = np.abs(den), np.abs(num)
-    r = np.copysign(np.abs(q), sign)
+    r = np.where(np.isnan(q), ty(np.inf) * sign, np.copysign(np.abs(q), sign))
     r = np.where(np.isinf(a) | (b == 0), ty(0) * sign, r)
     r = np.where((a == 0) | np.isinf(b), ty(np.inf) * sign, r)
     bad = ((a == 0) & (b == 0)) | (np.isinf(a) & np.isinf(b)) | np.isnan(den) | np.isnan(num)
@@ -231,28 +238,18 @@ add('D i', cvt_f64_i32=lambda a: a.astype(f64))
 add('D u', cvt_f64_u32=lambda a: a.astype(f64))
 add('D D D D', div_fixup_f64=div_fixup)
 
-LONG = np.longdouble
+def exact_fma() -> Callable[[float, float, float], float]:
+    """fma of the C library: correctly rounded. NumPy has none."""
+    fn = ctypes.CDLL(ctypes.util.find_library('m') or 'libm.so.6').fma
+    fn.restype, fn.argtypes = ctypes.c_double, [ctypes.c_double] * 3
+    return fn
+
+
+FMA64 = np.frompyfunc(exact_fma(), 3, 1)
 
 
 def fma64(a: Any, b: Any, c: Any) -> Any:
-    """Fused in 80-bit arithmetic: exact enough for division chains, not always correctly rounded."""
-    p = a * b
-    err = two_product_error(a, b, p)
-    r = (LONG(p) if np.ndim(p) == 0 else p.astype(LONG)) + c
-    return np.where(np.isfinite(err), (r + err).astype(f64), p + c)
-
-
-def two_product_error(a: Any, b: Any, p: Any) -> Any:
-    """a * b - p exactly (Dekker), for values away from overflow."""
-    split = f64(134217729.0)
-
-    def halves(x: Any) -> tuple[Any, Any]:
-        t = split * x
-        hi = t - (t - x)
-        return hi, x - hi
-    ah, al = halves(a)
-    bh, bl = halves(b)
-    return ((ah * bh - p) + ah * bl + al * bh) + al * bl
+    return np.asarray(FMA64(a, b, c)).astype(f64)
 
 
 add('D D D D', fma_f64=fma64)
