@@ -11,7 +11,7 @@ from mixmoe.timing import Flush
 
 from .counts import Stage
 from .routing import Skew
-from .shapes import SHAPES, TOKENS, in_order_of_worth
+from .shapes import SHAPES, TABLE_TOKENS, TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Plan:
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     tokens: tuple[int, ...] = TOKENS
+    rival_tokens: tuple[int, ...] | None = None  # None: as many as ours
     skews: tuple[str, ...] = ("uniform", "zipf")
     stages: tuple[str, ...] = ("stage1", "stage2", "layer")
     flushes: tuple[str, ...] = ("clean", "dirty")
@@ -40,14 +41,25 @@ class Plan:
             for name in value:
                 kind(name)
 
+    def rivals_run(self, tokens: int) -> bool:
+        """Whether rivals are measured at this count."""
+        return self.rival_tokens is None or tokens in self.rival_tokens
+
     @property
     def folder(self) -> Path:
         return Path(self.out)
 
     def cases(self) -> list[tuple[Skew, int]]:
-        """(skew, tokens) of every shape: uniform first, counts with a goal first."""
-        order = in_order_of_worth(self.tokens)
-        return [(Skew(skew), tokens) for skew in self.skews for tokens in order]
+        """(skew, tokens) of every shape: the counts with a goal first, so that a run cut short
+        still has them under both routings."""
+        goals = [tokens for tokens in self.tokens if tokens in TABLE_TOKENS]
+        others = [tokens for tokens in self.tokens if tokens not in TABLE_TOKENS]
+        return [
+            (Skew(skew), tokens)
+            for counts in (goals, others)
+            for skew in self.skews
+            for tokens in sorted(counts)
+        ]
 
     def dump(self) -> str:
         return json.dumps(asdict(self))

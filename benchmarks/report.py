@@ -12,7 +12,7 @@ from rich.table import Table
 from .registry import OURS
 from .results import Row, best_rival
 
-WIDTH = 170  # columns, where the output is a file
+WIDTH = 210  # columns, where the output is a file
 STAGES = ("stage1", "stage2", "layer")
 
 
@@ -60,8 +60,8 @@ def print_all(
 def summary_table(title: str, rows: Sequence[Row]) -> Table:
     """Tokens down; for each stage the roof, the best rival, ours, and how they compare."""
     table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("T", justify="right")
-    table.add_column("experts", justify="right")
+    table.add_column("T", justify="right", no_wrap=True)
+    table.add_column("experts", justify="right", no_wrap=True)
     for stage in STAGES:
         for head in (f"{stage}: roof", "best rival", OURS, "faster"):
             table.add_column(head, justify="right", no_wrap=True)
@@ -99,7 +99,7 @@ def provider_table(title: str, rows: Sequence[Row], stage: str) -> Table:
     of_stage = [row for row in rows if row.stage == stage]
     columns = list(dict.fromkeys(column_of(row) for row in of_stage))
     table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("T", justify="right")
+    table.add_column("T", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for tokens in sorted({row.tokens for row in of_stage}):

@@ -35,8 +35,3 @@ SHAPES = {
 
 TABLE_TOKENS = (1, 8, 64, 512, 8192)  # the token counts that have a goal
 TOKENS = tuple(2**i for i in range(15))  # 1 .. 16384
-
-
-def in_order_of_worth(tokens: tuple[int, ...]) -> list[int]:
-    """The counts with a goal first, so that a run cut short still has them."""
-    return sorted(tokens, key=lambda t: (t not in TABLE_TOKENS, t))

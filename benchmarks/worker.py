@@ -30,6 +30,7 @@ from .shapes import SHAPES
 
 AGAIN = 75  # exit status: start me again, the failure is noted
 STEP_LIMIT = 120.0  # seconds for one provider's set-up and first call, JIT compiles included
+SLOW = 1.0  # seconds of set-up worth a line
 WRONG = 0.1  # a worst row error above this is a broken kernel, not an inexact one
 ROOMY = 90 << 30  # bytes; above this the allocator's cache is emptied between cases
 
@@ -91,6 +92,8 @@ class Worker:
         """Every shape gets an equal share of the time that is left when it comes."""
         self.entries = [entry for entry in self.entries if self._present(entry)]
         end = self.started + self.plan.seconds
+        for kind in () if self.plan.warm else ("bf16", "fp8"):
+            self.roofs.tflops(kind)  # the first work also wakes the clocks for what follows
         for place, name in enumerate(self.plan.shapes):
             now = time.monotonic()
             until = now + shares(end - now, len(self.plan.shapes) - place)
@@ -139,11 +142,16 @@ class Worker:
             at = (entry.label, case.shape.name, case.tokens, stage.value)
             if entry.stage is not stage or at in failed or self._done(entry, case, skew):
                 continue
+            if entry.provider != OURS and not self.plan.rivals_run(case.tokens):
+                continue
+            begin = time.monotonic()
             try:
                 with self._limit(entry, case):
                     prepared.append(make(entry, case))
             except Exception as error:
                 self._fail(entry, case, error)
+            if (seconds := time.monotonic() - begin) > SLOW:
+                say(f"  {entry.label} {stage.value} T {case.tokens}: set-up took {seconds:.1f} s")
         return prepared
 
     def _fail(self, entry: Entry, case: Case, error: Exception) -> None:

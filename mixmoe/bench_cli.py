@@ -16,6 +16,7 @@ def bench(
     rivals: Annotated[str, typer.Option(help="all, none, or plug-ins: humming,deepgemm")] = "all",
     shape: Annotated[str, typer.Option(help="all, or names: dsv3_tp8,gptoss120b")] = "all",
     tokens: Annotated[str, typer.Option(help="all (1 .. 16384), table, or counts: 1,8,64")] = "all",
+    rival_tokens: Annotated[str, typer.Option(help="counts at which rivals run too")] = "all",
     routing: Annotated[str, typer.Option(help="uniform, zipf or both")] = "both",
     stages: Annotated[str, typer.Option(help="of stage1,stage2,layer")] = "stage1,stage2,layer",
     flush: Annotated[str, typer.Option(help="L2 before each call: clean, dirty or both")] = "both",
@@ -24,12 +25,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="folder of results")] = Path("benchmarks/results"),
     commit: Annotated[str, typer.Option(help="name the commit, where there is no checkout")] = "",
     resume: Annotated[bool, typer.Option(help="keep what the last run measured")] = False,
-    warm: Annotated[bool, typer.Option(help="only compile and check, time nothing")] = False,
+    warm: Annotated[bool, typer.Option(help="only compile, time nothing")] = False,
     detail: Annotated[bool, typer.Option(help="print every provider's times")] = False,
     show: Annotated[Path | None, typer.Option(help="print a results file, run nothing")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(help="with --show: tables go here")
-    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="with --show: tables go here")] = None,
 ) -> None:
     """Measure stage 1, stage 2 and the layer, cold L2, CUDA graphs, rivals interleaved.
 
@@ -43,11 +42,15 @@ def bench(
     from benchmarks.plan import Plan
     from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
 
-    counts = {"all": TOKENS, "table": TABLE_TOKENS}
+    def numbers(text: str) -> tuple[int, ...]:
+        named = {"all": TOKENS, "table": TABLE_TOKENS}
+        return named[text] if text in named else tuple(map(int, _names(text)))
+
     try:
         plan = Plan(
             shapes=tuple(SHAPES) if shape == "all" else _names(shape),
-            tokens=counts[tokens] if tokens in counts else tuple(map(int, _names(tokens))),
+            tokens=numbers(tokens),
+            rival_tokens=None if rival_tokens == "all" else numbers(rival_tokens),
             skews=("uniform", "zipf") if routing == "both" else _names(routing),
             stages=_names(stages),
             flushes=("clean", "dirty") if flush == "both" else _names(flush),

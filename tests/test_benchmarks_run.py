@@ -20,7 +20,7 @@ from benchmarks.counts import Stage
 from benchmarks.plan import Plan
 from benchmarks.registry import Run, Shows, Unsupported
 from benchmarks.results import Journal, LeftOut, Row
-from benchmarks.roofs import near
+from benchmarks.roofs import Roofs, near
 from benchmarks.routing import Skew
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import Poisoned, Worker, prepare
@@ -151,6 +151,23 @@ def test_every_provider_is_measured_or_named(tmp_path, monkeypatch):
     row = worker.journal.rows[0]
     assert row.us == 10.0 and row.spread == 0.5 and row.worst_row_error < 1e-9
     assert row.roof_us == pytest.approx(1.9 + row.nbytes / 4.48e6, abs=1e-3)
+
+
+def test_rivals_may_run_at_fewer_token_counts(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right}, rival_tokens=(9,))
+    worker.entries.append(entry_of(Stage.STAGE1, provider="mixmoe", build=right))
+    worker.run()
+    seen = {(row.provider, row.tokens) for row in worker.journal.rows}
+    assert seen == {("right", 9), ("mixmoe", 1), ("mixmoe", 9)}
+
+
+def test_a_smaller_read_is_no_slower_than_a_larger_one():
+    roofs = Roofs("cpu", {})
+    sizes = [near(n) for n in (8 << 20, 9 << 20)]
+    roofs.reads = {(Flush.CLEAN, sizes[0]): 4.5, (Flush.CLEAN, sizes[1]): 2.7}
+    assert roofs.read_us(Flush.CLEAN, 8 << 20) == 2.7 == roofs.read_us(Flush.CLEAN, 9 << 20)
+    roofs.reads[Flush.DIRTY, sizes[0]] = 5.0
+    assert roofs.read_us(Flush.DIRTY, 8 << 20) == 5.0
 
 
 def test_ours_must_keep_its_word_on_determinism(case):
