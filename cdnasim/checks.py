@@ -142,8 +142,9 @@ class StateChecker:
         return self.effects[first].kind == self.effects[second].kind
 
     def report(self, pc: int, other: int, what: str, kind: str = 'hazard') -> None:
-        if (pc, other, hash(what)) not in self.reported:
-            self.reported.add((pc, other, hash(what)))
+        key = (pc, other, hash(kind))                      # one finding per pair of instructions
+        if key not in self.reported:
+            self.reported.add(key)
             self.findings.add(Finding(kind, what, other, pc))
 
     def states(self, b: Batch, pc: int, e: Effects, ins: Instr) -> None:

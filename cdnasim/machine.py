@@ -18,6 +18,7 @@ from .group import Group, make_banks
 from .isa import control, lds, mfma, salu, smem, valu, vmem
 from .memory import Memory
 from .numerics import Array, u8, u32, u64
+from .operands import GOT_BASE, code_address
 from .races import Races
 from .report import Report
 from .runner import Runner, Schedule
@@ -67,6 +68,7 @@ class Kernel:
         self.banks = make_banks(self.arch)
         self.private_bytes = max(self.meta.get('private_segment_fixed_size', 0), self.hsa.get('private_segment_fixed_size', 0))
         self.indexed = gpr_index_regions(module)
+        self.got: dict[str, int] = {}              # functions called through the global offset table -> slot
         self.code: list[Callable[[Batch], Any]] = []
         self.decode()
         self.registers = 1 + max([AGPR_BASE if self.uses_agprs() else 0, 1] + [
@@ -183,6 +185,9 @@ class Launch:
         self.kernarg = pack_args(k, args, self.grid, self.block, self.memory)
         self.kernarg_at = self.memory.alloc(self.kernarg, 'kernarg')
         self.dispatch_at = self.memory.alloc(dispatch_packet(self.grid, self.block), 'dispatch packet')
+        if k.got:
+            table = np.array([code_address(k.module.labels[name]) for name in k.got], u64)
+            self.memory.map(GOT_BASE, table, 'global offset table')
         total = self.grid[0] * self.grid[1] * self.grid[2]
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= total):
@@ -254,7 +259,7 @@ def argument_bytes(v: Any, size: int, memory: Memory, name: str) -> bytes:
         v = memory.alloc(v, f'{name} {v.shape}')
     if isinstance(v, (bool, int, np.integer)):
         return (int(v) & ((1 << 8 * size) - 1)).to_bytes(size, 'little')
-    if isinstance(v, float):
+    if type(v) is float:                        # np.float64 is a float too, and has its own size
         v = np.array(v, {2: np.float16, 4: np.float32, 8: np.float64}[size])
     raw = v if isinstance(v, (bytes, bytearray)) else np.asarray(v).tobytes()
     if len(raw) != size:

@@ -17,6 +17,7 @@ from .numerics import f16, f32, f64, i16, i32, i64, u16, u32, u64
 
 Read = Callable[[Batch], Any]
 Write = Callable[[Batch, Any], None]
+GOT_BASE = 0x7A00_0000_0000 - (1 << 33)
 CODE_BASE = 0x7A00_0000_0000 - (1 << 32)       # s_getpc addresses: CODE_BASE + 8 * instruction index
 
 

@@ -11,7 +11,7 @@ from ..asm import Instr
 from ..batch import ALL, M32, Batch, Scalar, each, norm
 from ..errors import UnsupportedError
 from ..numerics import u64
-from ..operands import code_address, rs32, rs64, ws32, ws64
+from ..operands import GOT_BASE, code_address, rs32, rs64, ws32, ws64
 
 Closure = Callable[[Batch], Any]
 
@@ -295,15 +295,24 @@ def write_exec(ins: Instr, kind: str) -> Closure:
     return f
 
 
+RELOCATION = re.compile(r'^(.+?)@(rel32|gotpcrel32)@(lo|hi)\+\d+$')
+
+
 def symbol_offset(ins: Instr, kernel: Any) -> None:
-    """Rewrite `sym@rel32@lo+4` (R_AMDGPU_REL32: S + A - P) into the constant that completes an s_getpc address."""
+    """Rewrite `sym@rel32@lo+4` or `sym@gotpcrel32@lo+4` (S + A - P, or G + GOT + A - P) into the constant that
+    completes an s_getpc address."""
     for o in ins.ops[1:]:
-        m = o.kind == 'sym' and re.match(r'^(.+?)@rel32@(lo|hi)\+\d+$', o.val)
-        if m:
-            if m.group(1) not in kernel.module.labels:
-                raise UnsupportedError(f'`{ins.text}`: {m.group(1)} is not a function of this file')
-            delta = code_address(kernel.module.labels[m.group(1)]) - code_address(ins.pc - (m.group(2) == 'hi'))
-            o.kind, o.val = 'imm', delta & M32 if m.group(2) == 'lo' else delta >> 32 & M32
+        m = RELOCATION.match(o.val) if o.kind == 'sym' else None
+        if not m:
+            continue
+        name = m.group(1)
+        if name not in kernel.module.labels:
+            raise UnsupportedError(f'`{ins.text}`: {name} is not a function of this file')
+        to = code_address(kernel.module.labels[name])
+        if m.group(2) == 'gotpcrel32':
+            to = GOT_BASE + 8 * kernel.got.setdefault(name, len(kernel.got))
+        delta = to - code_address(ins.pc - (m.group(3) == 'hi'))
+        o.kind, o.val = 'imm', delta & M32 if m.group(3) == 'lo' else delta >> 32 & M32
 
 
 def decode(ins: Instr, kernel: Any) -> Closure | None:
