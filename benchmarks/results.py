@@ -123,17 +123,21 @@ class Journal:
             self._read()
 
     def _read(self) -> None:
+        trying: dict[str, Any] | None = None
         for line in self.path.read_text().splitlines():
             try:
                 kind, body, label = json.loads(line)
             except json.JSONDecodeError:  # cut off by the kill
                 continue
+            trying = body if kind == "trying" else None
             if kind == "row":
                 self._keep(Row(**body), label)
             elif kind == "left_out":
                 self.left_out.append(LeftOut(**body))
-            else:
+            elif kind == "roofs":
                 self.roofs = body
+        if trying:  # the last thing that the last process wrote
+            self.add(LeftOut(**trying))
 
     def add(self, item: Row | LeftOut, label: str = "") -> None:
         """Records a row, with the provider's label, or a failure."""
@@ -147,6 +151,11 @@ class Journal:
         """Records the roofs measured so far; the last record holds."""
         self.roofs = roofs
         self._write("roofs", roofs, "")
+
+    def trying(self, item: LeftOut | None) -> None:
+        """Notes what is about to be tried, None for nothing: if the process ends in it, the next
+        one reads it as a failure."""
+        self._write("trying", asdict(item) if item else {}, "")
 
     def _keep(self, row: Row, label: str) -> None:
         self.rows.append(row)

@@ -12,7 +12,6 @@ from . import markdown as tables
 from . import plots, report, results
 from .plan import Plan
 
-AGAIN = 75
 MOST_STARTS = 25
 
 
@@ -24,13 +23,16 @@ def execute(plan: Plan) -> Path:
         raise RuntimeError("the benchmark needs a CUDA device, and torch sees none")
     device = torch.cuda.get_device_name(0)
     end = time.monotonic() + plan.seconds
-    attempt = plan
+    attempt, status, journal = plan, 0, plan.folder / "journal.jsonl"
     for _ in range(MOST_STARTS):
+        size = journal.stat().st_size if journal.exists() and attempt.resume else 0
         command = [sys.executable, "-m", "benchmarks.worker"]
         status = subprocess.run(command, input=attempt.dump(), text=True).returncode
         left = end - time.monotonic()
-        if status != AGAIN or left <= 0:
+        stuck = not journal.exists() or journal.stat().st_size == size
+        if status == 0 or stuck or left <= 0:
             break
+        print(f"the worker ended with status {status}; starting the next", flush=True)
         attempt = dataclasses.replace(attempt, resume=True, seconds=left)
     return collect(plan, device, status)
 

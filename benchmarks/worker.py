@@ -29,7 +29,7 @@ from .routing import Skew
 from .shapes import SHAPES
 
 AGAIN = 75  # exit status: start me again, the failure is noted
-STEP_LIMIT = 120.0  # seconds for one provider's set-up and first call, JIT compiles included
+STEP_LIMIT = 45.0  # seconds for one provider's set-up and first call, JIT compiles included
 SLOW = 1.0  # seconds of set-up worth a line
 WRONG = 0.1  # a worst row error above this is a broken kernel, not an inexact one
 ROOMY = 90 << 30  # bytes; above this the allocator's cache is emptied between cases
@@ -102,9 +102,22 @@ class Worker:
                 if time.monotonic() > until:
                     say(f"{name}: out of time before T {tokens}, {skew.value} routing")
                     break
-                self.case(Case.random(model, tokens, skew), skew)
+                self._guarded(model, tokens, skew)
             self.journal.note_roofs(self.roofs.as_json())
             del model
+            tidy(force=True)
+
+    def _guarded(self, model: Model, tokens: int, skew: Skew) -> None:
+        """A case that does not fit into memory, say, is named and the run goes on."""
+        try:
+            self.case(Case.random(model, tokens, skew), skew)
+        except Poisoned:
+            raise
+        except Exception as error:
+            reason = registry.one_line(error)
+            self.journal.add(LeftOut("all", model.shape.name, tokens, "all", reason))
+            say(f"{model.shape.name} T {tokens} {skew.value}: {reason}")
+            self._check_context()
             tidy(force=True)
 
     def case(self, case: Case, skew: Skew) -> None:
@@ -145,17 +158,23 @@ class Worker:
             if entry.provider != OURS and not self.plan.rivals_run(case.tokens):
                 continue
             begin = time.monotonic()
+            reason = "ended the process"
+            self.journal.trying(LeftOut(at[0], at[1], at[2], at[3], reason))
             try:
-                with self._limit(entry, case):
+                with self._limit([entry], case):
                     prepared.append(make(entry, case))
             except Exception as error:
                 self._fail(entry, case, error)
             if (seconds := time.monotonic() - begin) > SLOW:
                 say(f"  {entry.label} {stage.value} T {case.tokens}: set-up took {seconds:.1f} s")
+        self.journal.trying(None)
         return prepared
 
     def _fail(self, entry: Entry, case: Case, error: Exception) -> None:
         self._leave_out(entry, case.shape.name, case.tokens, registry.one_line(error))
+        self._check_context()
+
+    def _check_context(self) -> None:
         try:
             self.synchronise()
         except Exception as lost:
@@ -171,12 +190,12 @@ class Worker:
         marks = [time.monotonic()]
         for item in prepared:
             try:
-                with self._limit(item.entry, case):
+                with self._limit([item.entry], case):
                     captured[item.entry.label] = clock.capture(item.run.call)
             except Exception as error:
                 self._fail(item.entry, case, error)
         marks.append(time.monotonic())
-        times = clock.compare(captured)
+        times = self._compare(clock, captured, case, prepared)
         marks.append(time.monotonic())
         for item in prepared:
             if item.entry.label in times:
@@ -184,6 +203,23 @@ class Worker:
         marks.append(time.monotonic())
         for name, (start, end) in zip(("capture", "replay", "roofs"), pairwise(marks), strict=True):
             self.spent[name] += end - start
+
+    def _compare(
+        self, clock: GraphClock, captured: dict[str, Captured], case: Case, prepared: list[Prepared]
+    ) -> dict[str, Timing]:
+        """A fault in a replay cannot be pinned on one provider: ours is taken to be the culprit,
+        or all of them where ours is not among them."""
+        entries = [item.entry for item in prepared if item.entry.label in captured]
+        suspects = [entry for entry in entries if entry.provider == OURS] or entries
+        try:
+            with self._limit(suspects, case):
+                return clock.compare(captured)
+        except Exception as error:
+            for entry in suspects:
+                reason = f"in a replay: {registry.one_line(error)}"
+                self._leave_out(entry, case.shape.name, case.tokens, reason)
+            self._check_context()
+            return {}
 
     def _record(self, case: Case, skew: Skew, flush: Flush, item: Prepared, timing: Timing) -> None:
         entry, routing = item.entry, case.routing
@@ -219,12 +255,13 @@ class Worker:
         self.journal.add(row, entry.label)
 
     @contextmanager
-    def _limit(self, entry: Entry, case: Case) -> Iterator[None]:
-        """Ends the process when one step of one provider hangs."""
+    def _limit(self, entries: list[Entry], case: Case) -> Iterator[None]:
+        """Ends the process when one step hangs, with those who may have done it noted."""
 
         def expired() -> None:
-            reason = f"did not finish within {STEP_LIMIT:.0f} s"
-            self._leave_out(entry, case.shape.name, case.tokens, reason)
+            for entry in entries:
+                reason = f"did not finish within {STEP_LIMIT:.0f} s"
+                self._leave_out(entry, case.shape.name, case.tokens, reason)
             os._exit(AGAIN)
 
         timer = threading.Timer(STEP_LIMIT, expired)

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -34,6 +37,8 @@ def model():
 def case(model):
     return Case.random(model, 9, Skew.UNIFORM)
 
+
+ROOT = Path(__file__).parents[1]
 
 # --- time
 
@@ -327,3 +332,53 @@ def test_memo_builds_once():
 def test_an_operand_of_bf16_has_no_scale():
     values = torch.randn(2, 64).bfloat16()
     assert torch.equal(Operand(values, None, (1, 64)).dense(slice(None)), values.float())
+
+
+# --- glue
+
+GLUE = """
+import torch
+from benchmarks.glue import activate_quantise, gather_quantise, weighted_sum
+from benchmarks.operands import activate, quantise_fp8
+
+def same(got, want):
+    # Triton 3.6.0's interpreter rounds to fp8 with ties away and loses the carry into the
+    # exponent (126.1 -> 64): a few codes may differ, by one step or by that factor of two
+    carry, step = got * 2 == want, (got - want).abs() <= want.abs() / 8 + 2**-9
+    assert (carry | step).all() and (got != want).float().mean() < 0.06
+
+torch.manual_seed(0)
+x = torch.randn(5, 384).bfloat16()
+source = torch.tensor([3, -1, 0, 4], dtype=torch.int32)
+for group in (384, 128):
+    want = quantise_fp8(x, (1, group))
+    codes = torch.zeros(4, 384, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(384 // group, 4).T  # as DeepGEMM wants them: rows innermost
+    gather_quantise(x, source, codes, scales, group)
+    rows, kept = source[[0, 2, 3]].long(), torch.tensor([0, 2, 3])
+    torch.testing.assert_close(scales[kept], want.scales[rows])
+    same(codes.float()[kept], want.codes.float()[rows])
+    assert not codes.float()[1].any() and not scales[1].any(), "a skipped row is not written"
+for group, name in ((192, "silu"), (128, "swiglu")):
+    gate_up = torch.randn(4, 384).bfloat16() * 3
+    want = quantise_fp8(activate(name, gate_up.float()), (1, group))
+    h = torch.zeros(4, 192, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros(4, -(-192 // group))
+    activate_quantise(gate_up, h, scales, group, name, keep=source)
+    torch.testing.assert_close(scales[kept], want.scales[kept], rtol=1e-5, atol=0)
+    same(h.float()[kept], want.codes.float()[kept])
+    assert not h.float()[1].any()
+rows, place = torch.randn(6, 96).bfloat16(), torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
+weights, y = torch.tensor([[0.25, 0.5], [1.0, 2.0]]), torch.zeros(2, 96).bfloat16()
+weighted_sum(rows, place, weights, y)
+want = (rows.float()[place.long()] * weights.unsqueeze(-1)).sum(1)
+torch.testing.assert_close(y, want.bfloat16())
+"""
+
+
+def test_the_glue_between_the_rivals_gemms():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", GLUE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -3,10 +3,8 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import counts, markdown, plots, registry, report, results, run
+from benchmarks import worker as worker_module
 from benchmarks.case import Case, Model
 from benchmarks.counts import Stage
 from benchmarks.plan import Plan
@@ -210,6 +209,71 @@ def test_a_lost_context_ends_the_process_with_the_failure_noted(tmp_path, monkey
     assert [item.provider for item in noted.left_out] == ["bad [a16w16]"]
 
 
+def test_a_process_that_dies_names_who_was_running(tmp_path, monkeypatch):
+    def dies(case):
+        raise KeyboardInterrupt  # as good as a crash: nothing in the worker catches it
+
+    worker = make_worker(tmp_path, monkeypatch, {"right": right, "deadly": dies}, tokens=(1,))
+    with pytest.raises(KeyboardInterrupt):
+        worker.run()
+    again = make_worker(
+        tmp_path, monkeypatch, {"right": right, "deadly": dies}, tokens=(1,), resume=True
+    )
+    again.run()
+    assert [item.provider for item in again.journal.left_out] == ["deadly [a16w16]"]
+    assert again.journal.left_out[0].reason == "ended the process"
+    assert {row.provider for row in again.journal.rows} == {"right"}
+
+
+def test_a_fault_in_a_replay_is_ours(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right}, tokens=(1,), skews=("uniform",))
+    worker.entries.append(entry_of(Stage.STAGE1, provider="mixmoe", build=right))
+    real = FakeClock.compare
+
+    def compare(self, captured, rounds=7):
+        if any(name.startswith("mixmoe") for name in captured):
+            raise RuntimeError("an illegal memory access")
+        return real(self, captured, rounds)
+
+    monkeypatch.setattr(FakeClock, "compare", compare)
+    worker.run()
+    assert {item.provider for item in worker.journal.left_out} == {"mixmoe [a16w16]"}
+    assert "in a replay" in worker.journal.left_out[0].reason
+
+
+def test_a_case_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right}, skews=("uniform",))
+    real = Case.random
+
+    def random(model, tokens, skew):
+        if tokens == 9:
+            raise MemoryError("out of memory")
+        return real(model, tokens, skew)
+
+    monkeypatch.setattr(worker_module.Case, "random", random)
+    worker.run()
+    assert [(item.provider, item.tokens) for item in worker.journal.left_out] == [("all", 9)]
+    assert {row.tokens for row in worker.journal.rows} == {1}
+
+
+def test_workers_are_started_again_while_they_get_on(tmp_path, monkeypatch):
+    plans = []
+
+    def worker(command, input, text):
+        plans.append(Plan.read(input))
+        journal = tmp_path / "journal.jsonl"
+        if len(plans) < 3:
+            journal.write_text("x" * len(plans))
+        return SimpleNamespace(returncode=worker_module.AGAIN)
+
+    monkeypatch.setattr(run.subprocess, "run", worker)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(run, "collect", lambda plan, device, status: status)
+    assert run.execute(Plan(out=str(tmp_path))) == worker_module.AGAIN
+    assert [plan.resume for plan in plans] == [False, True, True], "the third got nowhere"
+
+
 def test_a_run_out_of_time_stops(tmp_path, monkeypatch):
     worker = make_worker(tmp_path, monkeypatch, {"right": right}, seconds=0.0)
     worker.run()
@@ -371,54 +435,6 @@ def test_the_tables_of_a_document_are_replaced(tmp_path):
 def test_the_file_is_named_after_the_device():
     assert run.file_name("NVIDIA H200") == "h200"
     assert run.file_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
-
-
-GLUE = """
-import torch
-from benchmarks.glue import activate_quantise, gather_quantise, weighted_sum
-from benchmarks.operands import activate, quantise_fp8
-
-def same(got, want):
-    # Triton 3.6.0's interpreter rounds to fp8 with ties away and loses the carry into the
-    # exponent (126.1 -> 64): a few codes may differ, by one step or by that factor of two
-    carry, step = got * 2 == want, (got - want).abs() <= want.abs() / 8 + 2**-9
-    assert (carry | step).all() and (got != want).float().mean() < 0.06
-
-torch.manual_seed(0)
-x = torch.randn(5, 384).bfloat16()
-source = torch.tensor([3, -1, 0, 4], dtype=torch.int32)
-for group in (384, 128):
-    want = quantise_fp8(x, (1, group))
-    codes = torch.zeros(4, 384, dtype=torch.float8_e4m3fn)
-    scales = torch.zeros(384 // group, 4).T  # as DeepGEMM wants them: rows innermost
-    gather_quantise(x, source, codes, scales, group)
-    rows, kept = source[[0, 2, 3]].long(), torch.tensor([0, 2, 3])
-    torch.testing.assert_close(scales[kept], want.scales[rows])
-    same(codes.float()[kept], want.codes.float()[rows])
-    assert not codes.float()[1].any() and not scales[1].any(), "a skipped row is not written"
-for group, name in ((192, "silu"), (128, "swiglu")):
-    gate_up = torch.randn(4, 384).bfloat16() * 3
-    want = quantise_fp8(activate(name, gate_up.float()), (1, group))
-    h = torch.zeros(4, 192, dtype=torch.float8_e4m3fn)
-    scales = torch.zeros(4, -(-192 // group))
-    activate_quantise(gate_up, h, scales, group, name, keep=source)
-    torch.testing.assert_close(scales[kept], want.scales[kept], rtol=1e-5, atol=0)
-    same(h.float()[kept], want.codes.float()[kept])
-    assert not h.float()[1].any()
-rows, place = torch.randn(6, 96).bfloat16(), torch.tensor([[5, 0], [2, 2]], dtype=torch.int32)
-weights, y = torch.tensor([[0.25, 0.5], [1.0, 2.0]]), torch.zeros(2, 96).bfloat16()
-weighted_sum(rows, place, weights, y)
-want = (rows.float()[place.long()] * weights.unsqueeze(-1)).sum(1)
-torch.testing.assert_close(y, want.bfloat16())
-"""
-
-
-def test_the_glue_between_the_rivals_gemms():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", GLUE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_command_says_what_it_needs():
