@@ -88,6 +88,7 @@ class Module:
     labels: dict[str, int] = field(default_factory=dict)
     functions: dict[str, tuple[int, int]] = field(default_factory=dict)
     kernels: dict[str, KernelText] = field(default_factory=dict)
+    got: dict[str, int] = field(default_factory=dict)      # functions called through the global offset table -> slot
 
 
 def parse_operand(text: str) -> Operand:

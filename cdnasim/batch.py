@@ -202,8 +202,7 @@ class Batch:
         out = Batch(first.group, np.concatenate([b.wg for b in batches]), np.concatenate([b.wave for b in batches]), 0)
         for rows in zip(*[b.v for b in batches], strict=True):
             same = all(r is b.fresh for r, b in zip(rows, batches, strict=True))
-            out.v.append(out.fresh if same else np.concatenate([np.broadcast_to(r, b.shape)
-                                                               for r, b in zip(rows, batches, strict=True)]))
+            out.v.append(out.fresh if same else np.concatenate(rows))
         out.s = [join_scalar(xs, sizes) for xs in zip(*[b.s for b in batches], strict=True)]
         out.scc, out.mode = (join_scalar([getattr(b, k) for b in batches], sizes) for k in ('scc', 'mode'))
         out.pc, out.state, out.steps = first.pc, first.state, max(b.steps for b in batches)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LDS_FILL = 0xA5                      # the hardware does not zero LDS
 LINE = 128                           # bytes of a cache line (CDNA3 ISA 9.1.10)
-LINE_SAMPLES = 16                    # accesses per instruction whose cache lines are counted
+LINE_SAMPLES = 4                    # accesses per instruction whose cache lines are counted
 
 
 class Group:

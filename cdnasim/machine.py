@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .isa import control, lds, mfma, salu, smem, valu, vmem
 from .memory import Memory
 from .numerics import Array, u8, u32, u64
 from .operands import GOT_BASE, code_address
+from .parallel import Outcome, run_forked
 from .races import Races
 from .report import Report
 from .runner import Runner, Schedule
@@ -42,6 +43,7 @@ class Options:
     schedule       'lockstep', 'serial', 'reverse' or 'random' (runner.py), with `quantum` and `seed`
     budget         instructions a wave may execute
     batch_waves    waves that run as one array
+    processes      share the workgroups of a plain run (no check on) among this many processes
     trace          record the path of the first workgroup (timing model, timeline picture)
     """
     hazard: bool = False
@@ -52,6 +54,7 @@ class Options:
     seed: int = 0
     budget: int = 20_000_000
     batch_waves: int = 128
+    processes: int = 1
     trace: bool = True
 
 
@@ -68,7 +71,7 @@ class Kernel:
         self.banks = make_banks(self.arch)
         self.private_bytes = max(self.meta.get('private_segment_fixed_size', 0), self.hsa.get('private_segment_fixed_size', 0))
         self.indexed = gpr_index_regions(module)
-        self.got: dict[str, int] = {}              # functions called through the global offset table -> slot
+        self.reads_atomics = any('_atomic_' in i.op and i.flags & {'sc0', 'glc'} for i in module.instrs)
         self.code: list[Callable[[Batch], Any]] = []
         self.decode()
         self.registers = 1 + max([AGPR_BASE if self.uses_agprs() else 0, 1] + [
@@ -185,8 +188,8 @@ class Launch:
         self.kernarg = pack_args(k, args, self.grid, self.block, self.memory)
         self.kernarg_at = self.memory.alloc(self.kernarg, 'kernarg')
         self.dispatch_at = self.memory.alloc(dispatch_packet(self.grid, self.block), 'dispatch packet')
-        if k.got:
-            table = np.array([code_address(k.module.labels[name]) for name in k.got], u64)
+        if k.module.got:
+            table = np.array([code_address(k.module.labels[name]) for name in k.module.got], u64)
             self.memory.map(GOT_BASE, table, 'global offset table')
         total = self.grid[0] * self.grid[1] * self.grid[2]
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)
@@ -194,22 +197,35 @@ class Launch:
             raise LaunchError(f'{k.name}: workgroups {workgroups!r} are outside the grid of {total}')
         counters, counts = Counters(), np.zeros(len(k.module.instrs), np.int64)
         per = max(1, self.options.batch_waves // self.waves)
+        parts = [ids[at:at + per] for at in range(0, len(ids), per)]
         self.traced = {int(ids[0])} if len(ids) else set()
         previous, self.memory.watch = self.memory.watch, self.uninitialised
         try:
-            with np.errstate(all='ignore'):
-                for at in range(0, len(ids), per):
-                    group = Group(k, self, ids[at:at + per])
-                    runner = Runner(group, self.schedule)
-                    runner.run()
-                    for slot in runner.slots:
-                        for b in slot.batches:
-                            self.finished(b)
-                    counters.absorb(group.counters)
-                    counts += np.array(group.counts, np.int64)
+            for outcome in self.outcomes(parts):
+                counters.absorb(outcome.counters)
+                counts += outcome.counts
+                self.paths.update(outcome.paths)
         finally:
             self.memory.watch = previous
         return Report(self, counters, counts, len(ids), time.perf_counter() - start)
+
+    def outcomes(self, parts: list[Array]) -> Iterator[Outcome]:
+        """Run groups of workgroups, in order, or in several processes (see parallel.py for when that is possible)."""
+        n = min(self.options.processes, len(parts))
+        if n > 1 and not (self.checker or self.races or self.memory.lenient or self.kernel.reads_atomics):
+            yield from run_forked(self.memory, [lambda part=part: self.run_group(part) for part in parts], n)  # type: ignore[misc]
+        else:
+            yield from (self.run_group(part) for part in parts)
+
+    def run_group(self, part: Array) -> Outcome:
+        group = Group(self.kernel, self, part)
+        with np.errstate(all='ignore'):
+            runner = Runner(group, self.schedule)
+            runner.run()
+        for slot in runner.slots:
+            for b in slot.batches:
+                self.finished(b)
+        return Outcome(group.counters, np.array(group.counts, np.int64), self.paths)
 
     def finished(self, b: Batch) -> None:
         """Keep the paths of the traced workgroup."""

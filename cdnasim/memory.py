@@ -11,7 +11,11 @@ import numpy as np
 
 from .errors import MemFault
 from .gather import gather, scatter
+from .isa.memop import ATOMIC, do_atomic
 from .numerics import Array, i64, u8
+
+
+Entry = tuple[int, Array, Array, str]            # region base, offsets (addresses for atomics), rows, atomic or ''
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class Memory:
         self.bases: list[int] = []
         self.regions: list[Region] = []
         self.next = self.BASE
+        self.journal: list[Entry] | None = None         # stores and atomics, when another process must repeat them
         self.watch: Any = None                  # uninitialised reads are reported to watch.unwritten(region, offsets)
 
     def map(self, base: int, data: Array, name: str = '', keep: Any = None) -> int:
@@ -140,8 +145,31 @@ class Memory:
         n = data.shape[1]
         for region, off, sel in self.groups(addr, rows, n, 'store'):
             scatter(region.data, off, data[sel])
+            if self.journal is not None:
+                self.journal.append((region.base, off, np.ascontiguousarray(data[sel]), ''))
             if region.written is not None:
                 region.written[off[:, None] + np.arange(n)] = True
+
+    def atomic(self, addr: Array, rows: Array, data: Array, kind: str) -> Array:
+        """Perform the atomic `kind` (a key of isa.memop.ATOMIC) in order of wave and lane -> old values."""
+        n, fn = ATOMIC[kind]
+        journal, self.journal = self.journal, None
+        old = do_atomic(lambda a, r: self.load(a, r, n), self.store, addr, rows, data, n, fn)
+        self.journal = journal
+        if journal is not None:
+            journal.append((0, addr, data, kind))
+        return old
+
+    def replay(self, journal: list[Entry]) -> None:
+        """Repeat the stores and atomics of another process."""
+        for base, off, data, kind in journal:
+            if kind:
+                self.atomic(off, np.zeros(len(off), i64), data, kind)
+                continue
+            region = self.region_at(base)
+            scatter(region.data, off, data)
+            if region.written is not None:
+                region.written[off[:, None] + np.arange(data.shape[1])] = True
 
     def read_bytes(self, address: int, n: int, batch: Any = None) -> Array:
         """Scalar load."""

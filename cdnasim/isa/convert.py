@@ -180,7 +180,10 @@ def scaled_unpack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
 
 def stack_rows(w: Batch, first: int, n: int) -> Array:
     """n registers -> uint32 (waves, 64, n)."""
-    return np.stack([np.broadcast_to(r, w.shape) for r in w.v[first:first + n]], -1)
+    out = np.empty((*w.shape, n), u32)
+    for k, row in enumerate(w.v[first:first + n]):
+        out[..., k] = row
+    return out
 
 
 def put_rows(w: Batch, first: int, rows: Array) -> None:

@@ -95,7 +95,7 @@ def addresses(ins: Instr, k: int) -> Callable[[Batch], Array]:
             return np.broadcast_to((m0 if type(m0) is int else m0.astype(i64)[:, None]) + 4 * LANES, w.shape)
         return by_lane
     a = rv32(ins.ops[k])
-    return lambda w: np.broadcast_to(a(w), w.shape).astype(i64)
+    return lambda w: a(w).astype(i64)
 
 
 def offsets_of(ins: Instr, mode: str | None, n: int) -> list[int]:

@@ -46,7 +46,10 @@ def spread(x: Array, w: Batch, rows: Array, old: Array) -> Array:
 def from_rows(w: Batch, first: int, n: int, shift: int, rows: Array | None) -> Array:
     """Registers -> uint8[k, n] to store, k active lanes."""
     if n >= 4:
-        words = np.stack([np.broadcast_to(r, w.shape) for r in w.v[first:first + n // 4]], -1).reshape(-1, n // 4)
+        words = np.empty((*w.shape, n // 4), u32)
+        for k, row in enumerate(w.v[first:first + n // 4]):
+            words[..., k] = row
+        words = words.reshape(-1, n // 4)
         return (words if rows is None else words[rows]).view(u8)
     x = np.ascontiguousarray(w.v[first]).reshape(-1)
     x = x if rows is None else x[rows]

@@ -203,7 +203,7 @@ class Accumulator:
         if hit is not None and all(a is b for a, b in zip(hit[0], rows, strict=True)):
             block = hit[1]
         else:
-            block = np.stack([np.broadcast_to(r, w.shape) for r in rows])
+            block = np.array(rows)
         if self.s.out == 'f64':
             pairs = block.reshape(self.n // 2, 2, w.n, 64).transpose(0, 2, 3, 1)
             return np.ascontiguousarray(pairs).view(f64)[..., 0].reshape(shape)

@@ -310,7 +310,7 @@ def symbol_offset(ins: Instr, kernel: Any) -> None:
             raise UnsupportedError(f'`{ins.text}`: {name} is not a function of this file')
         to = code_address(kernel.module.labels[name])
         if m.group(2) == 'gotpcrel32':
-            to = GOT_BASE + 8 * kernel.got.setdefault(name, len(kernel.got))
+            to = GOT_BASE + 8 * kernel.module.got.setdefault(name, len(kernel.module.got))
         delta = to - code_address(ins.pc - (m.group(3) == 'hi'))
         o.kind, o.val = 'imm', delta & M32 if m.group(3) == 'lo' else delta >> 32 & M32
 

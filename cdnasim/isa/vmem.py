@@ -18,7 +18,6 @@ from .memop import (
     STORE,
     Masked,
     active_rows,
-    do_atomic,
     every_row,
     from_rows,
     issue,
@@ -49,10 +48,10 @@ def flat_address(ins: Instr, vaddr: Operand, saddr: Operand | None) -> Address:
         def from_scalar(w: Batch) -> tuple[Array, Any]:
             base = column(w.s[i]) + (column(w.s[i + 1]) << 32) + off
             at = lo(w).astype(i64) + base if lo else base
-            return np.broadcast_to(at, w.shape), None
+            return at if np.shape(at) == w.shape else np.broadcast_to(at, w.shape), None
         return from_scalar
     rd = rv64(vaddr)
-    return lambda w: (np.broadcast_to(rd(w).view(i64) + off, w.shape), None)
+    return lambda w: (rd(w).view(i64) + off, None)
 
 
 class Descriptor:
@@ -87,13 +86,17 @@ def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n:
         if structured:                      # structured: the record number and the place inside the record are checked
             ok = ((index < d.num) & (off + n <= d.stride)) if not d.swizzle else index < d.num
             ok = np.broadcast_to(ok, w.shape)[..., None]
+        elif type(d.num) is int and int(np.max(off)) + (s if type(s) is int else int(s.max())) + n <= d.num:
+            ok = None                                   # the common case: every lane is inside
         else:
             ok = np.broadcast_to(off + s, w.shape)[..., None] + parts + size <= np.broadcast_to(d.num, (w.n, 1))[..., None]
         if d.swizzle and structured:
             off = swizzled(index, off, d)
         else:
-            off = index * d.stride + off
-        return np.broadcast_to(d.base + s + off, w.shape), None if ok.all() else np.broadcast_to(ok, (*w.shape, len(parts)))
+            off = off + index * d.stride if np.any(d.stride) else off
+        at = off + (d.base + s)
+        at = at if np.shape(at) == w.shape else np.broadcast_to(at, w.shape)
+        return at, None if ok is None or ok.all() else np.broadcast_to(ok, (*w.shape, len(parts)))
     return f
 
 
@@ -256,7 +259,7 @@ def store(ins: Instr, space: str, kind: str) -> Closure:
 
 
 def atomic(ins: Instr, space: str, kind: str) -> Closure:
-    n, fn = ATOMIC[kind]
+    n = ATOMIC[kind][0]
     o, pc, ret = ins.ops, ins.pc, 'sc0' in ins.flags or 'glc' in ins.flags
     wide = 2 * n if kind.startswith('cmpswap') else n
     if space == 'buffer':
@@ -276,7 +279,7 @@ def atomic(ins: Instr, space: str, kind: str) -> Closure:
         shared = in_aperture(flat) if space == 'flat' else None
         if shared is not None:
             raise UnsupportedError(f'`{ins.text}`: flat atomic on LDS')
-        old = do_atomic(lambda a, r: mem.load(a, r, n), mem.store, flat, ids, new, n, fn)
+        old = mem.atomic(flat, ids, new, kind)
         if ret and len(ids):
             put_loaded(w, dst, to_rows(old, w, rows, 'w', dst))
 

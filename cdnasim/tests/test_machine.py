@@ -308,3 +308,16 @@ def test_no_kernel_and_no_file() -> None:
         cdnasim.load('\n ; nothing\n')
     with pytest.raises(cdnasim.AsmError, match='does not exist'):
         cdnasim.load('/nowhere/kernel.s')
+
+
+@pytest.mark.parametrize('processes', (2, 3))
+def test_processes(processes: int) -> None:
+    """Several processes leave the same memory, counts and errors as one."""
+    data = np.random.default_rng(0).integers(1, 60, 64 * 20).astype(np.uint32)
+    one, r1 = run(COLLATZ, data, 64 * 20, grid=20, batch_waves=2)
+    many, r2 = run(COLLATZ, data, 64 * 20, grid=20, batch_waves=2, processes=processes)
+    assert (one == many).all() and r1.by_op == r2.by_op and r2.paths.keys() == r1.paths.keys()
+    add = ' v_mov_b32_e32 v3, 0\n v_mov_b32_e32 v4, 1\n global_atomic_add v3, v4, s[6:7]\n'
+    assert run(add, np.zeros(4), 64, grid=20, batch_waves=2, processes=processes)[0][0] == 64 * 20
+    with pytest.raises(cdnasim.MemFault, match='workgroup 0'):
+        run(' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n', np.zeros(64, np.uint32), grid=4, batch_waves=1, processes=processes)
