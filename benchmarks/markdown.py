@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .registry import OURS
-from .report import STAGES, column_of, failures, left_out_lines, ours_of
+from .report import STAGES, Ours, column_of, failures, left_out_lines, ours_of
 from .results import Row, best_rival
 from .shapes import TABLE_TOKENS
 
@@ -66,8 +66,8 @@ def beside_best(rows: Sequence[Row], shape: str, routing: str, flush: str) -> st
         return ""
     ours, rivals = ours_of(here), best_rival(here)
     lines = [
-        f"**{shape}, {routing} routing, {flush} L2** (us; roof / best rival / mixmoe, rival over "
-        "mixmoe)",
+        f"**{shape}, {routing} routing, {flush} L2** (us; roof / best rival / **mixmoe**, rival "
+        "over mixmoe)",
         "",
         "| T | experts | " + " | ".join(STAGES) + " |",
         "|---|---|" + "---|" * len(STAGES),
@@ -80,15 +80,17 @@ def beside_best(rows: Sequence[Row], shape: str, routing: str, flush: str) -> st
     return "\n".join(lines)
 
 
-def beside(ours: Row | None, rival: Row | None) -> str:
-    """ "27 / 34.1 humming_fp8 / **31.0**, 1.10x"."""
-    known = ours or rival
+def beside(ours: Ours | None, rival: Row | None) -> str:
+    """ "27 / 34.1 humming_fp8 / **31.0**, 1.10x", and the fastest of ours where it is not that."""
+    known = ours.default if ours else rival
     if known is None:
         return "-"
     theirs = f"{rival.us:.1f} {rival.provider}" if rival else "-"
-    mine = f"**{ours.us:.1f}**" if ours else "-"
-    gain = f", {rival.us / ours.us:.2f}x" if ours and rival else ""
-    return f"{known.roof_us:.1f} / {theirs} / {mine}{gain}"
+    if ours is None:
+        return f"{known.roof_us:.1f} / {theirs} / -"
+    gain = f", {rival.us / ours.default.us:.2f}x" if rival else ""
+    extra = f" ({ours.extra})" if ours.extra else ""
+    return f"{known.roof_us:.1f} / {theirs} / **{ours.default.us:.1f}**{gain}{extra}"
 
 
 def side_by_side(rows: Sequence[Row], stage: str, shape: str = "dsv3_tp8") -> str:

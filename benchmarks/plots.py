@@ -48,8 +48,10 @@ def draw_times(about: dict[str, Any], rows: Sequence[Row], path: Path) -> Path:
         of_stage = [row for row in rows if row.stage == stage]
         for name in rivals:
             line(axis, [row for row in of_stage if column_of(row) == name], ink[name], name)
-        mine = sorted(ours_of(of_stage).values(), key=lambda row: row.tokens)
+        ours = ours_of(of_stage).values()
+        mine = sorted((item.default for item in ours), key=lambda row: row.tokens)
         line(axis, mine, INK, OURS, width=2.6)
+        line(axis, [item.fastest for item in ours if item.extra], "#fa7a8a", f"{OURS}, fastest")
         if roof := mine or sorted(fastest_by_tokens(of_stage), key=lambda row: row.tokens):
             axis.plot(
                 [r.tokens for r in roof],
@@ -84,7 +86,7 @@ def draw_roofline(about: dict[str, Any], rows: Sequence[Row], path: Path) -> Pat
             best[at] = row
     for name, points, ink, size in (
         ("best rival", list(best.values()), RIVAL_INKS[0], 22),
-        (OURS, list(ours_of(rows).values()), INK, 34),
+        (OURS, [item.default for item in ours_of(rows).values()], INK, 34),
     ):
         for stage in STAGES:
             here = [row for row in points if row.stage == stage]

@@ -397,7 +397,21 @@ def test_the_report_shows_ours_beside_theirs_and_names_who_is_missing():
         "2.0e-03",
     ):
         assert part in text, part
-    assert report.summary_cells(row(us=50.0), row("a", 40.0))[3] == "[red]0.80x[/]"
+    slow = report.Ours(row(us=50.0), row(us=49.9))
+    assert report.summary_cells(slow, row("a", 40.0))[3] == "[red]0.80x[/]"
+
+
+def test_the_headline_is_the_default_and_the_fastest_stands_beside_it():
+    quick = row(us=15.0, deterministic=False, accumulate="fast")
+    rows = [row(us=20.0), quick, row(us=1.0, recipe="a4w4"), row("deepgemm", 2.0)]
+    (ours,) = report.ours_of(rows).values()
+    assert ours.default.us == 20.0 and ours.fastest.us == 15.0
+    assert ours.extra == "15.0 fast atomics"
+    assert "**20.0**, 1.50x (15.0 fast atomics)" in markdown.beside(ours, row("a", 30.0))
+    (alone,) = report.ours_of([quick]).values()
+    assert alone.default is quick and alone.extra == ""
+    (other,) = report.ours_of([row(us=1.0, recipe="a4w4")]).values()
+    assert other.default.us == 1.0
 
 
 def test_plots_are_drawn(tmp_path):
