@@ -46,7 +46,7 @@ from mixmoe.backends.hopper.worklist import segments, weight_boxes
 from mixmoe.fold import Fold
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed
-from mixmoe.spec import Problem, Recipe, Tile
+from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
 REDUCE_REGISTERS = 104  # 4 warps of them and 4 matrix warps at 152 fill a CTA's half of an SM
@@ -239,9 +239,10 @@ def store(
     ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows, slices,
     ROOM: gl.constexpr, RING: gl.constexpr,
 ):
-    """Role of the storing warp: tiles of `out` to the ring, a slice announced when the next begins.
+    """Role of the storing warp: tiles of `out` to the ring, slices announced, slots awaited.
 
-    So the wait for a slice's stores falls into the time of the next tile and costs nothing.
+    Each wait (for a slice's stores to land, for a slot to be free) comes right after `out` was
+    given back, so that it falls into the time of the next tile.
     """
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     phase = 0
@@ -250,17 +251,10 @@ def store(
         expert, block, blocks = segment(at)
         base = s % RING * slot_rows
         b = 0
-        fresh = 1
+        owed = gl.minimum(s, 1)
         while expert >= 0:
             mbarrier.wait(out_full, phase)
             phase ^= 1
-            if fresh == 1:
-                if s > 0:
-                    announce(written_ptr, s - 1)
-                if s >= RING:
-                    await_count(reduced_ptr + s - RING, gl.num_programs(0))
-                    proxy_fence(s)
-                fresh = 0
             left = gl.minimum(blocks - b, 4)
             for i in gl.static_range(4):
                 if i < left:
@@ -269,14 +263,19 @@ def store(
                     )
             tma.store_wait(0)
             mbarrier.arrive(out_empty, count=1)
+            if owed == 1:
+                announce(written_ptr, s - 1)
+            owed = 0
             b += 4
             if b >= blocks:
                 at += 4
                 expert, block, blocks = segment(at)
                 b = 0
-        if fresh == 1:
-            if s > 0:
-                announce(written_ptr, s - 1)
+        if owed == 1:
+            announce(written_ptr, s - 1)
+        if s + 1 >= RING:
+            await_count(reduced_ptr + s + 1 - RING, gl.num_programs(0))
+            proxy_fence(s)
     announce(written_ptr, slices - 1)
 
 
@@ -324,8 +323,10 @@ def reduce(
                 y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
                 total.to(y_ptr.dtype.element_ty), mask=(t < t1)[:, None] & (column < H)[None, :],
             )
+        # Relaxed: a store above was issued only when the loads it needs had returned, which is all
+        # that a later write to the slot has to wait for.
         gl.thread_barrier()
-        gl.atomic_add(reduced_ptr + s, 1, sem="release")
+        gl.atomic_add(reduced_ptr + s, 1, sem="relaxed")
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from mixmoe.backends.hopper.mainloop import UNIT_SCALES, UNIT_WORDS, weight_desc
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Routed
 
+EXTRA = 32  # routes that the last tile of an expert may have beyond the others
 ROUTE_BLOCK = 32  # routes of one block of the sorted lists, and the unit of all work
 PER_PROGRAM = 16  # CTAs whose segments one program writes
 
@@ -45,8 +46,8 @@ def list_tiles(
     larger = 0
     rank = tl.zeros((EP,), tl.int32)  # of the last tile
     first_whole = tl.zeros((EP,), tl.int32)
-    for i in tl.static_range(MAIN + EXTRA):
-        size: tl.constexpr = MAIN + EXTRA - i
+    for smaller in tl.static_range(MAIN + EXTRA):
+        size = MAIN + EXTRA - smaller
         mine = (rest == size).to(tl.int32)
         if size == MAIN:
             mine += whole

@@ -1,0 +1,94 @@
+"""Stage 2 for many rows per expert and a long K: rows of the result, then the sum over routes.
+
+The launch of `prefill.grouped_prefill` on rows of h in sorted order, with the plain epilogue, and a
+kernel that adds a token's topk rows in float32, in slot order. The columns of H are done in as many
+groups as keep the rows within twice the activations.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixmoe.backends.hopper.decode import multiprocessors
+from mixmoe.backends.hopper.launch import options, pow2, start_dependents
+from mixmoe.backends.hopper.prefill import Cut, grouped_prefill
+from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
+from mixmoe.fold import Fold
+from mixmoe.formats import Quantised
+from mixmoe.preshuffle import Packed
+from mixmoe.spec import Recipe
+
+ROWS = 128  # weight rows of a tile
+
+
+@triton.jit
+def sum_routes(
+    rows_ptr, position_ptr, weight_ptr, out_ptr, columns, pitch, out_stride,
+    TOPK: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token x N columns; routes that were skipped (position -1) are not read."""
+    start_dependents(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for slot in tl.static_range(TOPK):
+        p = tl.load(position_ptr + token * TOPK + slot).to(tl.int64)
+        row = tl.load(rows_ptr + p * pitch + n, mask=(n < columns) & (p >= 0), other=0.0)
+        row = row.to(tl.float32)
+        if weight_ptr is not None:
+            row *= tl.load(weight_ptr + p, mask=p >= 0, other=0.0)
+        total += row
+    value = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * out_stride + n, value, mask=n < columns)
+
+
+def launch_group(
+    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut,
+    base: int, count: int, rows: Tensor,
+) -> None:
+    """`count` row tiles of 128 columns of H from tile `base` on -> rows (P, >= count * 128)."""
+    p = routed.problem
+    words, scales = weight_boxes(weights, 4, 2)
+    grouped_prefill[(min(multiprocessors(rows.device), tiles.room * count),)](
+        words, scales, h.codes, routed.sorted_token_ids, h.scales, tiles.records, tiles.count,
+        rows, rows.stride(0), weights.row_scale, bias, None, p.hidden, base,
+        0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),
+        KIND=None, EVEN=p.intermediate % 128 == 0, WIDE=weights.order.fold is Fold.WIDE,
+        **cut.options,
+    )  # fmt: skip
+
+
+def product(
+    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut
+) -> Tensor:
+    """h W2^T + b, bf16 (P, H), a row per sorted position, without routing weights."""
+    total = -(-routed.problem.hidden // ROWS)
+    shape = (h.codes.shape[0], total * ROWS)
+    rows = torch.empty(shape, dtype=torch.bfloat16, device=h.codes.device)
+    launch_group(h, weights, bias, routed, tiles, cut, 0, total, rows)
+    return rows[:, : routed.problem.hidden]
+
+
+def launch(
+    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
+    recipe: Recipe, cut: Cut, out: Tensor,
+) -> Tensor:
+    """Run stage 2 and the sum: out (T, H). Tiles as stage 1's, the rest as `gemm2_prefill`'s."""
+    p = routed.problem
+    device, padded = out.device, h.codes.shape[0]
+    total = -(-p.hidden // ROWS)
+    group = max(1, min(total, 2 * p.tokens * p.hidden // (padded * ROWS)))
+    rows = torch.empty((padded, group * ROWS), dtype=torch.bfloat16, device=device)
+    weight = routed.sorted_weights if recipe.weight_on == 2 else None
+    width = min(1024, pow2(group * ROWS))
+    for base in range(0, total, group):
+        count = min(group, total - base)
+        columns = min(count * ROWS, p.hidden - base * ROWS)
+        launch_group(h, weights, bias, routed, tiles, cut, base, count, rows)
+        sum_routes[(p.tokens, -(-columns // width))](
+            rows, routed.position, weight, out[:, base * ROWS :], columns, rows.stride(0),
+            out.stride(0), TOPK=p.topk, N=width, num_warps=max(1, width // 256), **options(device),
+        )  # fmt: skip
+    return out
