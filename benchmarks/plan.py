@@ -27,7 +27,7 @@ class Plan:
     rivals: str = "all"
     recipes: tuple[str, ...] = ("a8w4",)
     seconds: float = 480.0
-    out: str = "benchmarks/results"
+    out: str = "results"
     commit: str = ""
     resume: bool = False
     warm: bool = False

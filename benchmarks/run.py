@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from . import plots, report, results
 from .plan import Plan
 
 MOST_STARTS = 25
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def execute(plan: Plan) -> Path:
@@ -27,7 +30,9 @@ def execute(plan: Plan) -> Path:
     for _ in range(MOST_STARTS):
         size = journal.stat().st_size if journal.exists() and attempt.resume else 0
         command = [sys.executable, "-m", "benchmarks.worker"]
-        status = subprocess.run(command, input=attempt.dump(), text=True).returncode
+        status = subprocess.run(
+            command, input=attempt.dump(), text=True, env=environment()
+        ).returncode
         left = end - time.monotonic()
         stuck = not journal.exists() or journal.stat().st_size == size
         if status == 0 or stuck or left <= 0:
@@ -35,6 +40,12 @@ def execute(plan: Plan) -> Path:
         print(f"the worker ended with status {status}; starting the next", flush=True)
         attempt = dataclasses.replace(attempt, resume=True, seconds=left)
     return collect(plan, device, status)
+
+
+def environment() -> dict[str, str]:
+    """The caller's, with this source tree importable."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def collect(plan: Plan, device: str, status: int = 0) -> Path:

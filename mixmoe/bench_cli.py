@@ -1,5 +1,6 @@
 """`mixmoe bench`: ours beside the rivals on this machine's GPU."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ def bench(
     flush: Annotated[str, typer.Option(help="L2 before each call: clean, dirty or both")] = "both",
     recipes: Annotated[str, typer.Option(help="of ours: a8w4,a16w4,...")] = RECIPES,
     seconds: Annotated[float, typer.Option(help="stop measuring after this long")] = 480.0,
-    out: Annotated[Path, typer.Option(help="folder of results")] = Path("benchmarks/results"),
+    out: Annotated[Path | None, typer.Option(help="folder, default benchmarks/results")] = None,
     commit: Annotated[str, typer.Option(help="name the commit, where there is no checkout")] = "",
     resume: Annotated[bool, typer.Option(help="keep what the last run measured")] = False,
     warm: Annotated[bool, typer.Option(help="only compile, time nothing")] = False,
@@ -57,7 +58,7 @@ def bench(
             rivals=rivals,
             recipes=_names(recipes),
             seconds=seconds,
-            out=str(out),
+            out=str(out or run.RESULTS),
             commit=commit,
             resume=resume,
             warm=warm,
@@ -76,6 +77,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _benchmarks():  # type: ignore[no-untyped-def]
     """The benchmark package, which is in the source tree and not in the wheel."""
+    root = Path(__file__).parents[1]
+    if (root / "benchmarks" / "registry.py").is_file() and str(root) not in sys.path:
+        sys.path.insert(0, str(root))  # a console script does not look where it is run
     try:
         from benchmarks import run
     except ModuleNotFoundError as missing:

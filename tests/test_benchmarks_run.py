@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,7 +260,8 @@ def test_a_case_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 def test_workers_are_started_again_while_they_get_on(tmp_path, monkeypatch):
     plans = []
 
-    def worker(command, input, text):
+    def worker(command, input, text, env):
+        assert str(ROOT) in env["PYTHONPATH"].split(os.pathsep)
         plans.append(Plan.read(input))
         journal = tmp_path / "journal.jsonl"
         if len(plans) < 3:
