@@ -14,10 +14,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from mixmoe.activations import gelu, silu, situv2, swiglu  # noqa: E402
-from mixmoe.backends.hopper import hopper  # noqa: E402
+from mixmoe.backends.hopper import (
+    hopper,  # noqa: E402
+    stages,  # noqa: E402
+)
 from mixmoe.backends.hopper import quantise as quantise_stage  # noqa: E402
 from mixmoe.backends.hopper import route as route_stage  # noqa: E402
+from mixmoe.backends.hopper.operands import order_of  # noqa: E402
+from mixmoe.backends.hopper.schedule import GENERAL  # noqa: E402
 from mixmoe.errors import MixMoEError  # noqa: E402
+from mixmoe.fold import Fold  # noqa: E402
 from mixmoe.formats import FORMATS, Rounding  # noqa: E402
 from mixmoe.preshuffle import order_named  # noqa: E402
 from mixmoe.spec import Problem, Recipe, Routed, Weights  # noqa: E402
@@ -25,7 +31,7 @@ from mixmoe.spec import Problem, Recipe, Routed, Weights  # noqa: E402
 interpreted.mend()
 torch.set_num_threads(1)
 BACKEND = hopper()
-ORDER = order_named("cdna_16x16")
+ORDER = order_named("cdna_n16")
 ACTS = [silu(), swiglu(), gelu(), situv2(), silu(limit=1.0)]
 LISTS = [n for n in Routed.__dataclass_fields__ if n not in ("block", "problem")]
 
@@ -53,6 +59,41 @@ def test_judge_sees(name: str, how: str) -> None:
             return super().prepare(cases.mutated(case, how).weights, recipe)
 
     assert not cases.passed(cases.judge(case, Broken(), "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def general(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs Triton, not Gluon: every test goes through the general schedule."""
+    monkeypatch.setattr(stages, "schedule_for", lambda *ignored: GENERAL)
+
+
+@pytest.mark.parametrize("fold", list(Fold))
+@pytest.mark.parametrize("name", ["a16w4", "a8w4", "a4w4"])
+def test_packed_orders(name: str, fold: Fold) -> None:
+    case = cases.make_case(cases.RECIPES[name], bias=True, skew="masked")
+
+    class Packs(type(BACKEND)):  # type: ignore[misc]
+        def prepare(self, weights: Weights, recipe: Recipe) -> Weights:
+            return weights.packed(order_of(fold, True), order_of(fold, False))
+
+    result = cases.judge(case, Packs(), "cpu")
+    assert cases.passed(result), result
+
+
+@pytest.mark.parametrize("block, tokens", [(1, 9), (8, 30), (32, 70)])
+def test_tiles_join_blocks(block: int, tokens: int) -> None:
+    case = cases.make_case(cases.RECIPES["a8w8"], tokens)
+    result = cases.judge(case, BACKEND, "cpu", block=block)
+    assert cases.passed(result), result
+
+
+def test_folded_codes_are_those_of_the_values() -> None:
+    x = torch.randn(9, 320) * torch.exp2(torch.randint(-9, 9, (9, 1)).float())
+    x[3] = 0
+    for name in ("mxfp8", "mxfp4"):
+        got = quantise_stage.folded(quantise_stage.quantise(x, FORMATS[name]))
+        want = quantise_stage.quantise_fp8(x, FORMATS[name])
+        assert cases.differing(got, want) == 0
 
 
 def same_lists(got: Routed, want: Routed) -> bool:
@@ -105,8 +146,8 @@ def test_folded_bound(name: str, bound: float) -> None:
     x *= torch.exp2(torch.randint(-20, 1, (20, 10), generator=g)).repeat_interleave(32, 1)
     x[0] = torch.randn(320, generator=g)  # blocks near each other fold exactly
     want = FORMATS[name].quantise(x).dequantise(torch.float64)
-    codes, scales = quantise_stage.quantise_folded(x, FORMATS[name])
-    error = (codes.double() * scales.double()[:, None] - want).abs().amax(1) / want.abs().amax(1)
+    got = quantise_stage.quantise_fp8(x, FORMATS[name]).dequantise(torch.float64)
+    error = (got - want).abs().amax(1) / want.abs().amax(1)
     assert 0 < error.max() <= bound
     assert name == "mxfp8" or error[0] == 0
 
@@ -130,9 +171,11 @@ def test_skipped_rows_are_zero_and_combine_ignores_them() -> None:
 
 def test_refused() -> None:
     case = cases.make_case(cases.RECIPES["a16w4"], hidden=256, inter=128)
-    packed = case.weights.packed(ORDER, ORDER)
-    with pytest.raises(MixMoEError, match="rows"):
-        BACKEND.check(case.recipe, packed, case.problem)
+    good = order_of(Fold.NARROW, True), order_of(Fold.NARROW, False)
+    for orders in ((ORDER, ORDER), (good[1], good[1]), (good[0], good[0])):
+        with pytest.raises(MixMoEError, match="rows"):
+            BACKEND.check(case.recipe, case.weights.packed(*orders), case.problem)
+    BACKEND.check(case.recipe, case.weights.packed(*good), case.problem)
     fnuz = replace(case.recipe, activation=FORMATS["fp8_token_fnuz"])
     with pytest.raises(MixMoEError, match="fp8_token"):
         BACKEND.check(fnuz, case.weights, case.problem)

@@ -3,7 +3,8 @@
 ``triton.jit`` decides when a module is imported whether it compiles or interprets, so such tests
 live in a process of their own (``TRITON_INTERPRET=1``). Triton 3.6.0's interpreter truncates where
 the hardware rounds to nearest even (float32 to bf16 or e4m3), multiplies bf16 as bit patterns in
-``dot``, and casts e4m3 through a table that loses subnormals; ``mend`` replaces just these.
+``dot``, casts e4m3 through a table that loses subnormals, and rounds inside ``fma``; ``mend``
+replaces just these.
 """
 
 import numpy as np
@@ -66,7 +67,12 @@ def mend() -> None:
         "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui",
     ):  # fmt: skip
         setattr(builder, name, cast)
+    def fma(self: object, x: object, y: object, z: object) -> object:
+        exact = x.data.astype(np.float64) * y.data + z.data  # type: ignore[attr-defined]
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)  # type: ignore[attr-defined]
+
     builder.create_dot = dot
+    builder.create_fma = fma
     patch = interpreter._patch_lang_tensor
 
     def patch_tensor(tensor: object, scope: object) -> None:

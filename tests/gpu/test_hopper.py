@@ -1,4 +1,4 @@
-"""The Hopper backend on the GPU: every recipe and edge case against float64; graphs; determinism."""
+"""The Hopper backend on the GPU: recipes and edge cases against float64; graphs; determinism."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from mixmoe.activations import gelu, silu, situv2, swiglu
-from mixmoe.backends.hopper import hopper
+from mixmoe.backends.hopper import hopper, stages
+from mixmoe.backends.hopper.operands import order_of
+from mixmoe.backends.hopper.schedule import GENERAL
+from mixmoe.fold import Fold
 from mixmoe.formats import FORMATS, Quantised, Rounding, format_named
 from mixmoe.spec import Problem, Recipe, Tile, Weights
 
@@ -88,12 +91,29 @@ def test_judge_sees(name: str, how: str) -> None:
     assert not cases.passed(cases.judge(case, Broken(), DEVICE))
 
 
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("name", ["a16w4", "a8w8", "a8w8_block", "w4a8"])
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["a16w4", "a8w4", "a4w4", "a8w8", "a8w8_block", "w4a8"])
 def test_block(name: str, block: int) -> None:
     recipe = cases.RECIPES[name]
     case = cases.make_case(recipe, tokens=200, experts=5, topk=3, **sizes(recipe, 256, 128))
     result = cases.judge(case, BACKEND, DEVICE, block=block)
+    assert cases.passed(result), result
+
+
+@pytest.mark.parametrize("fold", list(Fold))
+@pytest.mark.parametrize("name", ["a16w4", "a8w4", "a4w4", "a8w4_mx"])
+def test_packed_orders(name: str, fold: Fold, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The general path on packed weights, and the decode path, on both folds."""
+    case = cases.make_case(cases.RECIPES[name], 40, 352, 192, bias=True, skew="masked")
+
+    class Packs(type(BACKEND)):  # type: ignore[misc]
+        def prepare(self, weights: Weights, recipe: Recipe) -> Weights:
+            return weights.packed(order_of(fold, True), order_of(fold, False))
+
+    result = cases.judge(case, Packs(), DEVICE)
+    assert cases.passed(result), result
+    monkeypatch.setattr(stages, "schedule_for", lambda *ignored: GENERAL)
+    result = cases.judge(case, Packs(), DEVICE)
     assert cases.passed(result), result
 
 
@@ -129,15 +149,14 @@ def test_quantise_bits(name: str, rounding: Rounding) -> None:
 
 @pytest.mark.parametrize("name, bound", [("mxfp8", 2.0**-17.8), ("mxfp4", 2.0**-17.5)])
 def test_folded_bound(name: str, bound: float) -> None:
-    from mixmoe.backends.hopper.quantise import quantise_folded
+    from mixmoe.backends.hopper.quantise import quantise_fp8
 
     g = torch.Generator().manual_seed(2)
     x = torch.randn(200, 2944, generator=g)
     x *= torch.exp2(torch.randint(-20, 1, (200, 92), generator=g)).repeat_interleave(32, 1)
     x[0, :] = torch.randn(2944, generator=g)  # a row whose blocks lie near each other folds exactly
     want = FORMATS[name].quantise(x).dequantise(torch.float64)
-    codes, scales = quantise_folded(x.to(DEVICE), FORMATS[name])
-    got = codes.cpu().to(torch.float64) * scales.cpu().to(torch.float64)[:, None]
+    got = quantise_fp8(x.to(DEVICE), FORMATS[name]).to("cpu").dequantise(torch.float64)
     error = (got - want).abs().amax(1) / want.abs().amax(1)
     assert error.max() <= bound, error.max()
     assert name == "mxfp8" or error[0] == 0

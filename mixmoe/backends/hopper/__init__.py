@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised
-from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe, Routed, Weights
 
 ROW_LIMIT = 32768  # columns of a row that one CTA quantises in registers
@@ -50,17 +49,13 @@ class HopperBackend:
         return stages
 
     def prepare(self, weights: Weights, recipe: Recipe) -> Weights:
-        """Plain rows."""
-        extra = {name: getattr(weights, name) for name in Weights.TENSORS}
-        return Weights(weights.rows("w13"), weights.rows("w2"), **extra)
+        """mxfp4 for FP8-like activations in fragment order, everything else in plain rows."""
+        return self.kernels.prepare(weights, recipe)
 
     def check(self, recipe: Recipe, weights: Weights, problem: Problem) -> None:
         """Formats the tensor cores lack, orders the kernels do not read, sizes past a limit."""
         self.kernels.check_formats(recipe, weights)
-        for stage, stored in (("w13", weights.w13), ("w2", weights.w2)):
-            if isinstance(stored, Packed):
-                rule = f"hopper reads {stage} of this recipe in order 'rows'"
-                raise MixMoEError(rule, stored.order.name, "rows")
+        self.kernels.check_orders(weights)
         for name, size in (("H", problem.hidden), ("I", problem.intermediate)):
             if size > ROW_LIMIT:
                 rule = f"hopper quantises rows of up to {ROW_LIMIT} columns: {name}"
@@ -104,6 +99,13 @@ class HopperBackend:
             return self.kernels.combine(rows, routed, recipe, out)
 
 
+    def down(
+        self, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe, out: Tensor
+    ) -> Tensor:
+        """gemm2 and combine, fused where the schedule can: ``out (T, H)``."""
+        with on(h.device):
+            return self.kernels.down(h, weights, routed, recipe, out)
+
     def layer(
         self,
         x: Tensor,
@@ -119,7 +121,7 @@ class HopperBackend:
         """All five stages with the fusions that a stage boundary forbids; same bits."""
         with on(x.device):
             return self.kernels.layer(
-                x, weights, topk_ids, topk_weights, recipe, out, expert_map, deterministic
+                x, weights, topk_ids, topk_weights, recipe, out, expert_map
             )
 
 

@@ -26,7 +26,6 @@ TENSOR = {  # FLOP/us, dense
 }  # fmt: skip
 DECODE = 132 * 128 * 1.7e3 / 8  # weights/us: 8 ALU lanes' instructions for one decoded weight
 START = 3.0  # us: launch, first loads, epilogue
-BLOCKS = (16, 32, 64, 128)
 TUNED = Path(__file__).parents[3] / "tuned" / "hopper.json"
 
 
@@ -80,9 +79,14 @@ def stage(
 
 
 def block_for(problem: Problem) -> int:
-    """Routes per block: the least block that holds an average expert's routes, 16 to 128."""
-    per_expert = problem.routes / experts_hit(problem.routes, problem.experts)
-    return next((b for b in BLOCKS if per_expert <= 0.75 * b), BLOCKS[-1])
+    """Routes per sorted block: about what an expert that is hit gets, at most 32.
+
+    Small blocks waste no place in decode, and the wider tiles of the general path join blocks.
+    """
+    mean = problem.routes / experts_hit(problem.routes, problem.experts)
+    if problem.tokens == 1:
+        return 1
+    return next((block for block, most in ((2, 1.3), (8, 6.0), (16, 12.0)) if mean <= most), 32)
 
 
 def stored_bytes(fmt: Format) -> float:
@@ -91,20 +95,23 @@ def stored_bytes(fmt: Format) -> float:
 
 
 def candidates(gemm: Gemm, block: int) -> list[Candidate]:
-    """Every tile of the general path for blocks of that many routes, costed or refused."""
+    """Every tile of the general path on routes sorted in blocks of ``block``, costed or refused."""
     w, x = operand(gemm.weight), operand(gemm.activation)
     tiles = [
-        Tile(block, rows, k, stages, warps)
+        Tile(tokens, rows, k, stages, warps)
+        for tokens in (16, 32, 64, 128)
         for rows in (64, 128)
         for k in (32, 64, 128)
         for stages in (3, 4, 5)
         for warps in (4, 8)
     ]
-    return [costed(gemm, tile, w, x) for tile in tiles]
+    return [costed(gemm, tile, block, w, x) for tile in tiles]
 
 
-def refusal(gemm: Gemm, tile: Tile, w: Operand, x: Operand) -> str | None:
+def refusal(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> str | None:
     """Why a tile cannot run, in one line of physics; None where it can."""
+    if tile.tokens < block:
+        return f"a tile holds whole sorted blocks, and these have {block} routes"
     k = min(w.step_of(tile.k), x.step_of(tile.k))
     if k != tile.k:
         return f"a K step of {tile.k} would straddle scale groups of {k}"
@@ -131,9 +138,9 @@ def whole(fmt: Format) -> bool:
     return fmt.scale is not ScaleKind.E8M0 and fmt.element.bits > 4
 
 
-def costed(gemm: Gemm, tile: Tile, w: Operand, x: Operand) -> Candidate:
+def costed(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> Candidate:
     """The candidate with its time, or infinity and the refusal."""
-    why = refusal(gemm, tile, w, x)
+    why = refusal(gemm, tile, block, w, x)
     if why is not None:
         return Candidate(tile, float("inf"), why)
     ctas = max(1.0, gemm.blocks(tile.tokens)) * -(-gemm.rows // tile.rows)
@@ -165,18 +172,61 @@ def tuned() -> dict[str, Tile]:
     return {name: Tile(**fields) for name, fields in json.loads(TUNED.read_text()).items()}
 
 
-def key(gemm: Gemm, block: int) -> str:
+def key(gemm: Gemm) -> str:
     """What a timed choice is filed under: formats, sizes, and the power of two of routes."""
     sizes = f"{gemm.rows}x{gemm.k}x{gemm.experts}"
-    return f"{gemm.activation}x{gemm.weight}/{sizes}/{pow2(gemm.routes)}/{block}"
+    return f"{gemm.activation}x{gemm.weight}/{sizes}/{pow2(gemm.routes)}"
 
 
 @cache
-def choose(gemm: Gemm, block: int) -> Tile:
-    """The tile for blocks of ``block`` routes: a timed one, else the cheapest by the model."""
-    if (found := tuned().get(key(gemm, block))) is not None:
+def general(gemm: Gemm, block: int = 1) -> Tile:
+    """The general path's tile: a timed one that fits, else the cheapest by the model."""
+    if (found := tuned().get(key(gemm))) is not None and found.tokens >= block:
         return found
     best = min(candidates(gemm, block), key=lambda c: c.us)
     if best.refusal is not None:
-        raise MixMoEError(f"no tile for blocks of {block} routes: {best.refusal}", block, BLOCKS)
+        raise MixMoEError("no tile of the general path", best.refusal)
     return best.tile
+
+
+HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
+
+
+def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
+    """A decode tile with as many ring stages as half an SM holds beside sums and resident rows.
+
+    Eight warps hold 128 / slices weight rows. ``resident`` is bytes of rows that stay in shared
+    memory; None: rows come through the ring with the weights.
+    """
+    rows = 128 // slices
+    weights = rows // 16 * (k * slices // 64) * 544  # 16 x 64: 512 B of codes, 32 of scales
+    a_stage = weights + (tokens * slices * k if resident is None else 0)
+    left = HALF_SM - 2 * tokens * slices * rows * 4 - (resident or 0) - 768
+    return Tile(tokens, rows, k, max(2, min(16, left // a_stage)), 8, slices, 2)
+
+
+def decode_stage1(block: int) -> Tile:
+    """Decode stage 1: few routes take many slices of K, because tiles of few rows end together."""
+    return ring(block, 128, {1: 8, 2: 8, 4: 4, 8: 2}.get(block, 1), None)
+
+
+def decode_rows(problem: Problem, block: int) -> Tile:
+    """Decode stage 2 with a row per route."""
+    k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
+    return ring(block, k, max(1, 8 // block), block * resident_columns(problem))
+
+
+def decode_sums(problem: Problem) -> Tile | None:
+    """Decode stage 2 that adds up a token's routes; None where a row per route is better.
+
+    An expert (or half, a quarter) goes to a warp, so topk divides 8; an expert that two tokens
+    share is read twice, so tokens are few.
+    """
+    if problem.tokens > 16 or 8 % problem.topk:
+        return None
+    return ring(1, 256, 8, 8 * resident_columns(problem))
+
+
+def resident_columns(problem: Problem) -> int:
+    """Columns of a row of h in shared memory."""
+    return -(-problem.intermediate // 128) * 128

@@ -76,17 +76,21 @@ def gate_up(acc, BN: tl.constexpr, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "TOPK", "scale_rows"])
 def gemm1_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, w_final_ptr, bias_ptr, smooth_ptr, h_ptr,
-    ids_ptr, weights_ptr, experts_ptr, T, TOPK, H, I, scale_rows, limit, alpha, beta, beta2,  # noqa: E741
+    ids_ptr, weights_ptr, experts_ptr, offsets_ptr, T, TOPK, H, I, scale_rows,  # noqa: E741
+    limit, alpha, beta, beta2,
     X: tl.constexpr, W: tl.constexpr, MATH: tl.constexpr, ACT: tl.constexpr,
     PER_TOKEN: tl.constexpr, WEIGHTED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One block of BM routes x BN/2 columns of h."""
     start_dependents(PDL)
     tiles = (I + BN // 2 - 1) // (BN // 2)
     block = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * (BN // 2)
-    expert, route, row, live = block_of(ids_ptr, experts_ptr, block, T, TOPK, PER_TOKEN, BM)
+    expert, place, route, row, live = block_of(
+        ids_ptr, experts_ptr, offsets_ptr, block, T, TOPK, PER_TOKEN, BLOCK, BM
+    )
     if expert >= 0:
         at = tl.arange(0, BN)
         column = first + at // 16 * 8 + at % 8
@@ -104,7 +108,7 @@ def gemm1_kernel(
         gate, up = gate_up(acc, BN, BM)
         h = activate(gate, up, limit, alpha, beta, beta2, ACT)
         if WEIGHTED:
-            h *= tl.load(weights_ptr + block * BM + tl.arange(0, BM))[None, :]
+            h *= tl.load(weights_ptr + place, mask=live, other=0.0)[None, :]
         column = first + tl.arange(0, BN // 2)
         if smooth_ptr is not None:
             h *= tl.load(smooth_ptr + e * I + column, mask=column < I, other=0.0)[:, None]
@@ -127,7 +131,7 @@ def gemm1(
     The sum is float32; h is rounded once, from float32, to the activation format. Rows of skipped
     routes are zero in a quantised h, and left as they were in a 16-bit one.
     """
-    p, fmt, w13 = routed.problem, recipe.activation, stored(weights.w13)
+    p, fmt, w13 = routed.problem, recipe.activation, stored(weights.w13, gate_up=True)
     W, X = w13.operand, operand(fmt)
     smooth = weights.w2_smooth if fmt.name == "int8_smooth" else None
     plain = fmt.scale is ScaleKind.NONE
@@ -140,11 +144,12 @@ def gemm1(
         gemm1_kernel[(grid,)](
             x.codes, x.scales, w13.codes, w13.scales, w13.row_scale, weights.w13_bias, smooth, h,
             routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
+            routed.expert_offsets,
             p.tokens, p.topk, p.hidden, p.intermediate, -(-2 * p.intermediate // W.rows),
             *scalars(recipe.act), X=X, W=W,
             MATH=math_of(fmt, weights.w13.format, recipe.accumulate),
             ACT=ACTIVATIONS[recipe.act.kind], PER_TOKEN=fmt.name != "int8_smooth",
-            WEIGHTED=recipe.weight_on == 1, BM=tile.tokens, BN=tile.rows,
+            WEIGHTED=recipe.weight_on == 1, BLOCK=routed.block, BM=tile.tokens, BN=tile.rows,
             BK=min(W.step_of(tile.k), X.step_of(tile.k)),
             num_warps=tile.warps, num_stages=tile.stages, **go,
         )  # fmt: skip

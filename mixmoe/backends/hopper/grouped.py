@@ -12,15 +12,29 @@ from mixmoe.backends.hopper.launch import options, start_dependents
 
 
 @triton.jit
-def block_of(ids_ptr, experts_ptr, block, T, TOPK, PER_TOKEN: tl.constexpr, BM: tl.constexpr):
-    """Expert of a sorted block, and of its BM routes: route number, row of the input, validity."""
+def block_of(
+    ids_ptr, experts_ptr, offsets_ptr, block, T, TOPK,
+    PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Expert of a tile of BM sorted routes, and of each: place, route, row of the input, validity.
+
+    A tile may be several sorted blocks of one expert: it starts at every (BM / BLOCK)th of them,
+    and the expert is -1 at the others. A tile wider than BLOCK ends where its expert does.
+    """
     expert = tl.load(experts_ptr + block)
-    packed = tl.load(ids_ptr + block * BM + tl.arange(0, BM))
+    place = block * BLOCK + tl.arange(0, BM)
+    inside = place >= 0
+    if BM > BLOCK:
+        first = tl.load(offsets_ptr + tl.maximum(expert, 0))
+        last = tl.load(offsets_ptr + tl.maximum(expert, 0) + 1)
+        inside = place < last
+        expert = tl.where((block * BLOCK - first) % BM == 0, expert, -1)
+    packed = tl.load(ids_ptr + place, mask=inside, other=T)
     token = packed & 0xFFFFFF
     live = token < T
     route = token.to(tl.int64) * TOPK + (packed >> 24)
     row = token.to(tl.int64) if PER_TOKEN else route
-    return expert, route, tl.where(live, row, 0), live
+    return expert, place, route, tl.where(live, row, 0), live
 
 
 @triton.jit

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mixmoe.errors import MixMoEError
+from mixmoe.fold import Fold
 from mixmoe.formats import Format, Quantised, ScaleKind
-from mixmoe.preshuffle import Packed
+from mixmoe.preshuffle import HopperTile, Order, Packed, hopper_fp4
 
 
 @triton.jit
@@ -183,22 +184,30 @@ class Stored:
     row_scale: Tensor | None
 
 
-PACKED = {
-    "hopper_fp4_gu_w1": Operand("mxfp4_narrow", tile_narrow, final=final_row, paired=True),
-    "hopper_fp4_gu_w1_wide": Operand("mxfp4_wide", tile_wide, final=final_row, paired=True),
-    "hopper_fp4_w1": Operand("mxfp4_narrow", tile_narrow, final=final_row),
-    "hopper_fp4_w1_wide": Operand("mxfp4_wide", tile_wide, final=final_row),
+def order_of(fold: Fold, gate_up: bool) -> Order:
+    """The fragment order of w13 (``gate_up``) or w2 that every kernel here reads."""
+    return hopper_fp4(HopperTile(gate_up=gate_up, warps=1), fold)
+
+
+PACKED: dict[str, Operand] = {
+    order_of(fold, paired).name: Operand(f"mxfp4_{tag}", tile, final=final_row, paired=paired)
+    for fold, tag, tile in ((Fold.NARROW, "narrow", tile_narrow), (Fold.WIDE, "wide", tile_wide))
+    for paired in (True, False)
 }
 
 
-def stored(weights: Quantised | Packed) -> Stored:
+def stored(weights: Quantised | Packed, gate_up: bool) -> Stored:
     """Weights in plain rows or in one of the orders of ``PACKED``; refuses any other."""
-    if isinstance(weights, Packed):
-        if weights.order.name not in PACKED:
-            raise MixMoEError("hopper reads weights in", weights.order.name, ", ".join(PACKED))
-        reader = PACKED[weights.order.name]
-        return Stored(reader, weights.codes, weights.scales, weights.row_scale)
-    return Stored(operand(weights.format), weights.codes, weights.scales, weights.scales)
+    if not isinstance(weights, Packed):
+        return Stored(operand(weights.format), weights.codes, weights.scales, weights.scales)
+    reader = PACKED.get(weights.order.name)
+    if reader is None or reader.paired != gate_up:
+        legal = [name for name, o in PACKED.items() if o.paired == gate_up]
+        which = "w13" if gate_up else "w2"
+        raise MixMoEError(
+            f"hopper reads {which} in plain rows or packed", weights.order.name, ", ".join(legal)
+        )
+    return Stored(reader, weights.codes, weights.scales, weights.row_scale)
 
 
 @dataclass(frozen=True)

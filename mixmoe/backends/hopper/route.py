@@ -27,16 +27,22 @@ CHUNK = 256  # routes ranked by one CTA of the large path: 65,536 compares
 SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
 SCAN_ROWS = 256
 FILL = tl.constexpr(512)  # sentinels a CTA writes at a time
-LIST = tl.constexpr(32)  # blocks whose owner a CTA looks up at a time: a compare with every expert
 SIZES = ["R", "T", "P", "E", "known", "TOPK", "chunks"]  # one binary for every count of tokens
-PAIRS = tl.constexpr(64)  # ids a chunk is compared with at a time: 64 a thread, no spill
+PAIRS = tl.constexpr(32)  # ids that routes are compared with at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placed(Routed):
-    """Routed plus where each route went: ``position[r]`` in sorted order, -1 when skipped."""
+    """Routed plus where each route went, and what it was made from.
+
+    ``position[r]`` is route r's place in sorted order, -1 when skipped; ``topk_ids``,
+    ``topk_weights`` (T, topk) and ``expert_map`` are the caller's, None if not known.
+    """
 
     position: Tensor
+    topk_ids: Tensor | None = None
+    topk_weights: Tensor | None = None
+    expert_map: Tensor | None = None
 
 
 @triton.jit
@@ -49,27 +55,26 @@ def expert_of(ids_ptr, map_ptr, r, R, E, known):
 
 
 @triton.jit
-def rank_among(ids_ptr, map_ptr, r, e, first, N, R, E, known):
+def rank_among(ids_ptr, map_ptr, r, e, first, N, R, E, known, ROUTES: tl.constexpr):
     """How many routes of ``first .. first + N`` stand before ``r`` and go to the same expert."""
-    rank = tl.zeros_like(e)
+    found = tl.zeros((ROUTES, PAIRS), tl.int32)
     for at in range(first, first + N, PAIRS):
         i = at + tl.arange(0, PAIRS)
         other = expert_of(ids_ptr, map_ptr, i, R, E, known)
-        before = (other[None, :] == e[:, None]) & (i[None, :] < r[:, None])
-        rank += tl.sum(before.to(tl.int32), 1)
-    return rank
+        found += ((other[None, :] == e[:, None]) & (i[None, :] < r[:, None])).to(tl.int32)
+    return tl.sum(found, 1)
 
 
 @triton.jit
 def write_lists(
     ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts, T, P, E, TOPK,
-    BLOCK: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr, WORKERS: tl.constexpr,
+    BLOCK: tl.constexpr, EP: tl.constexpr, WORKERS: tl.constexpr,
 ):  # fmt: skip
     """All but the routes themselves: counts, offsets, the sentinels, the expert of each block.
 
     Returns the padded start of each expert, ``(EP,)``. ``counts`` is the histogram ``(EP,)``; of
-    WORKERS CTAs number ``program_id(0)`` pads experts ``pid * EC ...`` and fills its part of the
-    block list.
+    WORKERS CTAs number ``program_id(0)`` does its share. Loops over vectors of experts keep the
+    code short: after a flush of the L2 fetching it takes longer than running it.
     """
     pid = tl.program_id(0)
     sentinel = T | (TOPK << 24)
@@ -84,22 +89,18 @@ def write_lists(
         tl.store(offsets_ptr + E, total)
         tl.store(valid_ptr, total)
         tl.store(valid_ptr + 1, T)
-    mine = pid * EC + tl.arange(0, EC)
-    is_mine = (e[None, :] == mine[:, None]) & (mine[:, None] < E)
-    first = tl.sum(tl.where(is_mine, (starts + counts)[None, :], 0), 1)
-    last = tl.sum(tl.where(is_mine, ends[None, :], 0), 1)
-    slot = first[:, None] + tl.arange(0, BLOCK)[None, :]
-    tl.store(ids_out + slot, sentinel, mask=slot < last[:, None])
-    tl.store(weights_out + slot, 0.0, mask=slot < last[:, None])
+    for i in range(pid, BLOCK - 1, WORKERS):  # an expert has at most BLOCK - 1 padding places
+        pad = counts + i < padded
+        tl.store(ids_out + starts + counts + i, sentinel, mask=pad)
+        tl.store(weights_out + starts + counts + i, 0.0, mask=pad)
+    for i in range(pid, tl.max(padded, 0) // BLOCK, WORKERS):
+        tl.store(experts_out + starts // BLOCK + i, e, mask=i * BLOCK < padded)
     for at in range(pid * FILL, P, WORKERS * FILL):  # beyond the last used block
         p = at + tl.arange(0, FILL)
-        tl.store(ids_out + p, sentinel, mask=(p >= total) & (p < P))
-        tl.store(weights_out + p, 0.0, mask=(p >= total) & (p < P))
-    for at in range(pid * LIST, P // BLOCK, WORKERS * LIST):
-        b = at + tl.arange(0, LIST)
-        owner = tl.sum((ends[None, :] <= b[:, None] * BLOCK).to(tl.int32), 1)
-        owner = tl.where(b * BLOCK < total, owner, -1)
-        tl.store(experts_out + b, owner, mask=b < P // BLOCK)
+        spare = (p >= total) & (p < P)
+        tl.store(ids_out + p, sentinel, mask=spare)
+        tl.store(weights_out + p, 0.0, mask=spare)
+        tl.store(experts_out + p // BLOCK, -1, mask=spare & (p % BLOCK == 0))
     return starts
 
 
@@ -121,8 +122,8 @@ def place(
 def route_small(
     ids_ptr, topk_weights_ptr, map_ptr, ids_out, weights_out, experts_out, valid_ptr, offsets_ptr,
     counts_ptr, position_ptr, R, T, P, E, known, TOPK,
-    x_ptr, codes_ptr, scales_ptr, K, x_stride,
-    BLOCK: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, K, x_stride, pitch,
+    BLOCK: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
     ROUTES: tl.constexpr, ROUTERS: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
     KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -135,17 +136,17 @@ def route_small(
         counts = tl.histogram(tl.maximum(every, 0), EP, mask=every >= 0)
         starts = write_lists(
             ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
-            T, P, E, TOPK, BLOCK, EP, EC, ROUTERS,
+            T, P, E, TOPK, BLOCK, EP, ROUTERS,
         )  # fmt: skip
         r = pid * ROUTES + tl.arange(0, ROUTES)
         e = expert_of(ids_ptr, map_ptr, r, R, E, known)
-        rank = rank_among(ids_ptr, map_ptr, r, e, 0, RP, R, E, known)
+        rank = rank_among(ids_ptr, map_ptr, r, e, 0, R, R, E, known, ROUTES)
         place(ids_out, weights_out, position_ptr, topk_weights_ptr, r, e, rank, starts, R, TOPK)
     else:
         if WRITE is not None:
             row = (pid - ROUTERS) * QB + tl.arange(0, QB)
             x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
-            WRITE(x, codes_ptr, scales_ptr, row, row < T, K, QB, KP, UP)
+            WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -161,8 +162,8 @@ def count(
     counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
     k = tl.arange(0, EP)
     tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
-    tl.store(rank_ptr + r, rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known),
-             mask=r < R)  # fmt: skip
+    rank = rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known, CHUNK)
+    tl.store(rank_ptr + r, rank, mask=r < R)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -188,7 +189,7 @@ def scan(
 def scatter(
     ids_ptr, topk_weights_ptr, map_ptr, chunk_counts_ptr, totals_ptr, ids_out, weights_out,
     experts_out, valid_ptr, offsets_ptr, counts_ptr, position_ptr, R, T, P, E, known, TOPK,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr, EC: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr,
     WORKERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Chunk ``program_id(0)``: place its routes; ``position`` holds their ranks on entry."""
@@ -198,7 +199,7 @@ def scatter(
     counts = tl.load(totals_ptr + k, mask=k < E, other=0)
     starts = write_lists(
         ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
-        T, P, E, TOPK, BLOCK, EP, EC, WORKERS,
+        T, P, E, TOPK, BLOCK, EP, WORKERS,
     )  # fmt: skip
     r = chunk * CHUNK + tl.arange(0, CHUNK)
     e = expert_of(ids_ptr, map_ptr, r, R, E, known)
@@ -209,11 +210,15 @@ def scatter(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Rows of x that ``route_small`` quantises beside its routing, and where the codes go."""
+    """Rows of x that ``route_small`` quantises beside its routing, and where the codes go.
+
+    A row of codes holds ``pitch`` values, zeros beyond those of x.
+    """
 
     x: Tensor
     codes: Tensor
     scales: Tensor
+    pitch: int
     writer: object
     up: int
 
@@ -227,23 +232,28 @@ def route(
     An id of -1, at least E, or mapped to -1 is skipped. ``rows`` may be given only where
     ``problem.routes <= SMALL``. Every byte of the result is written; nothing is read back.
     """
-    out = empty_routed(problem, block, topk_ids.device)
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    out = empty_routed(problem, block, topk_ids, topk_weights, expert_map)
     small = problem.routes <= SMALL
-    (route_few if small else route_many)(
-        topk_ids.contiguous(), topk_weights.contiguous(), expert_map, out, rows
-    )
+    (route_few if small else route_many)(topk_ids, topk_weights, expert_map, out, rows)
     return out
 
 
-def empty_routed(problem: Problem, block: int, device: torch.device) -> Placed:
+def empty_routed(
+    problem: Problem, block: int, topk_ids: Tensor, topk_weights: Tensor, expert_map: Tensor | None
+) -> Placed:  # fmt: skip
     """Uninitialised lists of the sizes that problem and block ask for."""
+    device = topk_ids.device
     padded = problem.padded_routes(block)
     ints = [padded, padded // block, 2, problem.experts + 1, problem.experts, problem.routes]
     ids, experts, valid, offsets, counts, position = (
         torch.empty(n, dtype=torch.int32, device=device) for n in ints
     )
     weights = torch.empty(padded, dtype=torch.float32, device=device)
-    return Placed(ids, weights, experts, valid, offsets, counts, block, problem, position)
+    return Placed(
+        ids, weights, experts, valid, offsets, counts, block, problem, position,
+        topk_ids, topk_weights, expert_map,
+    )  # fmt: skip
 
 
 def lists_of(out: Placed) -> tuple[Tensor, ...]:
@@ -270,15 +280,16 @@ def route_few(
     ep = pow2(p.experts)
     routers = max(1, -(-p.routes // 32), min(ep // 32, 8))
     shape = {"QB": 1, "KP": 1, "num_warps": 8}
-    x, codes, scales, grid = ids, ids, ids, routers
+    x, codes, scales, pitch, grid = ids, ids, ids, 0, routers
     if rows is not None:
         x, codes, scales = rows.x, rows.codes, rows.scales
-        shape |= {**plan(x.shape[1], p.tokens), "num_warps": 8}
+        pitch = rows.pitch
+        shape |= {**plan(pitch, p.tokens), "num_warps": 8}
         grid += -(-p.tokens // shape["QB"])
     route_small[(grid,)](
         ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map),
-        x, codes, scales, x.shape[-1], x.stride(0),
-        BLOCK=out.block, RP=max(16, pow2(p.routes)), EP=ep, EC=pow2(-(-p.experts // routers)),
+        x, codes, scales, x.shape[-1], x.stride(0), pitch,
+        BLOCK=out.block, RP=max(16, pow2(p.routes)), EP=ep,
         ROUTES=32, ROUTERS=routers, WRITE=None if rows is None else rows.writer,
         UP=0 if rows is None else rows.up, **shape, **options(ids.device),
     )  # fmt: skip
@@ -305,7 +316,7 @@ def route_many(
     )
     scatter[(chunks,)](
         ids, weights, expert_map, chunk_counts, totals, *lists_of(out), R, T, P, E, known, topk,
-        BLOCK=out.block, CHUNK=CHUNK, EP=ep, EC=pow2(-(-E // chunks)), WORKERS=chunks,
+        BLOCK=out.block, CHUNK=CHUNK, EP=ep, WORKERS=chunks,
         num_warps=8, **go,
     )  # fmt: skip
 

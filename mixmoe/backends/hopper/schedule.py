@@ -1,0 +1,219 @@
+"""Schedules: which kernels run a layer, and how the stages of one schedule fit together.
+
+========  ===========================================================================
+General   any recipe, weights in plain rows or packed; Triton kernels
+Decode    FP8-like activations x packed mxfp4, up to 32 routes a block: weight streams
+========  ===========================================================================
+
+FP8-like: fp8_token itself, mxfp8 and mxfp4 folded to one scale a row (:mod:`.quantise` states the
+bound). Every schedule gives a row per route from the public stages, in the recipe's own format.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mixmoe.backends.hopper import choose, gemm1, gemm1_decode, gemm2, gemm2_decode
+from mixmoe.backends.hopper import quantise as quantise_stage
+from mixmoe.backends.hopper import route as route_stage
+from mixmoe.backends.hopper.combine import combine
+from mixmoe.backends.hopper.operands import PACKED
+from mixmoe.backends.hopper.route import Placed
+from mixmoe.formats import Format, Quantised, ScaleKind
+from mixmoe.preshuffle import Packed
+from mixmoe.spec import Problem, Recipe, Weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """The operands of one layer."""
+
+    x: Tensor
+    weights: Weights
+    topk_ids: Tensor
+    topk_weights: Tensor
+    expert_map: Tensor | None
+    recipe: Recipe
+    problem: Problem
+
+
+class Schedule(Protocol):
+    """One way to run the two GEMMs and what is around them."""
+
+    def gemm1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
+        """h in the recipe's format, a row per route; skipped rows undefined where h is 16-bit."""
+
+    def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
+        """The down GEMM, a row per route; skipped rows undefined."""
+
+    def down(
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
+    ) -> Tensor:
+        """gemm2 and combine."""
+
+    def layer(self, call: Call, out: Tensor) -> Tensor:
+        """Everything, from x and topk_ids to out."""
+
+
+def is_fp8_like(fmt: Format) -> bool:
+    """Whether rows of this activation format reach the tensor core as e4m3 with a row scale."""
+    return fmt.name in quantise_stage.FP8_WRITERS
+
+
+def route_with_codes(
+    call: Call, block: int, codes: Tensor, scales: Tensor, pitch: int, writer: object
+) -> Placed:
+    """Route, and fill codes and scales of x: in one launch where the routes are few."""
+    p, fmt = call.problem, call.recipe.activation
+    up = quantise_stage.round_up_from(fmt, call.recipe.rounding)
+    if 0 < p.routes <= route_stage.SMALL:
+        rows = route_stage.Rows(call.x, codes, scales, pitch, writer, up)
+        return route_stage.route(
+            call.topk_ids, call.topk_weights, p, block, call.expert_map, rows
+        )
+    routed = route_stage.route(call.topk_ids, call.topk_weights, p, block, call.expert_map)
+    quantise_stage.launch_rows(call.x, codes, scales, pitch, writer, up, None, False)
+    return routed
+
+
+@dataclass(frozen=True, slots=True)
+class General:
+    """Triton kernels for every recipe."""
+
+    def gemm1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
+        """See :class:`Schedule`."""
+        tile = choose.general(self.problem(routed.problem, 1, weights, recipe), routed.block)
+        return gemm1.gemm1(x, weights, routed, recipe, tile)
+
+    def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
+        """See :class:`Schedule`."""
+        tile = choose.general(self.problem(routed.problem, 2, weights, recipe), routed.block)
+        return gemm2.gemm2(h, weights, routed, recipe, tile)
+
+    def problem(self, p: Problem, stage: int, weights: Weights, recipe: Recipe) -> choose.Gemm:
+        """What the chooser is asked about."""
+        fmt = (weights.w13 if stage == 1 else weights.w2).format
+        return choose.stage(p, stage, recipe.activation, fmt, recipe.accumulate)
+
+    def down(
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
+    ) -> Tensor:
+        """See :class:`Schedule`."""
+        return combine(self.gemm2(h, weights, routed, recipe), routed, recipe.weight_on, out)
+
+    def layer(self, call: Call, out: Tensor) -> Tensor:
+        """See :class:`Schedule`."""
+        routed, x = self.start(call)
+        h = self.gemm1(x, call.weights, routed, call.recipe)
+        return self.down(h, call.weights, routed, call.recipe, out)
+
+    def start(self, call: Call) -> tuple[Placed, Quantised]:
+        """Routes and the quantised x."""
+        p, fmt = call.problem, call.recipe.activation
+        tiles = (choose.general(self.problem(p, s, call.weights, call.recipe)) for s in (1, 2))
+        block = min(tile.tokens for tile in tiles)
+        if fmt.scale is not ScaleKind.NONE and call.weights.w13_smooth is None:
+            codes, scales = quantise_stage.empty_codes(fmt, p.tokens, p.hidden, call.x.device)
+            writer = quantise_stage.writer_of(fmt)
+            fmt.check_columns(p.hidden)
+            routed = route_with_codes(call, block, codes, scales, p.hidden, writer)
+            return routed, Quantised(codes, scales, fmt)
+        routed = route_stage.route(call.topk_ids, call.topk_weights, p, block, call.expert_map)
+        return routed, quantised(call.x, call.weights, routed, call.recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Streams of packed mxfp4 weights; block sizes 1 to 32."""
+
+    def gemm1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
+        """See :class:`Schedule`."""
+        h = self.stage1(fp8_rows(x), weights, routed, recipe)
+        return quantise_stage.quantise(h, recipe.activation, recipe.rounding, routed.position)
+
+    def stage1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
+        """h in float32, a row per route; skipped rows undefined."""
+        p = routed.problem
+        h = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=x.device)
+        tile = choose.decode_stage1(routed.block)
+        return gemm1_decode.launch(x, weights, routed, recipe, tile, h)
+
+    def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
+        """See :class:`Schedule`."""
+        return self.rows(fp8_rows(h), weights, routed, recipe)
+
+    def rows(
+        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe
+    ) -> Tensor:
+        """Stage 2 of float32 or FP8 rows of h, a row per route."""
+        p = routed.problem
+        out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
+        tile = choose.decode_rows(p, routed.block)
+        return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out)
+
+    def down(
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
+    ) -> Tensor:
+        """See :class:`Schedule`."""
+        return self.finish(fp8_rows(h), weights, routed, recipe, out)
+
+    def finish(
+        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
+    ) -> Tensor:
+        """Stage 2 and the sum over a token's routes, in one kernel where tokens are few."""
+        ids, topk_weights = routed.topk_ids, routed.topk_weights
+        sums = choose.decode_sums(routed.problem)
+        # the kernel takes float32 weights and contiguous rows, and trusts an expert map's length
+        plain = out.is_contiguous() and routed.expert_map is None
+        if sums is None or ids is None or topk_weights is None or not plain:
+            rows = self.rows(h, weights, routed, recipe)
+            return combine(rows, routed, recipe.weight_on, out)
+        return gemm2_decode.launch_tokens(
+            h, weights, ids, topk_weights.to(torch.float32), None, recipe, sums, out
+        )
+
+    def layer(self, call: Call, out: Tensor) -> Tensor:
+        """See :class:`Schedule`."""
+        p, fmt, recipe = call.problem, call.recipe.activation, call.recipe
+        codes, scales = quantise_stage.empty_fp8(p.tokens, p.hidden, call.x.device)
+        routed = route_with_codes(
+            call, choose.block_for(p), codes, scales, p.hidden, quantise_stage.FP8_WRITERS[fmt.name]
+        )
+        x = Quantised(codes, scales, quantise_stage.fp8_token)
+        h: Tensor | Quantised = self.stage1(x, call.weights, routed, recipe)
+        if fmt.name != "fp8_token":  # fp8_token rows of h are quantised where stage 2 loads them
+            assert isinstance(h, Tensor)
+            h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, routed.position)
+        return self.finish(h, call.weights, routed, recipe, out)
+
+
+def fp8_rows(q: Quantised) -> Quantised:
+    """Codes that the FP8 tensor core takes: fp8_token as it is, MX folded."""
+    return q if q.format.name == "fp8_token" else quantise_stage.folded(q)
+
+
+def quantised(x: Tensor, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
+    """x in the recipe's format: a row per token, per route where a smooth factor applies."""
+    fmt = recipe.activation
+    if fmt.name == "int8_smooth" and weights.w13_smooth is not None:
+        return quantise_stage.quantise_routes(
+            x, fmt, weights.w13_smooth, routed.sorted_expert_ids, routed.position, routed.block
+        )
+    return quantise_stage.quantise(x, fmt, recipe.rounding)
+
+
+GENERAL, DECODE = General(), Decode()
+
+
+def is_streamed(weights: Weights) -> bool:
+    """Whether both matrices lie in the fragment orders of the FP8 kernels."""
+    return all(isinstance(w, Packed) and w.order.name in PACKED for w in (weights.w13, weights.w2))
+
+
+def schedule_for(recipe: Recipe, weights: Weights, problem: Problem, block: int) -> Schedule:
+    """The schedule that serves these operands; ``block`` is how the routes are sorted."""
+    if is_streamed(weights) and is_fp8_like(recipe.activation) and block <= 32:
+        return DECODE
+    return GENERAL
