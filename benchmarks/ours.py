@@ -1,7 +1,8 @@
 """mixmoe itself, through its public door, in every recipe that Hopper has.
 
-Stage 1 is gemm1 with activation and requantisation; stage 2 is gemm2 with the routing weight and
-the top-k reduction; the layer is everything from topk_ids and bf16 x to bf16 y, routing included.
+Stage 1 is the gate and up GEMM with the activation, stage 2 the down GEMM with the routing weight
+and the top-k reduction; h is requantised in one or the other, as the layer does it. The layer is
+everything from topk_ids and bf16 x to bf16 y, routing included.
 """
 
 from __future__ import annotations
@@ -60,46 +61,78 @@ def _stage1(name: str, accumulate: str) -> Callable[[Case], Run]:
     def build(case: Case) -> Run:
         recipe = _recipe(case, name, accumulate)
         weights = _weights(case, name, recipe)
-        routed, x = (
-            _routed(case, weights),
-            _quantised(case.x_in(recipe.activation.name), recipe.activation.name),
-        )
+        routed = _routed(case, weights)
+        x = _quantised(case.x_in(recipe.activation.name), recipe.activation.name)
+        stage, shows = _open_stage1(recipe, weights, routed)
         out: list[Any] = []
 
         def call() -> None:
-            out[:] = [_library().gemm1(x, weights, routed, recipe=recipe, backend=BACKEND)]
+            out[:] = [stage(x)]
 
-        def rows(routes: torch.Tensor) -> torch.Tensor:
-            h = out[0]
-            scales = None if h.scales is None else h.scales[routes]
-            columns = 1 if h.scales is None else case.shape.intermediate // h.scales.shape[-1]
-            part = Operand(h.codes[routes], scales, (1, columns))
-            return part.dense(slice(None), torch.float64)
-
-        return Run(call, rows, Shows.HIDDEN_REQUANTISED)
+        return Run(call, lambda routes: _hidden_rows(out[0], routes), shows)
 
     return build
+
+
+def _open_stage1(recipe: Any, weights: Any, routed: Any) -> tuple[Callable[[Any], Any], Shows]:
+    """Stage 1 as the layer runs it: a schedule that leaves the requantisation of fp8 rows to the
+    loads of stage 2 has `stage1`, which gives float32; every other one is the public gemm1."""
+    from mixmoe.backends.hopper.stages import placed, schedule_for
+
+    schedule = schedule_for(recipe, weights, routed.problem, routed.block)
+    if recipe.activation.name == "fp8_token" and hasattr(schedule, "stage1"):
+        return lambda x: schedule.stage1(x, weights, placed(routed), recipe), Shows.HIDDEN
+    gemm1 = _library().gemm1
+    return (
+        lambda x: gemm1(x, weights, routed, recipe=recipe, backend=BACKEND),
+        Shows.HIDDEN_REQUANTISED,
+    )
+
+
+def _hidden_rows(h: Any, routes: torch.Tensor) -> torch.Tensor:
+    """Rows of h, a tensor or codes with scales, as float64."""
+    if isinstance(h, torch.Tensor):
+        return h[routes]
+    if h.scales is None:
+        return h.codes[routes]
+    codes, scales = h.codes[routes], h.scales[routes]
+    columns = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1) // scales.shape[-1]
+    return Operand(codes, scales, (1, columns)).dense(slice(None), torch.float64)
 
 
 def _stage2(name: str, deterministic: bool, accumulate: str) -> Callable[[Case], Run]:
     def build(case: Case) -> Run:
-        library, recipe = _library(), _recipe(case, name, accumulate)
+        recipe = _recipe(case, name, accumulate)
         weights = _weights(case, name, recipe)
-        routed, h = (
-            _routed(case, weights),
-            _quantised(case.h_in(recipe.activation.name), recipe.activation.name),
-        )
+        routed = _routed(case, weights)
+        stage = _open_stage2(case, recipe, weights, routed, deterministic)
         y = torch.empty_like(case.x)
-
-        def call() -> None:
-            rows = library.gemm2(h, weights, routed, recipe=recipe, backend=BACKEND)
-            library.combine(
-                rows, routed, recipe=recipe, out=y, deterministic=deterministic, backend=BACKEND
-            )
-
-        return Run(call, lambda tokens: y[tokens], Shows.TOKEN)
+        return Run(lambda: stage(y), lambda tokens: y[tokens], Shows.TOKEN)
 
     return build
+
+
+def _open_stage2(
+    case: Case, recipe: Any, weights: Any, routed: Any, deterministic: bool
+) -> Callable[[torch.Tensor], object]:
+    """Stage 2 as the layer runs it: from float32 h where the schedule requantises in its loads,
+    else from quantised h; gemm2 and combine in one where the backend has that."""
+    from mixmoe.backends.hopper.stages import placed, schedule_for
+
+    schedule = schedule_for(recipe, weights, routed.problem, routed.block)
+    fmt = recipe.activation.name
+    if fmt == "fp8_token" and hasattr(schedule, "finish"):
+        h32, where = case.h.float(), placed(routed)
+        return lambda y: schedule.finish(h32, weights, where, recipe, y)
+    h, backend = _quantised(case.h_in(fmt), fmt), _library().backends.pick(case.x.device, BACKEND)
+    if deterministic:
+        return lambda y: backend.down(h, weights, routed, recipe, y)
+
+    def two_steps(y: torch.Tensor) -> None:
+        rows = backend.gemm2(h, weights, routed, recipe)
+        backend.combine(rows, routed, recipe, y, False)
+
+    return two_steps
 
 
 def _layer(name: str, deterministic: bool, accumulate: str) -> Callable[[Case], Run]:
