@@ -88,6 +88,7 @@ class Module:
     labels: dict[str, int] = field(default_factory=dict)
     functions: dict[str, tuple[int, int]] = field(default_factory=dict)
     kernels: dict[str, KernelText] = field(default_factory=dict)
+    text: str = ''
     got: dict[str, int] = field(default_factory=dict)      # functions called through the global offset table -> slot
 
 
@@ -197,7 +198,7 @@ class Parser:
     def __init__(self, text: str):
         self.text = text
         m = re.search(r'\.amdgcn_target\s+"[^"]*?(gfx\w+)', text)
-        self.module = Module(m.group(1) if m else 'gfx950')
+        self.module = Module(m.group(1) if m else 'gfx950', text=text)
         self.hsa = {}
         for m in re.finditer(r'\.amdhsa_kernel\s+(\S+)(.*?)\.end_amdhsa_kernel', text, re.S):
             vals = re.findall(r'\.amdhsa_(\w+)\s+(\S+)', m.group(2))

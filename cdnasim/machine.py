@@ -53,7 +53,7 @@ class Options:
     quantum: int = 0
     seed: int = 0
     budget: int = 20_000_000
-    batch_waves: int = 128
+    batch_waves: int = 64
     processes: int = 1
     trace: bool = True
 
