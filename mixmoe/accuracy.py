@@ -9,6 +9,7 @@ Two measures, both relative, both judged against ``Format.tolerance`` (DESIGN, s
   differ only where the value lies within tolerance of a boundary" is one number per row.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +30,7 @@ from mixmoe.formats import (
     bfloat16,
     e8m0_value,
 )
+from mixmoe.spec import Recipe
 
 # One ulp of the stored type; float32 keeps what FP8 tensor cores give (about 14 bits of the sum of
 # |products|, which on signed data is a few times |sum|).
@@ -38,6 +40,16 @@ RESULT_TOLERANCE = {
     torch.float32: 2.0**-11,
     torch.float64: 2.0**-11,
 }
+
+
+def layer_noise(recipe: Recipe) -> float:
+    """The relative row error a recipe costs a layer of Gaussian data: ``2 sqrt(a^2 + w^2)``.
+
+    ``a`` and ``w`` are the noise of its two formats. Three products err by ``sqrt(a^2 + w^2)``:
+    gate, up and down; the gate's error grows by about sqrt(2) through the activation. What to
+    expect of a model against its unquantised self; no bound on a kernel.
+    """
+    return 2 * math.hypot(recipe.activation.noise, recipe.weight.noise)
 
 
 def row_errors(y: Tensor, ref: Tensor) -> Tensor:

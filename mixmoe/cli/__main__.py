@@ -1,0 +1,5 @@
+"""``python -m mixmoe.cli``."""
+
+from mixmoe.cli import main
+
+main()

@@ -1,0 +1,514 @@
+"""transformers models through mixmoe: four families, fp8 and MXFP4 modules, faults that show."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers", reason="an extra: pip install mixmoe[hf]")
+
+import mxfp4_checkpoint as mxfp4_checkpoint_file  # noqa: E402
+from transformers import AutoModelForCausalLM, Mxfp4Config  # noqa: E402
+from transformers.integrations import finegrained_fp8, moe, mxfp4  # noqa: E402
+
+import mixmoe  # noqa: E402
+import mixmoe.hf.experts as experts_module  # noqa: E402
+from mixmoe import MixMoEError, Recipe, accuracy, hf  # noqa: E402
+from mixmoe.cli.models import SMALL, small_model  # noqa: E402
+from mixmoe.formats import format_named  # noqa: E402
+from mixmoe.hf import stored  # noqa: E402
+
+HIDDEN, LAYERS = 128, 2
+IDS = torch.randint(2, 512, (2, 10), generator=torch.Generator().manual_seed(1))
+# Seeds whose greedy path keeps its two best logits apart, by 3 times the drift and more.
+SEEDS = {"qwen3-moe": 9, "mixtral": 7, "deepseek-v3": 3, "gpt-oss": 5}
+RECIPES = ["a16w4", "a16i4", "a8w4", "a8w8", "a8w8_block", "a8w4_mx", "a4w4", "w8a8", "w4a8"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    hf.register()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def small(name, dtype=torch.float32, implementation="eager", **options):
+    options = {"hidden": HIDDEN, "layers": LAYERS} | options
+    return small_model(name, dtype=dtype, experts_implementation=implementation, **options)
+
+
+def first_experts(model):
+    return next(module for _, module in hf.experts_of(model))
+
+
+def experts_input(module, tokens=9, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    weight = next(stored.parameters_of(module))
+    dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    x = torch.randn(tokens, HIDDEN, generator=g).to(dtype)
+    ids = torch.rand(tokens, int(module.num_experts), generator=g).argsort(1)[:, :3]
+    return x, ids, torch.rand(tokens, 3, generator=g).to(dtype)
+
+
+def worst(y, ref):
+    return accuracy.worst(accuracy.row_errors(y.flatten(0, -2), ref.flatten(0, -2)))
+
+
+def eager_and(module, implementation, *args):
+    """The module's own output and mixmoe's on the same input."""
+    module.config._experts_implementation = "eager"
+    ref = module(*args)
+    module.config._experts_implementation = implementation
+    return ref, module(*args)
+
+
+# A layer: every recipe within its noise of transformers' own run on the same input.
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sixteen_bit_layer(name, dtype):
+    module = first_experts(small(name, dtype))
+    ref, y = eager_and(module, "mixmoe", *experts_input(module))
+    assert y.dtype == dtype == ref.dtype
+    recipe = hf.recipe_for(module, None, dtype)
+    assert recipe.out_dtype == dtype and recipe.weight.name in ("bf16", "fp16")
+    assert 0 < worst(y, ref) < accuracy.layer_noise(recipe)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_quantised_layer(name, recipe):
+    module = first_experts(small(name))
+    ref, y = eager_and(module, f"mixmoe-{recipe}", *experts_input(module))
+    noise = accuracy.layer_noise(Recipe.named(recipe))
+    assert noise / 8 < worst(y, ref) < noise * 1.25  # 128 columns spread more than noise's 4096
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_layer_is_the_reference_on_its_own_weights(name):
+    """What is left besides quantisation is float32 against float64."""
+    module = first_experts(small(name))
+    x, ids, w = experts_input(module)
+    recipe = hf.recipe_for(module, "a8w4", torch.float32)
+    weights = hf.weights_of(module, recipe.weight)
+    _, y = eager_and(module, "mixmoe-a8w4", x, ids, w)
+    exact = mixmoe.moe(x, weights, ids, w, recipe=recipe, backend="reference")
+    assert worst(y, exact) < 2**-11
+
+
+FAULTS = {
+    "gate and up swapped": lambda w13, w2: (torch.cat(w13.chunk(2, dim=1)[::-1], dim=1), w2),
+    "rows taken as interleaved": lambda w13, w2: (
+        torch.cat([w13[:, 0::2], w13[:, 1::2]], dim=1), w2,
+    ),
+    "two experts swapped": lambda w13, w2: (w13[[1, 0, *range(2, len(w13))]], w2),
+    "one row zeroed": lambda w13, w2: (w13.index_fill(1, torch.tensor([5]), 0.0), w2),
+    "half of down lost": lambda w13, w2: (w13, w2 * (torch.arange(w2.shape[2]) < w2.shape[2] / 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_faults_show(name, fault, monkeypatch):
+    """Each planted fault takes the 16-bit layer out of the tolerance of the test above."""
+
+    def broken(module, fmt=None):
+        weights = stored.weights_of(module, fmt)
+        dense = FAULTS[fault](*weights.dense())
+        q13, q2 = (fmt.quantise(w) for w in dense)
+        return replace(weights, w13=q13, w2=q2)
+
+    monkeypatch.setattr(experts_module, "weights_of", broken)
+    module = first_experts(small(name))
+    ref, y = eager_and(module, "mixmoe", *experts_input(module, tokens=24))
+    assert worst(y, ref) > 2 * accuracy.layer_noise(hf.recipe_for(module, None))
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
+def test_bias_and_limit_are_the_modules(name, monkeypatch):
+    module = first_experts(small(name))
+    args = experts_input(module)
+    for wrong in ("bias", "act"):
+        if name == "qwen3-moe" and wrong == "bias":
+            continue
+        with monkeypatch.context() as patch:
+            if wrong == "bias":
+                patch.setattr(stored, "_biases", lambda module: (None, None))
+            else:
+                patch.setattr(stored, "activation_of", lambda module: mixmoe.gelu())
+            experts_module.forget(module)
+            ref, y = eager_and(module, "mixmoe", *args)
+            assert worst(y, ref) > 0.05
+    experts_module.forget(module)
+
+
+def test_sentinel_ids_are_skipped():
+    module = first_experts(small("qwen3-moe"))
+    x, ids, w = experts_input(module)
+    ids[:, 1] = module.num_experts
+    ref, y = eager_and(module, "mixmoe", x, ids, w)
+    assert worst(y, ref) < accuracy.layer_noise(hf.recipe_for(module, None))
+    ids[0] = module.num_experts
+    assert (module(x, ids, w)[0] == 0).all()
+
+
+# A model: logits and greedy tokens.
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_and_tokens_of_the_sixteen_bit_recipe(name):
+    """float32 models: bf16 operands in the experts, the same tokens, with room between the two best
+    logits everywhere along the way, so that the equality is no luck."""
+    model = small(name, seed=SEEDS[name])
+    ref = model(IDS).logits
+    tokens = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    best = model(tokens[:, :-1]).logits[:, IDS.shape[1] - 1 :]
+    model.set_experts_implementation("mixmoe")
+    y = model(IDS).logits
+    assert 0 < worst(y, ref) < LAYERS * accuracy.layer_noise(Recipe.named("a16w16"))
+    margin = best.topk(2).values.diff().abs().min()
+    drift = (model(tokens[:, :-1]).logits[:, IDS.shape[1] - 1 :] - best).abs().max()
+    assert 2 * drift < margin
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("recipe", ["a8w8", "a8w4", "a4w4"])
+def test_logits_of_quantised_recipes(name, recipe):
+    """The median row: where noise flips a router's choice of expert, a row is further off."""
+    model = small(name)
+    ref = model(IDS).logits
+    model.set_experts_implementation(f"mixmoe-{recipe}")
+    errors = accuracy.row_errors(model(IDS).logits, ref)
+    noise = accuracy.layer_noise(Recipe.named(recipe))
+    assert noise / 20 < float(errors.median()) < LAYERS**0.5 * noise
+
+
+def test_tokens_of_a_bf16_model():
+    model = small("deepseek-v3", torch.bfloat16, seed=SEEDS["deepseek-v3"])
+    tokens = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    hf.convert(model)
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), tokens)
+
+
+# register, cache, convert.
+
+
+def test_names_reach_from_config_and_the_fp8_registry():
+    model = small("mixtral", implementation="mixmoe-a8w4")
+    model(IDS)
+    layer = first_experts(model).__dict__[experts_module.KEPT].layer
+    assert layer.recipe.name == "a8w4"
+    for interface in experts_module.interfaces():
+        assert {"mixmoe", "mixmoe-a8w4", "mixmoe-a8w8_block"} <= set(interface._global_mapping)
+    assert len(list(experts_module.interfaces())) == 2
+    with pytest.raises(ValueError, match="mixmoe-a3w4"):
+        model.set_experts_implementation("mixmoe-a3w4")
+
+
+def test_register_chooses_recipe_and_backend():
+    module = first_experts(small("qwen3-moe"))
+    args = experts_input(module)
+    try:
+        hf.register(recipe="a8w8", backend="reference")
+        _, y = eager_and(module, "mixmoe", *args)
+        kept = module.__dict__[experts_module.KEPT].layer
+        assert (kept.recipe.name, kept.backend) == ("a8w8", "reference")
+    finally:
+        hf.register()
+    assert not torch.equal(module(*args), y)
+    with pytest.raises(MixMoEError, match="unknown recipe: got a9w9"):
+        hf.register(recipe="a9w9")
+
+
+def test_layer_is_made_once_and_follows_the_parameters():
+    module = first_experts(small("gpt-oss"))
+    args = experts_input(module)
+    _, y = eager_and(module, "mixmoe-a8w4", *args)
+    kept = module.__dict__[experts_module.KEPT].layer
+    assert torch.equal(module(*args), y)
+    assert module.__dict__[experts_module.KEPT].layer is kept
+    assert not any("mixmoe" in key for key in module.state_dict())
+    module.down_proj.mul_(2.0)
+    assert not torch.equal(module(*args), y)
+    other = first_experts(small("gpt-oss", seed=5))
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(*args), eager_and(other, "mixmoe-a8w4", *args)[1])
+    module.down_proj.data.zero_()  # moves no version counter
+    before = module(*args)
+    experts_module.forget(module)
+    assert before.abs().max() > 1 and not torch.equal(module(*args), before)
+
+
+def test_plain_bf16_parameters_are_not_copied():
+    module = first_experts(small("mixtral", torch.bfloat16))
+    weights = hf.weights_of(module, format_named("bf16"))
+    assert weights.w13.codes.data_ptr() == module.gate_up_proj.data_ptr()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_convert_releases_the_dense_parameters(name):
+    model = small(name, torch.bfloat16)
+    modules = dict(hf.experts_of(model))
+    dense = sum(sum(t.nbytes for t in stored.parameters_of(m)) for m in modules.values())
+    before = sum(t.nbytes for t in model.state_dict().values())
+    module = first_experts(model)
+    args = experts_input(module)
+    _, want = eager_and(module, "mixmoe-a8w4", *args)
+    module.config._experts_implementation = "eager"
+    assert hf.convert(model, "a8w4") is model
+    assert not list(hf.experts_of(model))
+    path = next(iter(modules))
+    assert torch.equal(model.get_submodule(path)(*args), want)
+    after = sum(t.nbytes for t in model.state_dict().values())
+    assert before - after > 0.6 * dense
+    assert "a8w4" in repr(model)
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    with pytest.raises(MixMoEError, match="the model must hold experts"):
+        hf.convert(model)
+
+
+def test_convert_keeping_the_dense_parameters():
+    model = small("qwen3-moe")
+    ref = model(IDS).logits
+    hf.convert(model, Recipe.named("a8w8", rounding="EVEN"), free=False)
+    y = model(IDS).logits
+    assert first_experts(model).__dict__[experts_module.KEPT].layer.recipe.rounding.name == "EVEN"
+    assert not torch.equal(y, ref)
+    model.set_experts_implementation("eager")
+    assert torch.equal(model(IDS).logits, ref)
+
+
+def test_compiled_experts():
+    module = first_experts(small("qwen3-moe"))
+    args = experts_input(module)
+    module.config._experts_implementation = "mixmoe-a8w4"
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="experts are not prepared: convert"):
+        compiled(*args)
+    torch._dynamo.reset()
+    broken = torch.compile(module, backend="aot_eager")(*args)  # a graph break prepares them
+    want = module(*args)
+    assert torch.equal(broken, want)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(*args), want)
+
+
+def test_refusals():
+    module = first_experts(small("qwen3-moe"))
+    module.act_fn = torch.nn.ReLU()
+    with pytest.raises(MixMoEError, match="unknown activation of experts: got ReLU"):
+        hf.activation_of(module)
+    module.has_gate = False
+    with pytest.raises(MixMoEError, match="gated experts"):
+        hf.weights_of(module)
+    with pytest.raises(MixMoEError, match="not an experts module"):
+        hf.weights_of(torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    "attributes, act",
+    [
+        ({}, mixmoe.silu()),
+        ({"limit": 5.0}, mixmoe.silu(5.0)),
+        ({"swiglu_alpha": 1.5, "swiglu_limit": 9.0}, mixmoe.swiglu(9.0, 1.5)),
+        ({"gate_softcap": 3.0, "up_softcap": 20.0}, mixmoe.situv2(3.0, 20.0)),
+    ],
+    ids=lambda a: str(a)[:20],
+)
+def test_gates_of_fp8_experts_are_recognised(attributes, act):
+    module = fp8_experts(small("qwen3-moe"))[1]
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    assert hf.activation_of(module) == act
+
+
+# FP8 modules.
+
+
+def fp8_experts(model, block=(128, 128), inner=64, scale_fmt="float", **options):
+    """The model's first experts as FP8Experts, and dense ones of exactly the same values."""
+    dense = first_experts(model)
+    config = dense.config
+    build = moe.use_experts_implementation(
+        experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    kind = type("FP8ExpertsHere", (finegrained_fp8.FP8Experts,), {})
+    module = build(kind)(config, block_size=block, scale_fmt=scale_fmt, **options)
+    for name in ("gate_up_proj", "down_proj"):
+        values = getattr(dense, name)
+        halves = values.chunk(2, dim=1) if name == "gate_up_proj" else [values]
+        if block is None:
+            peak = [h.abs().amax(dim=(1, 2), keepdim=True) / 448 for h in halves]
+            codes = [(h / p).to(torch.float8_e4m3fn) for h, p in zip(halves, peak, strict=True)]
+            exact = torch.cat([c.float() * p for c, p in zip(codes, peak, strict=True)], dim=1)
+            codes, scales = torch.cat(codes, dim=1), torch.cat(peak, dim=1)
+        else:
+            q = [format_named(f"fp8_block{block[0]}x{block[1]}").quantise(h) for h in halves]
+            codes = torch.cat([h.codes for h in q], dim=1)
+            scales = torch.cat([h.scales for h in q], dim=1)
+            exact = torch.cat([h.dequantise() for h in q], dim=1)
+        setattr(module, name, torch.nn.Parameter(codes, requires_grad=False))
+        scales = torch.nn.Parameter(scales, requires_grad=False)
+        setattr(module, f"{name}_scale_inv", scales)
+        values.copy_(exact)
+    return dense, module
+
+
+@pytest.mark.parametrize(
+    "block, recipe",
+    [
+        ((128, 128), "a8w8_block"),
+        ((64, 128), "a8w8_block"),
+        ((48, 128), "a8w8_block"),
+        (None, "a8w8"),
+    ],
+    ids=str,
+)
+def test_fp8_module(block, recipe):
+    dense, module = fp8_experts(small("qwen3-moe"), block)
+    assert hf.default_recipe(module).name == recipe
+    args = experts_input(dense)
+    dense.config._experts_implementation = "eager"
+    ref = dense(*args)
+    module.config._experts_implementation = "mixmoe"
+    y = module(*args)
+    noise = 2.5 * format_named("fp8_token").noise  # the weights are the same: activations alone
+    assert 0 < worst(y, ref) < noise
+    kept = module.__dict__[experts_module.KEPT].layer
+    assert kept.w13_codes.data_ptr() == module.gate_up_proj.data_ptr()  # bit for bit, no copy
+    module.config._experts_implementation = "mixmoe-a16w4"
+    assert noise < worst(module(*args), ref) < 1.25 * accuracy.layer_noise(Recipe.named("a16w4"))
+    module.gate_up_proj_scale_inv[:, :1].mul_(2)
+    module.config._experts_implementation = "mixmoe"
+    assert worst(module(*args), ref) > 0.1
+
+
+def test_fp8_models_convert_and_static_scales_are_refused():
+    model = small("deepseek-v3")
+    dense, module = fp8_experts(model)
+    path = next(name for name, found in hf.experts_of(model) if found is dense)
+    args = experts_input(dense)
+    ref = dense(*args)
+    model.set_submodule(path, module)
+    hf.convert(model)
+    assert model.get_submodule(path).layer.recipe.name == "a8w8_block"
+    assert worst(model.get_submodule(path)(*args), ref) < 0.075
+    module.activation_scheme = "static"
+    with pytest.raises(MixMoEError, match="static scales"):
+        hf.weights_of(module)
+
+
+def test_fp4_module():
+    module = fp8_experts(small("qwen3-moe"))[1]
+    values = torch.randn(16, 128, 128), torch.randn(16, 128, 64)
+    for name, dense in zip(("gate_up_proj", "down_proj"), values, strict=True):
+        q = format_named("mxfp4").quantise(dense)
+        setattr(module, name, torch.nn.Parameter(q.codes.view(torch.int8), requires_grad=False))
+        scales = torch.nn.Parameter(q.scales.view(torch.float8_e8m0fnu), requires_grad=False)
+        setattr(module, f"{name}_scale_inv", scales)
+    weights = hf.weights_of(module)
+    assert hf.default_recipe(module).name == "a8w4"
+    assert torch.equal(weights.dense()[0], format_named("mxfp4").quantise(values[0]).dequantise())
+
+
+# MXFP4 gpt-oss.
+
+
+@pytest.fixture(scope="module")
+def mxfp4_checkpoint(tmp_path_factory):
+    return mxfp4_checkpoint_file.write(tmp_path_factory.mktemp("gpt-oss-mxfp4"))
+
+
+def load(folder, implementation, **options):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation=implementation, dtype=torch.float32, **options
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def unpacked(mxfp4_checkpoint):
+    """transformers' own way without a GPU: the weights unpacked."""
+    options = {"quantization_config": Mxfp4Config(dequantize=True)}
+    return load(mxfp4_checkpoint, "eager", **options)
+
+
+def test_mxfp4_checkpoint_loads_as_it_lies(mxfp4_checkpoint, unpacked):
+    model = load(mxfp4_checkpoint, "mixmoe")
+    layers = [m for m in model.modules() if isinstance(m, hf.Experts)]
+    assert len(layers) == LAYERS and layers[0].layer.recipe.name == "a16w4"
+    assert layers[0].layer.recipe.act == mixmoe.swiglu(7.0, 1.702)
+    assert layers[0].layer.w13_codes.dtype == torch.uint8
+    ref, y = unpacked(IDS).logits, model(IDS).logits
+    assert 0 < worst(y, ref) < LAYERS * accuracy.layer_noise(Recipe.named("a16w16"))
+    want = unpacked.generate(IDS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), want)
+
+
+def test_mxfp4_recipe_by_name_and_fault(mxfp4_checkpoint, unpacked, monkeypatch):
+    model = load(mxfp4_checkpoint, "mixmoe-a8w4")
+    assert next(m for m in model.modules() if isinstance(m, hf.Experts)).layer.recipe.name == "a8w4"
+    ref = unpacked(IDS).logits
+    good = accuracy.row_errors(model(IDS).logits, ref).median()
+    assert good < 2 * format_named("fp8_token").noise  # the weights are the same
+    with monkeypatch.context() as patch:
+        apart = stored._apart
+
+        def swapped(w13, w2, module):
+            weights = apart(w13, w2, module)
+            half = weights.I
+            order = [*range(half, 2 * half), *range(half)]
+            rows = weights.w13
+            moved = replace(rows, codes=rows.codes[:, order], scales=rows.scales[:, order])
+            return replace(weights, w13=moved)
+
+        patch.setattr(stored, "_apart", swapped)
+        broken = load(mxfp4_checkpoint, "mixmoe-a8w4")
+    assert accuracy.row_errors(broken(IDS).logits, ref).median() > 4 * good
+
+
+def test_mxfp4_swizzled_module_is_read_back(mxfp4_checkpoint, unpacked):
+    """transformers' GPU form, its Triton tensors played by ones that hold plain transposes."""
+
+    class Plain:
+        def __init__(self, data):
+            self.data, self.storage, self.layout, self.weight_scale = data, self, self, self
+
+        def unswizzle_data(self, data):
+            return data
+
+    source = load(mxfp4_checkpoint, "mixmoe")
+    model = small("gpt-oss")
+    model.load_state_dict(unpacked.state_dict())
+    want = source(IDS).logits
+    tensors = load_file(mxfp4_checkpoint / "model.safetensors")
+    for number, layer in enumerate(model.model.layers):
+        module = mxfp4.Mxfp4GptOssExperts(model.config)
+        for name in ("gate_up_proj", "down_proj"):
+            prefix = f"model.layers.{number}.mlp.experts.{name}"
+            blocks = tensors[f"{prefix}_blocks"].flatten(-2).transpose(1, 2)
+            del module._parameters[name]
+            setattr(module, name, Plain(blocks))
+            scales = Plain(tensors[f"{prefix}_scales"].transpose(1, 2))
+            setattr(module, f"{name}_precision_config", scales)
+            getattr(module, f"{name}_bias").copy_(tensors[f"{prefix}_bias"])
+        layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, module)
+    hf.convert(model)
+    assert torch.equal(model(IDS).logits, want)
+
+
+def test_other_implementations_keep_transformers_way(mxfp4_checkpoint):
+    """Asked for eager, the quantiser is its parent: it wants accelerate or a kernel, or unpacks."""
+    try:
+        model = load(mxfp4_checkpoint, "eager")
+    except ImportError as error:
+        assert "accelerate" in str(error).lower()
+    else:
+        assert type(first_experts(model)).__name__ == "GptOssExperts"
