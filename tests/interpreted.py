@@ -71,6 +71,21 @@ def mend() -> None:
         exact = x.data.astype(np.float64) * y.data + z.data  # type: ignore[attr-defined]
         return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)  # type: ignore[attr-defined]
 
+    binary = builder.binary_op
+
+    def binary_op(self: object, lhs: object, rhs: object, op: object) -> object:
+        if lhs.dtype.scalar != tl.bfloat16:  # type: ignore[attr-defined]
+            return binary(self, lhs, rhs, op)
+        wide = (as_torch(x.data, tl.bfloat16).float().numpy() for x in (lhs, rhs))  # type: ignore[attr-defined]
+        result = torch.from_numpy(np.asarray(op(*wide))).to(torch.bfloat16)  # type: ignore[operator]
+        return interpreter.TensorHandle(as_numpy(result, tl.bfloat16), tl.bfloat16)
+
+    def get_bf16(self: object, value: float) -> object:
+        data = as_numpy(torch.tensor([value], dtype=torch.bfloat16), tl.bfloat16)
+        return interpreter.TensorHandle(data, tl.bfloat16)
+
+    builder.get_bf16 = get_bf16
+    builder.binary_op = binary_op
     builder.create_dot = dot
     builder.create_fma = fma
     patch = interpreter._patch_lang_tensor
