@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from mixmoe.cli.models import small_model
 from mixmoe.formats import format_named
+from mixmoe.hf.models import small_model
 
 
 def write(folder: Path, hidden: int = 128, layers: int = 2) -> Path:

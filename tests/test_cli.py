@@ -13,7 +13,7 @@ pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 from mixmoe import backends, cli, verify  # noqa: E402
 from mixmoe.backends.cpu import cpu  # noqa: E402
 from mixmoe.cli import run as run_command  # noqa: E402
-from mixmoe.cli.models import small_model  # noqa: E402
+from mixmoe.hf.models import small_model  # noqa: E402
 from mixmoe.preshuffle import ORDERS  # noqa: E402
 
 
@@ -133,7 +133,7 @@ def test_a_folder_transformers_cannot_read_is_one_line(mixmoe, tmp_path):
 @pytest.fixture
 def smaller(monkeypatch):
     """The built-in models at half their size."""
-    from mixmoe.cli import models
+    from mixmoe.hf import models
 
     monkeypatch.setattr(
         models, "small_model", lambda name, **k: small_model(name, hidden=128, layers=2, **k)

@@ -15,9 +15,9 @@ from transformers.integrations import finegrained_fp8, moe, mxfp4  # noqa: E402
 import mixmoe  # noqa: E402
 import mixmoe.hf.experts as experts_module  # noqa: E402
 from mixmoe import MixMoEError, Recipe, accuracy, hf  # noqa: E402
-from mixmoe.cli.models import SMALL, small_model  # noqa: E402
 from mixmoe.formats import format_named  # noqa: E402
 from mixmoe.hf import stored  # noqa: E402
+from mixmoe.hf.models import SMALL, small_model  # noqa: E402
 
 HIDDEN, LAYERS = 128, 2
 IDS = torch.randint(2, 512, (2, 10), generator=torch.Generator().manual_seed(1))

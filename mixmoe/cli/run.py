@@ -91,7 +91,7 @@ def load(model: str, device: str) -> tuple[Any, Any]:
     except ModuleNotFoundError as missing:
         raise MixMoEError("run needs transformers", f"no {missing.name}", "mixmoe[hf]") from None
     from mixmoe import hf
-    from mixmoe.cli.models import SMALL, small_model
+    from mixmoe.hf.models import SMALL, small_model
 
     hf.register()
     if model in SMALL:
