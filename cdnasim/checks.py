@@ -18,7 +18,7 @@ from .effects import Effects, effects
 from .numerics import Array
 
 if TYPE_CHECKING:
-    from .asm import Instr
+    from .asm import Instr, Operand
     from .machine import Kernel, Options
     from .memory import Region
 
@@ -180,28 +180,32 @@ class StateChecker:
         """Results of the matrix core. An accumulator may follow back to back into the same C and D."""
         if not t.matrix:
             return
-        for r in (*e.reads, *e.writes):
+        accumulator = ins.ops[3] if e.kind == 'mfma' and len(ins.ops) > 3 and ins.ops[3].kind == 'v' else None
+        if ins.op.startswith('v_smfmac'):
+            accumulator = ins.ops[0]
+        for r in (*e.reads, *(e.writes if e.kind == 'valu' else ())):
             hit = t.matrix.get(r)
             if hit is None:
                 continue
-            made, producer, passes = hit
-            chained = e.kind == 'mfma' and len(ins.ops) > 3 and ins.ops[3].kind == 'v' and r in range(
-                ins.ops[3].idx, ins.ops[3].idx + ins.ops[3].n)
-            need = self.matrix_states(passes, chained and self.same_block(ins, producer), chained)
+            made, producer = hit
+            chained = accumulator is not None and accumulator.idx <= r < accumulator.idx + accumulator.n
+            need = self.matrix_states(producer, accumulator if chained else None)
             self.need(t, (made, producer), need, pc, f'{register_name(r)} from the matrix core')
-        if e.kind == 'valu' and self.kernel.module.instrs[pc].op.startswith('v_accvgpr_read'):
-            return
 
-    def same_block(self, ins: Instr, producer: int) -> bool:
-        d = self.kernel.module.instrs[producer].ops[0]
-        return ins.ops[3].idx == d.idx and ins.ops[3].n == d.n
-
-    def matrix_states(self, passes: int, same: bool, chained: bool) -> int:
-        """gfx940: N-pass result as C of the next: 0 when exactly the same registers (2 for 4x4), N when they overlap;
-        as A, B or for VALU, VMEM and LDS: N + 3 (LLVM GCNHazardRecognizer, GFX940_XDL_N_PassWriteVgpr*)."""
-        if same:
+    def matrix_states(self, producer: int, accumulator: Operand | None) -> int:
+        """Wait states after an N-pass matrix instruction (LLVM GCNHazardRecognizer, gfx940 and gfx950; tests/test_checks.py
+        compares them with what LLVM inserts): as C of the next, 0 for exactly the same registers, N + 1 when they overlap;
+        as A or B, for VALU, VMEM and LDS N + 3. gfx950 takes one more unless N is 2, f32 inputs (not XDL) one fewer."""
+        ins = self.kernel.module.instrs[producer]
+        passes = max(2, ins.cycles // 4)
+        xdl = not ins.op.endswith(('f32', 'f64')) or 'xf32' in ins.op
+        more = int(self.kernel.arch == 'gfx950' and passes != 2) if xdl else -1
+        if accumulator is None:
+            return passes + 3 + more
+        d = ins.ops[0]
+        if (accumulator.idx, accumulator.n) == (d.idx, d.n):
             return 0 if passes > 2 else 2
-        return passes + 1 if chained else passes + 3
+        return passes + 1 + more
 
     def need(self, t: Clock, made: tuple[int, int] | None, states: int, pc: int, what: str) -> None:
         if made is None or not states:
@@ -219,7 +223,7 @@ class Clock:
         self.valu_sgpr: dict[int, tuple[int, int]] = {}
         self.valu_vgpr: dict[int, tuple[int, int]] = {}
         self.trans: dict[int, tuple[int, int]] = {}
-        self.matrix: dict[int, tuple[int, int, int]] = {}
+        self.matrix: dict[int, tuple[int, int]] = {}
         self.valu_exec: tuple[int, int] | None = None
         self.salu_m0: tuple[int, int] | None = None
 
@@ -232,8 +236,7 @@ class Clock:
         for s in e.swrites:
             self.valu_sgpr.pop(s, None)
         if e.kind == 'mfma':
-            passes = max(2, ins.cycles // 4)
-            self.matrix.update(dict.fromkeys(e.writes, (self.now, pc, passes)))
+            self.matrix.update(dict.fromkeys(e.writes, stamp))
         elif e.kind == 'valu':
             self.valu_vgpr.update(dict.fromkeys(e.writes, stamp))
             self.valu_sgpr.update(dict.fromkeys(e.swrites, stamp))

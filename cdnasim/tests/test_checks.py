@@ -7,7 +7,7 @@ import pytest
 import cdnasim
 from cdnasim import Memory
 
-from .support import program, run
+from .support import compile_ir, program, run
 
 LOAD, STORE, WAIT = ' global_load_dword v2, v1, s[4:5]\n', ' global_store_dword v1, v2, s[6:7]\n', ' s_waitcnt vmcnt(0)\n'
 DATA = np.arange(64, dtype=np.uint32)
@@ -46,9 +46,9 @@ def test_scalar_loads_need_a_full_wait() -> None:
     (' v_cmpx_lt_u32_e32 vcc, 3, v0\n{}v_mov_b32_dpp v2, v9 quad_perm:[1,0,3,2] row_mask:0xf bank_mask:0xf\n', 5),
     (' v_readfirstlane_b32 s8, v0\n{}v_readlane_b32 s9, v0, s8\n', 4),
     (' v_exp_f32_e32 v3, v0\n{}v_add_f32_e32 v2, v3, v3\n', 1),
-    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}v_add_f32_e32 v2, v8, v8\n', 7),
-    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}global_store_dword v1, v8, s[6:7]\n', 7),
-    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}v_mfma_f32_16x16x16_f16 v[12:15], v[8:9], v[6:7], 0\n', 7)])
+    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}v_add_f32_e32 v2, v8, v8\n', 8),
+    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}global_store_dword v1, v8, s[6:7]\n', 8),
+    (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}v_mfma_f32_16x16x16_f16 v[12:15], v[8:9], v[6:7], 0\n', 8)])
 def test_wait_states(body: str, needs: int) -> None:
     """The state count in the ISA's table is enough, one fewer is a finding."""
     prologue = ' v_mov_b32_e32 v3, 1.0\n v_mov_b32_e32 v9, 1.0\n' + ''.join(f' v_mov_b32_e32 v{k}, 0\n' for k in (4, 5, 6, 7)) + ' s_nop 7\n'
@@ -61,6 +61,40 @@ def test_wait_states(body: str, needs: int) -> None:
 def test_chained_accumulators_need_no_wait() -> None:
     body = ' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], v[8:11]\n'
     assert not kinds(body, hazard=True)
+
+
+MATRIX = [('16x16x16f16', '<4 x half>', 4, 'gfx942'), ('16x16x16f16', '<4 x half>', 4, 'gfx950'), ('32x32x8f16', '<4 x half>', 16, 'gfx942'),
+          ('32x32x8f16', '<4 x half>', 16, 'gfx950'), ('4x4x4f16', '<4 x half>', 4, 'gfx942'), ('4x4x4f16', '<4 x half>', 4, 'gfx950'),
+          ('16x16x4f32', 'float', 4, 'gfx942'), ('32x32x2f32', 'float', 16, 'gfx950'), ('16x16x32.f16', '<8 x half>', 4, 'gfx950'),
+          ('32x32x16.f16', '<8 x half>', 16, 'gfx950')]
+
+
+@pytest.mark.parametrize('name,ty,n,arch', MATRIX)
+def test_matrix_wait_states_are_llvms(name: str, ty: str, n: int, arch: str) -> None:
+    """LLVM pads a use of a matrix result with s_nop: that many states pass, one fewer is a finding."""
+    vec = f'<{n} x float>'
+    ir = f'''define amdgpu_kernel void @k(ptr addrspace(1) %out, ptr addrspace(1) %in) #0 {{
+  %p = getelementptr {ty}, ptr addrspace(1) %in, i32 1
+  %a = load {ty}, ptr addrspace(1) %in
+  %b = load {ty}, ptr addrspace(1) %p
+  %d = call {vec} @llvm.amdgcn.mfma.f32.{name}({ty} %a, {ty} %b, {vec} zeroinitializer, i32 0, i32 0, i32 0)
+  %e = fadd {vec} %d, %d
+  store {vec} %e, ptr addrspace(1) %out
+  ret void
+}}
+declare {vec} @llvm.amdgcn.mfma.f32.{name}({ty}, {ty}, {vec}, i32, i32, i32)
+attributes #0 = {{ "amdgpu-flat-work-group-size"="64,64" }}
+'''
+    text = compile_ir(ir, arch)
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if 'v_mfma' in line)
+    nops = [i for i in range(at, len(lines)) if 's_nop' in lines[i]]
+    data, out = np.zeros(4096, np.float16), np.zeros(4096, np.float32)
+    assert cdnasim.load(text).launch(1, 64, [out, data], hazard=True).ok
+    last = nops[-1]
+    count = int(lines[last].split()[1])
+    lines[last] = f'\ts_nop {count - 1}' if count else ''
+    assert cdnasim.load('\n'.join(lines)).launch(1, 64, [out, data], hazard=True).kinds['wait-states'] >= 1
 
 
 RACE = ' ds_write_b32 v1, v0\n s_waitcnt lgkmcnt(0)\n{} v_xor_b32_e32 v3, 0x100, v1\n ds_read_b32 v2, v3\n s_waitcnt lgkmcnt(0)\n'
