@@ -2,7 +2,8 @@
 
 ========  ===========================================================================
 General   any recipe, weights in plain rows or packed; Triton kernels
-Decode    FP8-like activations x packed mxfp4, up to 32 routes a block: weight streams
+Decode    FP8-like activations x packed mxfp4, few routes an expert: weight streams
+Prefill   the same with many (:mod:`.prefill_schedule`): tensor-core tiles
 ========  ===========================================================================
 
 FP8-like: fp8_token itself, mxfp8 and mxfp4 folded to one scale a row (:mod:`.quantise` states the
@@ -20,7 +21,9 @@ from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
 from mixmoe.backends.hopper.combine import combine
 from mixmoe.backends.hopper.operands import PACKED
+from mixmoe.backends.hopper.prefill_schedule import PREFILL, suits
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.worklist import ROUTE_BLOCK
 from mixmoe.formats import Format, Quantised, ScaleKind
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe, Weights
@@ -214,6 +217,6 @@ def is_streamed(weights: Weights) -> bool:
 
 def schedule_for(recipe: Recipe, weights: Weights, problem: Problem, block: int) -> Schedule:
     """The schedule that serves these operands; ``block`` is how the routes are sorted."""
-    if is_streamed(weights) and is_fp8_like(recipe.activation) and block <= 32:
-        return DECODE
-    return GENERAL
+    if not is_streamed(weights) or not is_fp8_like(recipe.activation) or block > ROUTE_BLOCK:
+        return GENERAL
+    return PREFILL if block == ROUTE_BLOCK and suits(problem) else DECODE
