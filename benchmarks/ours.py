@@ -8,6 +8,7 @@ everything from topk_ids and bf16 x to bf16 y, routing included.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,13 +76,20 @@ def _stage1(name: str, accumulate: str) -> Callable[[Case], Run]:
 
 
 def _open_stage1(recipe: Any, weights: Any, routed: Any) -> tuple[Callable[[Any], Any], Shows]:
-    """Stage 1 as the layer runs it: a schedule that leaves the requantisation of fp8 rows to the
-    loads of stage 2 has `stage1`, which gives float32; every other one is the public gemm1."""
+    """Stage 1 as the layer runs it: a schedule that requantises h in or before stage 2 has
+    `stage1`, which gives floats; every other one is the public gemm1."""
+    from mixmoe.backends.hopper.prefill_schedule import PREFILL, cut_tiles
     from mixmoe.backends.hopper.stages import placed, schedule_for
 
-    schedule = schedule_for(recipe, weights, routed.problem, routed.block)
+    schedule, where = schedule_for(recipe, weights, routed.problem, routed.block), placed(routed)
+    if recipe.activation.name == "fp8_token" and schedule is PREFILL:
+        work = cut_tiles(where, recipe)  # made beside the routing
+        return (
+            lambda x: Sorted(PREFILL.stage1(x, weights, where, recipe, *work), where.position),
+            Shows.HIDDEN,
+        )
     if recipe.activation.name == "fp8_token" and hasattr(schedule, "stage1"):
-        return lambda x: schedule.stage1(x, weights, placed(routed), recipe), Shows.HIDDEN
+        return lambda x: schedule.stage1(x, weights, where, recipe), Shows.HIDDEN
     gemm1 = _library().gemm1
     return (
         lambda x: gemm1(x, weights, routed, recipe=recipe, backend=BACKEND),
@@ -89,8 +97,18 @@ def _open_stage1(recipe: Any, weights: Any, routed: Any) -> tuple[Callable[[Any]
     )
 
 
+@dataclass(frozen=True)
+class Sorted:
+    """Rows in sorted order, and the place of each route in it."""
+
+    rows: torch.Tensor
+    position: torch.Tensor
+
+
 def _hidden_rows(h: Any, routes: torch.Tensor) -> torch.Tensor:
     """Rows of h, a tensor or codes with scales, as float64."""
+    if isinstance(h, Sorted):
+        return h.rows[h.position[routes].long()]
     if isinstance(h, torch.Tensor):
         return h[routes]
     if h.scales is None:
@@ -117,10 +135,16 @@ def _open_stage2(
 ) -> Callable[[torch.Tensor], object]:
     """Stage 2 as the layer runs it: from float32 h where the schedule requantises in its loads,
     else from quantised h; gemm2 and combine in one where the backend has that."""
+    from mixmoe.backends.hopper.prefill_schedule import PREFILL, cut_tiles
     from mixmoe.backends.hopper.stages import placed, schedule_for
 
     schedule = schedule_for(recipe, weights, routed.problem, routed.block)
     fmt = recipe.activation.name
+    if fmt == "fp8_token" and schedule is PREFILL:
+        where = placed(routed)
+        work = cut_tiles(where, recipe)
+        rows = PREFILL.sorted_rows(_quantised(case.h_in(fmt), fmt), where)
+        return lambda y: PREFILL.stage2(rows, weights, where, recipe, y, work)
     if fmt == "fp8_token" and hasattr(schedule, "finish"):
         h32, where = case.h.float(), placed(routed)
         return lambda y: schedule.finish(h32, weights, where, recipe, y)

@@ -59,6 +59,10 @@ EDGES: dict[str, dict[str, Any]] = {
     "empty experts": {"tokens": 64, "experts": 32, "topk": 4, "skew": "empty"},
     "masked": {"tokens": 64, "experts": 32, "topk": 4, "skew": "masked"},
     "gpt-oss": {"tokens": 20, "hidden": 2880, "inter": 2880, "experts": 4, "topk": 4, "bias": True},
+    "gpt-oss prefill": {
+        "tokens": 120, "hidden": 2880, "inter": 2880, "experts": 4, "topk": 4, "bias": True,
+    },
+    "192 prefill": {"tokens": 500, "hidden": 448, "inter": 192, "experts": 8, "skew": "masked"},
     "192": {"tokens": 50, "hidden": 512, "inter": 192, "experts": 8},
     "320": {"tokens": 50, "hidden": 352, "inter": 320, "experts": 8},
     "V3 rows": {"tokens": 40, "hidden": 7168, "inter": 256, "experts": 4, "topk": 2},
