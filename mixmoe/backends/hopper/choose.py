@@ -25,6 +25,7 @@ TENSOR = {  # FLOP/us, dense
     "int8": 1.4e9, "fp8e4nv": 1.4e9, "bf16": 0.75e9, "fp16": 0.75e9, "fp32": 0.37e9,
 }  # fmt: skip
 DECODE = 132 * 128 * 1.7e3 / 8  # weights/us: 8 ALU lanes' instructions for one decoded weight
+SYNC = 0.05  # us: barriers of a K step; a promoted sum also waits for the tensor core
 START = 3.0  # us: launch, first loads, epilogue
 TUNED = Path(__file__).parents[3] / "tuned" / "hopper.json"
 
@@ -97,13 +98,13 @@ def stored_bytes(fmt: Format) -> float:
 def candidates(gemm: Gemm, block: int) -> list[Candidate]:
     """Every tile of the general path on routes sorted in blocks of ``block``, costed or refused."""
     w, x = operand(gemm.weight), operand(gemm.activation)
+    group = min(w.step_of(128), x.step_of(128))  # columns that share a scale of either operand
     tiles = [
         Tile(tokens, rows, k, stages, warps)
         for tokens in (16, 32, 64, 128)
-        for rows in (64, 128)
-        for k in (32, 64, 128)
-        for stages in (3, 4, 5)
-        for warps in (4, 8)
+        for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
+        for k in ((64, 128) if group > 32 else (32,))
+        for stages in (3, 5)
     ]
     return [costed(gemm, tile, block, w, x) for tile in tiles]
 
@@ -115,10 +116,11 @@ def refusal(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> str |
     k = min(w.step_of(tile.k), x.step_of(tile.k))
     if k != tile.k:
         return f"a K step of {tile.k} would straddle scale groups of {k}"
-    if tile.tokens * tile.rows // (32 * tile.warps) > 128:
-        return "the accumulator alone fills more than half of the 255 registers of a thread"
-    if tile.rows // 16 < tile.warps:
-        return "a warpgroup is 64 rows: more warps than rows to give them"
+    sums = 2 if math_of(gemm.activation, gemm.weight, gemm.accumulate).promote else 1
+    if sums * tile.tokens * tile.rows // (32 * tile.warps) > 128:
+        return "sums and promoted sums fill more than half of a thread's 255 registers"
+    if tile.rows > 128 and tile.tokens < 64:
+        return "tall tiles of few tokens leave most SMs without one"
     smem = shared(gemm, tile)
     if smem > SMEM:
         return f"{smem} bytes of shared memory, an SM has {SMEM}"
@@ -160,6 +162,9 @@ def costed(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> Candid
     flight = tile.stages * l2 / 0.9  # a load takes about 0.9 us: bytes/us that one CTA can ask for
     latency = l2 / flight
     step = max(hbm * share / HBM, l2 * share / L2, decode + promote, tensor, latency)
+    if math.promote:  # two warpgroups wait for each other at every sum
+        step = (step + 2 * SYNC) * (1.3 if tile.warps > 4 else 1.0)
+    step += SYNC
     waves = -(-ctas // (SMS * resident))
     return Candidate(tile, START + waves * (step * -(-gemm.k // tile.k) + 1.0), None)
 

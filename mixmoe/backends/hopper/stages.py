@@ -28,10 +28,10 @@ def prepare(weights: Weights, recipe: Recipe) -> Weights:
         return weights
     if not is_fp8_like(recipe.activation) or weights.format.name != "mxfp4":
         return weights
-    folds = [narrowest_fold(w) for w in (weights.w13, weights.w2)]
-    if any(fold is None for fold in folds):
+    gate_up, down = narrowest_fold(weights.w13), narrowest_fold(weights.w2)
+    if gate_up is None or down is None:
         return weights
-    return weights.packed(order_of(folds[0], True), order_of(folds[1], False))
+    return weights.packed(order_of(gate_up, True), order_of(down, False))
 
 
 def check_orders(weights: Weights) -> None:
