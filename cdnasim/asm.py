@@ -14,7 +14,9 @@ SPECIAL_PAIR = {'vcc', 'exec', 'flat_scratch', 'xnack_mask'}
 AGPR_BASE = 256        # AGPR n is row 256 + n of the unified register file (CDNA3 ISA 3.6.4)
 TTMP_BASE = 108
 SHARED_BASE, PRIVATE_BASE = 0x1_0000_0000_0000, 0x2_0000_0000_0000      # flat apertures, chosen by the simulator
-INSTR_BYTES = 8        # every instruction counts 8 bytes in s_getpc arithmetic; text carries no addresses
+GOT_BASE = 0x7A00_0000_0000 - (1 << 33)
+CODE_BASE = 0x7A00_0000_0000 - (1 << 32)
+INSTR_BYTES = 8        # bytes of an instruction in s_getpc arithmetic where the text carries no addresses
 
 MODIFIER = re.compile(r'(?<=\s)([a-zA-Z_][a-zA-Z_0-9]*):(\[[^\]]*\]|swizzle\([^)]*\)|[^\s,]+)')
 REG = re.compile(r'^(v|a|s|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])$')
@@ -49,6 +51,7 @@ class Instr:
     source: str = ''
     pc: int = 0
     function: str = ''
+    address: int = -1             # byte address, from the code object or INSTR_BYTES * pc
     base: str = ''                 # mnemonic without the encoding suffix (vector ALU)
     sdwa: bool = False
     dpp: Any = None
@@ -89,7 +92,19 @@ class Module:
     functions: dict[str, tuple[int, int]] = field(default_factory=dict)
     kernels: dict[str, KernelText] = field(default_factory=dict)
     text: str = ''
+    by_address: dict[int, int] = field(default_factory=dict)
     got: dict[str, int] = field(default_factory=dict)      # functions called through the global offset table -> slot
+
+    def address(self, index: int) -> int:
+        """Where code lies in the simulated address space; `index` may be one past the last instruction."""
+        past = index - len(self.instrs) + 1
+        return CODE_BASE + (self.instrs[index].address if past <= 0 else self.instrs[-1].address + INSTR_BYTES * past)
+
+    def index(self, address: int) -> int:
+        """The instruction at a code address, -1 when there is none."""
+        if not self.by_address:
+            self.by_address.update((CODE_BASE + ins.address, ins.pc) for ins in self.instrs)
+        return self.by_address.get(address, -1)
 
 
 def parse_operand(text: str) -> Operand:
@@ -206,7 +221,7 @@ class Parser:
         self.typed = set(re.findall(r'\.type\s+([\w.$]+),\s*@function', text))
         self.files: dict[str, str] = {}
         self.local: dict[str, list[int]] = {}
-        self.current, self.source = '', ''
+        self.current, self.source, self.address = '', '', -1
 
     def label(self, name: str) -> None:
         m = self.module
@@ -234,14 +249,17 @@ class Parser:
         if m := re.match(r'^\.file\s+(\d+)\s+(.*)', s):
             names = re.findall(r'"([^"]*)"', m.group(2))
             self.files[m.group(1)] = names[-1] if names else ''
+        elif s.startswith('.address '):                       # written by elf.py
+            self.address = int(s.split()[1], 0)
         elif m := re.match(r'^\.loc\s+(\d+)\s+(\d+)', s):
             self.source = f'{self.files.get(m.group(1), "?")}:{m.group(2)}'
 
     def run(self) -> Module:
-        m = self.module
+        m, metadata = self.module, False
         for no, raw in enumerate(self.text.splitlines(), 1):
             s = re.split(r';|//', raw, maxsplit=1)[0].strip()
-            if not s:
+            metadata = (metadata or s == '.amdgpu_metadata') and s != '.end_amdgpu_metadata'
+            if not s or metadata:
                 continue
             if lab := LABEL.match(s):
                 self.label(lab.group(1))
@@ -253,6 +271,7 @@ class Parser:
             elif self.current and '=' not in ''.join(s.split()[:2]):
                 ins = parse_instr(s, no)
                 ins.source, ins.pc, ins.function = self.source, len(m.instrs), self.current
+                ins.address = self.address if self.address >= 0 else INSTR_BYTES * ins.pc
                 m.instrs.append(ins)
         self.close(len(m.instrs))
         self.resolve()

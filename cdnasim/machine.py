@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .asm import AGPR_BASE, Argument, Instr, KernelText, Module, Operand, parse_asm
+from .asm import AGPR_BASE, GOT_BASE, Argument, Instr, KernelText, Module, Operand, parse_asm
 from .batch import Batch, norm
 from .checks import Findings, StateChecker, Uninitialised
 from .counters import Counters
@@ -18,7 +18,6 @@ from .group import Group, make_banks
 from .isa import control, lds, mfma, salu, smem, valu, vmem
 from .memory import Memory
 from .numerics import Array, u8, u32, u64
-from .operands import GOT_BASE, code_address
 from .parallel import Outcome, run_forked
 from .races import Races
 from .report import Report
@@ -189,7 +188,7 @@ class Launch:
         self.kernarg_at = self.memory.alloc(self.kernarg, 'kernarg')
         self.dispatch_at = self.memory.alloc(dispatch_packet(self.grid, self.block), 'dispatch packet')
         if k.module.got:
-            table = np.array([code_address(k.module.labels[name]) for name in k.module.got], u64)
+            table = np.array([k.module.address(k.module.labels[name]) for name in k.module.got], u64)
             self.memory.map(GOT_BASE, table, 'global offset table')
         total = self.grid[0] * self.grid[1] * self.grid[2]
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)

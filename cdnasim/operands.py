@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .asm import INSTR_BYTES, Operand
+from .asm import Operand
 from .batch import ALL, EXEC, M32, Batch, Row, Scalar, bool_to_mask, pair
 from .errors import UnsupportedError
 from .numerics import f16, f32, f64, i16, i32, i64, u16, u32, u64
 
 Read = Callable[[Batch], Any]
 Write = Callable[[Batch, Any], None]
-GOT_BASE = 0x7A00_0000_0000 - (1 << 33)
-CODE_BASE = 0x7A00_0000_0000 - (1 << 32)       # s_getpc addresses: CODE_BASE + 8 * instruction index
 
 
 def const_bits(o: Operand, ty: str) -> int:
@@ -153,14 +151,6 @@ def write_mask(o: Operand) -> Write:
         b = np.broadcast_to(b, w.shape)
         wr(w, bool_to_mask(b if w.full else b & w.m))
     return write
-
-
-def code_address(index: int) -> int:
-    return CODE_BASE + INSTR_BYTES * index
-
-
-def code_index(address: int) -> int:
-    return (address - CODE_BASE) // INSTR_BYTES
 
 
 TYPED: dict[str, Callable[[Any], Any]] = {      # raw bits -> typed value

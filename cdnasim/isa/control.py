@@ -11,7 +11,7 @@ from ..asm import Instr
 from ..batch import ALL, M0, Batch, Scalar, each
 from ..errors import ExecError, UnsupportedError
 from ..numerics import u64
-from ..operands import code_address, code_index, rs32, rs64, ws32, ws64
+from ..operands import rs32, rs64, ws32, ws64
 
 Closure = Callable[[Batch], Any]
 END, BARRIER, YIELD = -1, -2, -3
@@ -65,8 +65,9 @@ def branch(ins: Instr, kernel: Any) -> Closure:
 
 
 def jump(ins: Instr, kernel: Any) -> Closure:
-    """s_getpc, s_setpc, s_swappc, s_call: addresses are CODE_BASE + 8 * instruction index."""
-    op, o, here = ins.op, ins.ops, code_address(ins.pc + 1)
+    """s_getpc, s_setpc, s_swappc, s_call: addresses as Module.address gives them."""
+    module, op, o = kernel.module, ins.op, ins.ops
+    here = module.address(ins.pc + 1)
     if op == 's_getpc_b64':
         wr = ws64(o[0])
         return lambda w: wr(w, here)
@@ -79,16 +80,15 @@ def jump(ins: Instr, kernel: Any) -> Closure:
         return call
     src = rs64(o[-1])
     save = ws64(o[0]) if op == 's_swappc_b64' else None
-    last = len(kernel.module.instrs)
 
     def f(w: Batch) -> Any:
         to = src(w)
         if save:
             save(w, here)
-        pcs = code_index(to) if type(to) is int else (to.astype(np.int64) - code_address(0)) // 8
-        if not np.all((np.asarray(pcs) >= 0) & (np.asarray(pcs) < last)):
-            raise ExecError(f'jump to {to:#x}, which is no instruction' if type(to) is int else 'jump outside the code')
-        return pcs if type(pcs) is int else Divergence(pcs)
+        pcs = each(lambda x: module.index(x) & ALL, to)
+        if np.any(np.asarray(pcs) >= len(module.instrs)):
+            raise ExecError(f'`{ins.text}` jumps to {np.ravel(to)[0]:#x}, which is no instruction')
+        return pcs if type(pcs) is int else Divergence(pcs.astype(np.int64))
     return f
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..asm import Instr
+from ..asm import GOT_BASE, Instr
 from ..batch import ALL, M32, Batch, Scalar, each, norm
 from ..errors import UnsupportedError
 from ..numerics import u64
-from ..operands import GOT_BASE, code_address, rs32, rs64, ws32, ws64
+from ..operands import rs32, rs64, ws32, ws64
 
 Closure = Callable[[Batch], Any]
 
@@ -308,10 +308,10 @@ def symbol_offset(ins: Instr, kernel: Any) -> None:
         name = m.group(1)
         if name not in kernel.module.labels:
             raise UnsupportedError(f'`{ins.text}`: {name} is not a function of this file')
-        to = code_address(kernel.module.labels[name])
+        to = kernel.module.address(kernel.module.labels[name])
         if m.group(2) == 'gotpcrel32':
             to = GOT_BASE + 8 * kernel.module.got.setdefault(name, len(kernel.module.got))
-        delta = to - code_address(ins.pc - (m.group(3) == 'hi'))
+        delta = to - kernel.module.address(ins.pc - (m.group(3) == 'hi'))
         o.kind, o.val = 'imm', delta & M32 if m.group(3) == 'lo' else delta >> 32 & M32
 
 

@@ -1,6 +1,9 @@
 """Launches: arguments, memory, control flow, schedules, errors. Batched execution must equal one wave at a time."""
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -321,3 +324,17 @@ def test_processes(processes: int) -> None:
     assert run(add, np.zeros(4), 64, grid=20, batch_waves=2, processes=processes)[0][0] == 64 * 20
     with pytest.raises(cdnasim.MemFault, match='workgroup 0'):
         run(' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n', np.zeros(64, np.uint32), grid=4, batch_waves=1, processes=processes)
+
+
+def test_code_object(tmp_path: Path) -> None:
+    """An ELF gives the same launch as the text it was assembled from, function calls included."""
+    from cdnasim.toolchain import find_tool, run_tool
+    source = tmp_path / 'k.s'
+    source.write_text(compile_ir(SAXPY))
+    run_tool('llvm-mc', '-triple=amdgcn-amd-amdhsa', '-mcpu=gfx950', '-filetype=obj', str(source), '-o', str(tmp_path / 'k.o'))
+    subprocess.run([find_tool('ld.lld'), '-shared', str(tmp_path / 'k.o'), '-o', str(tmp_path / 'k.hsaco')], check=True)
+    x, y = np.arange(1000, dtype=np.float32), np.ones(1000, np.float32)
+    report = cdnasim.load(tmp_path / 'k.hsaco').launch(8, 128, [x, y, 2.0, 1000], hazard=True).check()
+    assert (y == 2 * x + 1).all() and report.kernel.name == 'saxpy' and report.kernel.arch == 'gfx950'
+    with pytest.raises(cdnasim.AsmError, match='no AMDGPU code object'):
+        cdnasim.load(find_tool('ld.lld'))
