@@ -49,7 +49,7 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-REDUCE_REGISTERS = 104  # 4 warps of them and 4 matrix warps at 152 fill a CTA's half of an SM
+REDUCE_REGISTERS = 120  # with 136 for the matrix warps that is a CTA's half of an SM
 
 
 @gluon.jit
@@ -134,10 +134,15 @@ def produce(
 
 @gluon.jit
 def piece(
-    low, high, rows, out, out_full, out_empty, out_phase, first, scale, bias, h_scale_ptr, at,
-    N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+    low, high, rows, out, out_full, out_empty, w_empty, release, out_phase, first, scale, bias,
+    h_scale_ptr, at, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
 ):
-    """64 columns x N rows: the product over all of K, scaled, as bf16 in `out`."""
+    """64 columns x N rows: the product over all of K, scaled, as bf16 in `out`.
+
+    The first piece gives the weights' stage back, and only after its product: a barrier does not
+    wait for a warp's loads from shared memory, and behind the reducing warps' loads they can take
+    longer than the refill (H200, 2026-11-24: a stale 16 bytes of scales in 3 of 120,000 tiles).
+    """
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
@@ -158,6 +163,8 @@ def piece(
             is_async=True,
         )
     acc = warpgroup_mma_wait(0, deps=[acc])
+    if release:
+        mbarrier.arrive(w_empty, count=1)
     value = acc * gl.convert_layout(scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     if bias is not None:
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
@@ -203,25 +210,27 @@ def multiply(
                 )
                 low = low + (lo,)
                 high = high + (hi,)
-            mbarrier.arrive(w_empty.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
             b = 0
             while blocks - b > 2:
                 out_phase = piece(
-                    low, high, rows, out, out_full, out_empty, out_phase, first + b, scale, bias,
-                    h_scale_ptr, (block + b) * 32, 128, STEPS, ROOM,
+                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
+                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    128, STEPS, ROOM,
                 )
                 b += 4
             if blocks - b == 2:
                 out_phase = piece(
-                    low, high, rows, out, out_full, out_empty, out_phase, first + b, scale, bias,
-                    h_scale_ptr, (block + b) * 32, 64, STEPS, ROOM,
+                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
+                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    64, STEPS, ROOM,
                 )
             elif blocks - b == 1:
                 out_phase = piece(
-                    low, high, rows, out, out_full, out_empty, out_phase, first + b, scale, bias,
-                    h_scale_ptr, (block + b) * 32, 32, STEPS, ROOM,
+                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
+                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    32, STEPS, ROOM,
                 )
+            stage, phase = advance(stage, phase, STAGES)
             first += blocks
             at += 4
             expert, block, blocks = segment(at)
@@ -304,20 +313,24 @@ def reduce(
                 f *= gl.load(h_scale_ptr + p, mask=p >= 0, other=0.0)
             positions.index(i * TOPK + k).store(p)
             factors.index(i * TOPK + k).store(f)
+    seen = grid * 0
     for s in range(slices):
-        await_count(written_ptr + s, grid)
+        while seen < grid:
+            seen = observe(written_ptr + s)
         base = ring_ptr + (s % RING * slot_rows).to(gl.int64) * 64
-        for i in range(TURNS):
+        for turn in gl.static_range(TURNS):
             total = gl.zeros([N, 64], gl.float32, L)
             for k in gl.static_range(TOPK):
-                p = positions.index(i * TOPK + k).load(gl.SliceLayout(1, L))
-                f = factors.index(i * TOPK + k).load(gl.SliceLayout(1, L))
+                p = positions.index(turn * TOPK + k).load(gl.SliceLayout(1, L))
+                f = factors.index(turn * TOPK + k).load(gl.SliceLayout(1, L))
                 row = gl.load(
                     base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
                     cache_modifier=".cg",
                 )
                 total += row.to(gl.float32) * f[:, None]
-            t = t0 + i * N + n
+            if turn + 1 == TURNS:
+                seen = observe(written_ptr + gl.minimum(s + 1, slices - 1))
+            t = t0 + turn * N + n
             column = s * 64 + c
             gl.store(
                 y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
@@ -429,7 +442,7 @@ def launch(
     scratch = torch.empty((ring.slots * slot_rows, COLUMNS), dtype=torch.bfloat16, device=device)
     counters = torch.empty(2 * slices, dtype=torch.int32, device=device)
     lists = segments(routed, ring.ctas, ring.room, counters)
-    span = 32 if p.tokens > 16 * ring.ctas else 16
+    span = 16
     words, scales = weight_boxes(weights, 4, 2)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     gemm2_ring[(ring.ctas,)](
