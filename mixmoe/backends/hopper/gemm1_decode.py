@@ -1,109 +1,252 @@
 """Stage 1 for few rows per expert: h = act(x Wg^T + bg, x Wu^T + bu), a stream of weight bytes.
 
-Four roles in a CTA: `consume` (matrix warps), `produce` and `gather`, which keep the ring full of
-weights and of rows of x, and `activate_tiles` (the float32 sum over the K slices in fixed order,
-scales, bias, activation, store), so that the stream never stops for an epilogue. Launched
-dependently (PDL): the CTAs are set up while the kernel before it still runs.
+Four roles in a CTA: `multiply` (matrix warps), `stream_weights` and `gather_rows`, which keep the
+ring full, and `activate_tiles` (sum over the K slices in fixed order, scales, bias, activation,
+store), so that the stream never stops for an epilogue. The grid is persistent and sweeps the tiles
+of one block after the other. Launched dependently (PDL): the CTAs are set up while the kernel
+before still runs; the kernel after may start once this one has seen its input.
 """
+
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
+    HELPER_REGISTERS,
     SENTINEL_MASK,
+    Blocks,
+    Ring,
     Stream,
-    consume,
-    stream_rows,
-    stream_weights,
+    Sums,
+    barriers,
+    hand_over,
+    own_parity,
+    own_slice,
+    zeros,
 )
 from mixmoe.backends.hopper.mainloop import (
     KINDS,
     activate,
     activation_scalars,
+    advance,
+    cp_async,
+    decode,
+    fragment,
+    load_raw,
     smem_cast,
+    tma_load,
 )
 from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
-HELPER_REGISTERS = 48  # producer and epilogue warps: 40 spill; the matrix warps get the rest
+
+class Rows(NamedTuple):
+    """x: e4m3 codes, their row pitch, float32 scales."""
+
+    codes: Any
+    pitch: Any
+    scales: Any
+
+
+class Columns(NamedTuple):
+    """What w13's rows are worth: scale and bias (E, 2 I), float32, gate rows above up rows."""
+
+    scale: Any
+    bias: Any
+
+
+class Sizes(NamedTuple):
+    """H, I, routes of a token; tiles of a block, stages of a tile."""
+
+    hidden: Any
+    intermediate: Any
+    topk: Any
+    row_tiles: Any
+    steps: Any
+
+
+class Act(NamedTuple):
+    """Scalars of the activation function."""
+
+    limit: Any
+    alpha: Any
+    beta: Any
+    beta2: Any
 
 
 @gluon.jit
-def produce(
-    w_desc, s_desc, words, scales, full, empty, expert_ptr, count_ptr, limit, row_tiles, units,
-    steps, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-):
-    """Role of the producer warp: the weights."""
+def tiles_of(blocks, sizes, TOKENS: gl.constexpr):
+    """Tiles that the routing of this call has made."""
+    return gl.load(blocks.total) // TOKENS * sizes.row_tiles
+
+
+@gluon.jit
+def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, TOKENS: gl.constexpr,
+                   STAGES: gl.constexpr):
+    """Role of the producer warp: the weights of every tile of this CTA.
+
+    The experts of `limit` tiles may be read, so that the first load waits for no count.
+    """
     gdc_wait()
     gdc_launch_dependents()
-    tiles = gl.load(count_ptr) // TOKENS * row_tiles
-    stream_weights(
-        w_desc, s_desc, words, scales, full, empty, expert_ptr, tiles, limit, row_tiles, units,
-        steps, STAGES,
-    )
+    COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
+    expert = gl.load(blocks.experts + gl.program_id(0) // sizes.row_tiles)
+    tiles = tiles_of(blocks, sizes, TOKENS)
+    units = (sizes.intermediate + 7) // 8
+    stage = tiles * 0
+    phase = stage + 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        unit = expert * units + tile % sizes.row_tiles * w_desc.block_type.shape[0]
+        ahead = tile + gl.num_programs(0)
+        expert = gl.load(blocks.experts + ahead // sizes.row_tiles, mask=ahead < limit, other=0)
+        for step in range(sizes.steps):
+            barrier = ring.full.index(stage)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            mbarrier.expect(barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
+            tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
-def gather(
-    x_ptr, pitch, H, xs, full, empty, ids_ptr, count_ptr, tokens, limit, row_tiles, steps,
-    TOKENS: gl.constexpr, SLICES: gl.constexpr, STAGES: gl.constexpr,
-):
-    """Role of the gather warps: the rows of x."""
+def gather_rows(x, ring, blocks, sizes, tokens, limit, TOKENS: gl.constexpr,
+                SLICES: gl.constexpr, STAGES: gl.constexpr):
+    """Role of the gather warps: each block's rows of x, as B = (token, slice) rows of 128 columns.
+
+    The copies of a step are announced LAG steps later, once they have landed and a fence has made
+    them visible to the tensor cores; rows of padding and columns past H are filled with zeros.
+    """
+    LAG: gl.constexpr = 3
+    N: gl.constexpr = TOKENS * SLICES
+    L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
+    column = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
+    k = (n % SLICES * 128)[:, None] + column[None, :]
     gdc_wait()
-    tiles = gl.load(count_ptr) // TOKENS * row_tiles
-    stream_rows(
-        x_ptr, pitch, H, ids_ptr, xs, full, empty, tokens, tiles, limit, row_tiles, steps,
-        TOKENS, SLICES, STAGES,
-    )
+    packed = gl.load(blocks.ids + gl.program_id(0) // sizes.row_tiles * TOKENS + n // SLICES)
+    tiles = tiles_of(blocks, sizes, TOKENS)
+    stage = tiles * 0
+    phase = stage + 1
+    late = stage
+    issued = stage
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        token = packed & SENTINEL_MASK
+        live = token < tokens
+        row = x.codes + token.to(gl.int64) * x.pitch
+        ahead = tile + gl.num_programs(0)
+        packed = gl.load(blocks.ids + ahead // sizes.row_tiles * TOKENS + n // SLICES,
+                         mask=ahead < limit, other=0)
+        for step in range(sizes.steps):
+            at = step * (SLICES * 128) + k
+            mbarrier.wait(ring.empty.index(stage), phase)
+            cp_async(ring.rows.index(stage), row[:, None] + at,
+                     mask=live[:, None] & (at < sizes.hidden))
+            async_copy.commit_group()
+            stage, phase = advance(stage, phase, STAGES)
+            issued += 1
+            if issued > LAG:
+                async_copy.wait_group(LAG)
+                fence_async_shared()
+                mbarrier.arrive(ring.full.index(late), count=1)
+                late = gl.where(late + 1 == STAGES, 0, late + 1)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for _ in range(gl.minimum(issued, LAG)):
+        mbarrier.arrive(ring.full.index(late), count=1)
+        late = gl.where(late + 1 == STAGES, 0, late + 1)
 
 
 @gluon.jit
-def load_pair(ptr, expert, I, column):  # noqa: E741
+def multiply(ring, sums, blocks, sizes, TOKENS: gl.constexpr, SLICES: gl.constexpr,
+             REP: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
+    """Role of the matrix warps: every tile of this CTA, handed over through `sums`.
+
+    The words of the next stage, be it the next tile's, are read while a product is under way.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    zero = zeros(REP, TOKENS * SLICES)
+    A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
+    gdc_wait()
+    tiles = tiles_of(blocks, sizes, TOKENS)
+    stage = tiles * 0
+    phase = tiles * 0
+    done = tiles * 0
+    mbarrier.wait(ring.full.index(stage), phase, pred=gl.program_id(0) < tiles)
+    raw, scale = load_raw(ring.words.index(stage), ring.scales.index(stage), REP, WARPS)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        total = own_parity(zero, SLICES)
+        for step in range(sizes.steps):
+            lo, hi = decode(raw, scale, WIDE)
+            ahead, ahead_phase = advance(stage, phase, STAGES)
+            more = (step + 1 < sizes.steps) | (tile + gl.num_programs(0) < tiles)
+            mbarrier.wait(ring.full.index(ahead), ahead_phase, pred=more)
+            part = warpgroup_mma(
+                fragment(lo, hi, A, REP, WARPS), ring.rows.index(stage).permute((1, 0)), zero,
+                use_acc=False, is_async=True,
+            )
+            raw, scale = load_raw(ring.words.index(ahead), ring.scales.index(ahead), REP, WARPS)
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(ring.empty.index(stage), count=1)
+            total += own_parity(part, SLICES)
+            stage = ahead
+            phase = ahead_phase
+        hand_over(own_slice(total, TOKENS, SLICES), sums, done)
+        done += 1
+
+
+@gluon.jit
+def load_pair(ptr, expert, columns, column):
     """The values of a gate column and of its up column: ptr is (E, 2 I) float32."""
-    row = ptr + expert * (2 * I) + column
-    return gl.load(row, mask=column < I, other=0.0), gl.load(row + I, mask=column < I, other=0.0)
+    row = ptr + expert * (2 * columns) + column
+    ok = column < columns
+    return gl.load(row, mask=ok, other=0.0), gl.load(row + columns, mask=ok, other=0.0)
 
 
 @gluon.jit
-def activate_tiles(
-    sums, ready, taken, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, ids_ptr, weight_ptr,
-    expert_ptr, count_ptr, tokens, topk, I, row_tiles, clamp, alpha, beta, beta2,  # noqa: E741
-    TOKENS: gl.constexpr, KIND: gl.constexpr,
-):
-    """Role of the epilogue warp: sums over the slices -> scale, bias, activation -> h (float32).
+def activate_tiles(sums, h_ptr, x_scales, w, weight_ptr, blocks, sizes, act, tokens,
+                   TOKENS: gl.constexpr, KIND: gl.constexpr):
+    """Role of the epilogue warps: sums over the slices -> scale, bias, activation -> h (float32).
 
     A row unit at a time; what does not depend on the sums is fetched before they are waited for.
     """
-    ROWS: gl.constexpr = sums.shape[1]
-    SLICES: gl.constexpr = sums.shape[2]
+    ROWS: gl.constexpr = sums.buffer.shape[1]
+    SLICES: gl.constexpr = sums.buffer.shape[2]
     L: gl.constexpr = gl.BlockedLayout(
         [1, 2, 1, 1], [1, 1, 8, 4], [1, 1, 1, gl.num_warps()], [2, 3, 1, 0]
     )
     LY: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))  # (8, TOKENS)
     m = gl.arange(0, 8, layout=gl.SliceLayout(1, LY))[:, None]
     n = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LY))[None, :]
+    I = sizes.intermediate  # noqa: E741
     gdc_wait()
-    tiles = gl.load(count_ptr) // TOKENS * row_tiles
+    tiles = tiles_of(blocks, sizes, TOKENS)
     done = tiles * 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        block = tile // row_tiles
-        expert = gl.load(expert_ptr + block).to(gl.int64)
-        packed = gl.load(ids_ptr + block * TOKENS + n)
+        block = tile // sizes.row_tiles
+        expert = gl.load(blocks.experts + block).to(gl.int64)
+        packed = gl.load(blocks.ids + block * TOKENS + n)
         token = packed & SENTINEL_MASK
-        first = tile % row_tiles * (ROWS * 8) + m
-        gate_scale, up_scale = load_pair(row_scale_ptr, expert, I, first)
-        if bias_ptr is not None:
-            gate_bias, up_bias = load_pair(bias_ptr, expert, I, first)
-        x_scale = gl.load(x_scale_ptr + token, mask=token < tokens, other=0.0)
+        column = tile % sizes.row_tiles * (ROWS * 8) + m
+        gate_scale, up_scale = load_pair(w.scale, expert, I, column)
+        if w.bias is not None:
+            gate_bias, up_bias = load_pair(w.bias, expert, I, column)
+        x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
         if weight_ptr is not None:
             weight = gl.load(weight_ptr + block * TOKENS + n)
-        row = h_ptr + (token * topk + (packed >> 24)).to(gl.int64) * I
-        mbarrier.wait(ready.index(done & 1), (done >> 1) & 1)
+        row = h_ptr + (token * sizes.topk + (packed >> 24)).to(gl.int64) * I
+        mbarrier.wait(sums.ready.index(done & 1), (done >> 1) & 1)
         units = smem_cast(
-            sums.index(done & 1), gl.float32, [ROWS, SLICES, 2, 8, TOKENS],
+            sums.buffer.index(done & 1), gl.float32, [ROWS, SLICES, 2, 8, TOKENS],
             gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
         )
         for u in range(ROWS):
@@ -111,67 +254,52 @@ def activate_tiles(
             gate, up = total.permute((1, 2, 0)).split()
             gate = gl.convert_layout(gate, LY, assert_trivial=True) * (gate_scale * x_scale)
             up = gl.convert_layout(up, LY, assert_trivial=True) * (up_scale * x_scale)
-            column = first + u * 8
-            gate_scale, up_scale = load_pair(row_scale_ptr, expert, I, column + 8)
-            if bias_ptr is not None:
+            gate_scale, up_scale = load_pair(w.scale, expert, I, column + 8)
+            if w.bias is not None:
                 gate += gate_bias
                 up += up_bias
-                gate_bias, up_bias = load_pair(bias_ptr, expert, I, column + 8)
-            h = activate(gate, up, clamp, alpha, beta, beta2, KIND)
+                gate_bias, up_bias = load_pair(w.bias, expert, I, column + 8)
+            h = activate(gate, up, act.limit, act.alpha, act.beta, act.beta2, KIND)
             if weight_ptr is not None:
                 h *= weight
             gl.store(row + column, h, mask=(column < I) & (token < tokens))
-        mbarrier.arrive(taken.index(done & 1), count=1)
+            column += 8
+        mbarrier.arrive(sums.taken.index(done & 1), count=1)
         done += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "limit"])
 def gemm1_decode(
-    w_desc, s_desc, x_ptr, pitch, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr, ids_ptr, weight_ptr,
-    expert_ptr, count_ptr, tokens, topk, H, I, limit, row_tiles, steps,  # noqa: E741
-    clamp, alpha, beta, beta2,
+    w_desc, s_desc, x, h_ptr, w, weight_ptr, blocks, sizes, act, tokens, limit,
     TOKENS: gl.constexpr, SLICES: gl.constexpr, REP: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, EPILOGUE_WARPS: gl.constexpr, HELPER: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, EPILOGUE_WARPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
-    ROWS: gl.constexpr = REP * gl.num_warps() // SLICES
-    words = gl.allocate_shared_memory(
-        gl.int32, [STAGES] + w_desc.block_type.shape, w_desc.layout
+    ROWS: gl.constexpr = w_desc.block_type.shape[0]
+    ring = Ring(
+        gl.allocate_shared_memory(gl.int32, [STAGES] + w_desc.block_type.shape, w_desc.layout),
+        gl.allocate_shared_memory(gl.int32, [STAGES] + s_desc.block_type.shape, s_desc.layout),
+        gl.allocate_shared_memory(
+            gl.float8e4nv, [STAGES, TOKENS * SLICES, 128], gl.NVMMASharedLayout(128, 8, 2)
+        ),
+        barriers(STAGES, 2),  # weights, rows of x
+        barriers(STAGES, 1),
     )
-    scales = gl.allocate_shared_memory(
-        gl.int32, [STAGES] + s_desc.block_type.shape, s_desc.layout
-    )
-    xs = gl.allocate_shared_memory(
-        gl.float8e4nv, [STAGES, TOKENS * SLICES, 128], gl.NVMMASharedLayout(128, 8, 2)
-    )
-    sums = gl.allocate_shared_memory(
+    buffer = gl.allocate_shared_memory(
         gl.float32, [2, ROWS, SLICES, 2, 8, TOKENS],
         gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]),
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)  # weights, rows of x
-        mbarrier.init(empty.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(taken.index(i), count=1)
+    sums = Sums(buffer, barriers(2, 1), barriers(2, 1))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (words, scales, xs, sums, full, empty, ready, taken, count_ptr, row_tiles,
-                       steps, TOKENS, SLICES, REP, STAGES, WIDE)),
-            (produce, (w_desc, s_desc, words, scales, full, empty, expert_ptr, count_ptr, limit,
-                       row_tiles, (I + 7) // 8, steps, TOKENS, STAGES)),
-            (activate_tiles, (sums, ready, taken, h_ptr, row_scale_ptr, bias_ptr, x_scale_ptr,
-                              ids_ptr, weight_ptr, expert_ptr, count_ptr, tokens, topk, I,
-                              row_tiles, clamp, alpha, beta, beta2, TOKENS, KIND)),
-            (gather, (x_ptr, pitch, H, xs, full, empty, ids_ptr, count_ptr, tokens, limit,
-                      row_tiles, steps, TOKENS, SLICES, STAGES)),
+            (multiply, (ring, sums, blocks, sizes, TOKENS, SLICES, REP, STAGES, WIDE)),
+            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, TOKENS, STAGES)),
+            (activate_tiles, (sums, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act, tokens,
+                              TOKENS, KIND)),
+            (gather_rows, (x, ring, blocks, sizes, tokens, limit, TOKENS, SLICES, STAGES)),
         ],
         [1, EPILOGUE_WARPS, 3 - EPILOGUE_WARPS],
-        [HELPER, HELPER, HELPER],
+        [REGISTERS, REGISTERS, REGISTERS],
     )
 
 
@@ -183,21 +311,21 @@ def launch(
     x: e4m3 codes (T, H) with a float32 scale per row, 16-byte aligned rows; weights.w13 in the
     order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens.
     """
-    p = routed.problem
-    stream = Stream.of(tile, weights.w13)
+    p, w13 = routed.problem, weights.w13
+    stream = Stream.of(tile, w13)
     row_tiles = -(-p.intermediate // (8 * stream.rows))
-    grid = min(stream.ctas, routed.sorted_expert_ids.shape[0] * row_tiles)
-    if not grid:
+    limit = routed.sorted_expert_ids.shape[0] * row_tiles
+    if not limit or not p.tokens:
         return out
-    words, scales = stream.boxes(weights.w13)
-    gemm1_decode[(grid,)](
-        words, scales, x.codes, x.codes.stride(0), out, weights.w13.row_scale, weights.w13_bias,
-        x.scales, routed.sorted_token_ids,
+    gemm1_decode[(stream.grid(limit),)](
+        *stream.boxes(w13, stream.rows, tile.split_k),
+        Rows(x.codes, x.codes.stride(0), x.scales), out,
+        Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
-        routed.sorted_expert_ids, routed.num_valid_ids, p.tokens, p.topk, p.hidden, p.intermediate,
-        routed.sorted_expert_ids.shape[0] * row_tiles, row_tiles,
-        -(-p.hidden // (128 * stream.slices)), *activation_scalars(recipe.act), tile.tokens,
-        stream.slices, stream.rep, tile.stages, KINDS[recipe.act.kind], stream.wide,
+        Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
+        Sizes(p.hidden, p.intermediate, p.topk, row_tiles, stream.steps(p.hidden)),
+        Act(*activation_scalars(recipe.act)), p.tokens, limit,
+        tile.tokens, tile.split_k, stream.rep, tile.stages, KINDS[recipe.act.kind], stream.wide,
         1 if tile.tokens < 32 else 2, HELPER_REGISTERS, **stream.options,
     )
     return out

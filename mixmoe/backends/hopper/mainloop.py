@@ -189,23 +189,8 @@ def dequantise_wide(words, scale):
 
 
 @gluon.jit
-def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
-    """REP * WARPS * 16 rows x 128 columns of a stage -> (lo, hi) int32 (rep, warp, half, g, q, j).
-
-    words: REP * WARPS * 2 units of shared memory in the order rep, warp, K half; scales: theirs.
-    int32 is what may be carried over a loop edge; an fp8 tensor there becomes 64 byte phis.
-    """
-    L: gl.constexpr = gl.BlockedLayout(
-        [REP, 1, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
-    )
-    raw = smem_cast(
-        words, gl.int32, [REP, WARPS, 2, 8, 4, 4],
-        gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]),
-    ).load(L)
-    byte = smem_cast(
-        scales, gl.uint8, [REP, WARPS, 2, 8, 4], gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    ).load(gl.SliceLayout(4, L))
-    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
+def decode(raw, scale, WIDE: gl.constexpr):
+    """Words and scale bytes -> (lo, hi), two int32 of four e4m3 each."""
     if WIDE:
         return dequantise_wide(raw, scale)
     else:
@@ -213,27 +198,50 @@ def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.c
 
 
 @gluon.jit
-def load_chunks(words, scales, CHUNKS: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
+def load_fragments(words, scales, SHAPE: gl.constexpr, L: gl.constexpr):
+    """Words of a stage and their scale bytes, both int32 of SHAPE (.., .., half, g, q, j).
+
+    int32 is what may be carried over a loop edge; an 8-bit tensor there becomes a phi per byte.
+    """
+    raw = smem_cast(
+        words, gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0])
+    ).load(L)
+    byte = smem_cast(
+        scales, gl.uint8, SHAPE[:4] + SHAPE[5:], gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    ).load(gl.SliceLayout(4, L))
+    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
+    return raw, scale
+
+
+@gluon.jit
+def load_raw(words, scales, REP: gl.constexpr, WARPS: gl.constexpr):
+    """REP * WARPS * 16 rows x 128 columns of a stage in the order rep, warp, K half.
+
+    words: that many 16-row units of shared memory; scales: theirs. Returns (raw, scale).
+    """
+    L: gl.constexpr = gl.BlockedLayout(
+        [REP, 1, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
+    )
+    return load_fragments(words, scales, [REP, WARPS, 2, 8, 4, 4], L)
+
+
+@gluon.jit
+def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
+    """`load_raw`, decoded: (lo, hi) int32 (rep, warp, half, g, q, j)."""
+    raw, scale = load_raw(words, scales, REP, WARPS)
+    return decode(raw, scale, WIDE)
+
+
+@gluon.jit
+def load_chunks(words, scales, CHUNKS: gl.constexpr, WARPS: gl.constexpr):
     """WARPS * 16 rows x CHUNKS * 128 columns of a stage, in the order warp, chunk, K half.
 
-    Returns (lo, hi) int32 (warp, chunk, half, g, q, j): `chunk_of` takes one chunk out of each.
+    Returns (raw, scale) int32 (warp, chunk, half, g, q, j); `chunk_of` takes one chunk of such.
     """
     L: gl.constexpr = gl.BlockedLayout(
         [1, CHUNKS, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
     )
-    raw = smem_cast(
-        words, gl.int32, [WARPS, CHUNKS, 2, 8, 4, 4],
-        gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]),
-    ).load(L)
-    byte = smem_cast(
-        scales, gl.uint8, [WARPS, CHUNKS, 2, 8, 4],
-        gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]),
-    ).load(gl.SliceLayout(4, L))
-    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
-    if WIDE:
-        return dequantise_wide(raw, scale)
-    else:
-        return dequantise(raw, scale)
+    return load_fragments(words, scales, [WARPS, CHUNKS, 2, 8, 4, 4], L)
 
 
 @gluon.jit
