@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import CdnaSimError
 from .numerics import Array, i64, u8, u32, u64
 
 if TYPE_CHECKING:
@@ -165,7 +166,11 @@ class Batch:
     def wait(self, queue: list[Pending], left: int) -> None:
         while len(queue) > left:
             op = queue.pop(0)
-            op.land(self, *op.args)
+            try:
+                op.land(self, *op.args)
+            except CdnaSimError as e:
+                e.issued = op.pc
+                raise
 
     def drain(self) -> None:
         self.wait(self.vm, 0)

@@ -4,6 +4,8 @@
 class CdnaSimError(Exception):
     """Base class of everything that cdnasim raises on purpose."""
 
+    issued = -1          # program counter of the memory operation that failed while it landed, in hazard mode
+
 
 class AsmError(CdnaSimError):
     """The text or code object cannot be read."""

@@ -179,7 +179,9 @@ class Runner:
 
     def located(self, e: Exception, b: Batch, pc: int) -> Exception:
         """The same error with kernel, instruction, source line, workgroup and wave in its message."""
-        ins = self.group.kernel.module.instrs[min(pc, len(self.group.kernel.module.instrs) - 1)]
+        issued = getattr(e, 'issued', -1)
+        pc = issued if issued >= 0 else min(pc, len(self.group.kernel.module.instrs) - 1)
+        ins = self.group.kernel.module.instrs[pc]
         row = getattr(e, 'row', -1)
         who = row // 64 if row >= 0 else 0
         wave, wg = int(b.wave[who]), int(self.group.linear[b.wg[who]])
