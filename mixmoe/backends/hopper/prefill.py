@@ -38,6 +38,7 @@ from mixmoe.backends.hopper.mainloop import (
 from mixmoe.spec import Problem
 
 SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
+WAIT_HALF = gl.constexpr(False)
 EXTRA = gl.constexpr(32)  # routes beyond MAIN that a tile takes
 
 
@@ -137,7 +138,9 @@ def multiply(
 ):
     """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
 
-    One wgmma group is in flight while the next 64 columns of weights are dequantised.
+    The second half of a step is dequantised while the first multiplies; then the team waits, and the
+    other team multiplies. No wgmma is in flight over the loop edge: with two teams ptxas would
+    serialise every one (C7512).
     """
     WARPS: gl.constexpr = gl.num_warps()
     L: gl.constexpr = gl.NVMMADistributedLayout(
@@ -150,23 +153,19 @@ def multiply(
     A2: gl.constexpr = gl.DotOperandLayout(0, L2, 4)
     acc = gl.zeros([WARPS * 16, N], gl.float32, L)
     acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    for k in range(steps):
+    for _ in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads through async
+        fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
         x = xs.index(stage)
         x2 = extra.index(stage)
-        if N != xs.shape[1]:
+        if xs.shape[1] != N:
             x = x.slice(0, N, dim=0)
         lo, hi = load_units(
             words.index(stage * TEAMS + team), scales.index(stage * TEAMS + team), 1, WARPS, WIDE
         )
-        lo0, lo1 = halves(lo)
-        hi0, hi1 = halves(hi)
+        low, high = halves(lo), halves(hi)
         for h in gl.static_range(2):
-            if h == 0:
-                a = half_fragment(lo0, hi0, A, 1, WARPS)
-            else:
-                a = half_fragment(lo1, hi1, A, 1, WARPS)
+            a = half_fragment(low[h], high[h], A, 1, WARPS)
             acc = warpgroup_mma(
                 a, x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, is_async=True
             )
@@ -175,18 +174,13 @@ def multiply(
                 acc2 = warpgroup_mma(
                     a2, x2.slice(h * 64, 64, dim=1).permute((1, 0)), acc2, is_async=True
                 )
-                acc, acc2 = warpgroup_mma_wait(4 // TEAMS - 2, deps=[acc, acc2])
-            else:
-                acc = warpgroup_mma_wait(2 // TEAMS - 1, deps=[acc])
-            if h == 0:
-                if k > 0:
-                    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+            if h == 1 or WAIT_HALF:
+                if N2 > 8:
+                    acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
+                else:
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
-    if N2 > 8:
-        acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
-    else:
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
     return acc, acc2, stage, phase
 
 
@@ -214,7 +208,7 @@ def multiply_precise(
     for _ in gl.static_range(PARTS):
         totals = totals + (gl.zeros([WARPS * 16, PART], gl.float32, L),)
     acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    for k in range(steps):
+    for _ in range(steps):
         mbarrier.wait(full.index(stage), phase)
         fence_async_shared()
         x = xs.index(stage)
@@ -310,7 +304,7 @@ def finish_plain(
     on; `columns` is H. Long tiles go through the staging buffer in two halves."""
     N: gl.constexpr = acc.shape[1]
     M: gl.constexpr = acc.shape[0]
-    if N * M > out.shape[0] * out.shape[1]:
+    if M * N > out.shape[0] * out.shape[1]:
         low, high = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
         finish_plain(
             low, out, x_scales, first, record, block, base, out_ptr, out_pitch, row_scale_ptr,
@@ -334,7 +328,8 @@ def finish_plain(
             gl.NVMMASharedLayout(128, 16, 2),
         )
         store_rows(
-            acc, whole, out_ptr, out_pitch, columns - base * (2 * M), block * M, start, first, routes, M
+            acc, whole, out_ptr, out_pitch, columns - base * (2 * M), block * M, start, first,
+            routes, M,
         )
 
 
