@@ -43,7 +43,7 @@ def test_recipe(name: str) -> None:
     hidden, inter = (160, 96) if cases.fits(recipe, 160, 96) else (256, 128)
     case = cases.make_case(recipe, 5, hidden, inter, bias=at % 2 == 0, skew="masked")
     result = cases.judge(case, BACKEND, "cpu")
-    assert cases.passed(result), result
+    assert cases.passed(result), str(result)
 
 
 MUTATIONS = ["zero row", "swap experts", "drop K tail", "swap gate and up", "shift scale"]
@@ -77,14 +77,14 @@ def test_packed_orders(name: str, fold: Fold) -> None:
             return weights.packed(order_of(fold, True), order_of(fold, False))
 
     result = cases.judge(case, Packs(), "cpu")
-    assert cases.passed(result), result
+    assert cases.passed(result), str(result)
 
 
 @pytest.mark.parametrize("block, tokens", [(1, 9), (8, 30), (32, 70)])
 def test_tiles_join_blocks(block: int, tokens: int) -> None:
     case = cases.make_case(cases.RECIPES["a8w8"], tokens)
     result = cases.judge(case, BACKEND, "cpu", block=block)
-    assert cases.passed(result), result
+    assert cases.passed(result), str(result)
 
 
 def test_folded_codes_are_those_of_the_values() -> None:
@@ -131,7 +131,7 @@ def test_quantise_bits(name: str, rounding: Rounding) -> None:
             continue
         x = torch.randn(7, columns, generator=g)
         x *= torch.exp2(torch.randint(-40, 40, x.shape, generator=g) / 4)
-        x[1], x[2], x[3] = 0, x[2] * 1e-39, x[3] * 1e30
+        x[1], x[2], x[3] = -0.0, x[2] * 1e-39, x[3] * 1e30
         for given in (x, x.to(torch.bfloat16)):
             want = fmt.quantise(given, rounding)
             got = quantise_stage.quantise(given, fmt, rounding)

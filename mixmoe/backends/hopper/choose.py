@@ -116,9 +116,13 @@ def refusal(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> str |
     k = min(w.step_of(tile.k), x.step_of(tile.k))
     if k != tile.k:
         return f"a K step of {tile.k} would straddle scale groups of {k}"
-    sums = 2 if math_of(gemm.activation, gemm.weight, gemm.accumulate).promote else 1
-    if sums * tile.tokens * tile.rows // (32 * tile.warps) > 128:
-        return "sums and promoted sums fill more than half of a thread's 255 registers"
+    sums = tile.tokens * tile.rows // (32 * tile.warps)
+    if math_of(gemm.activation, gemm.weight, gemm.accumulate).promote:
+        scaled = w.step is not None or x.step is not None
+        if sums > (32 if scaled and tile.rows > 64 else 64) or min(tile.tokens, tile.rows) > 64:
+            return "sums, promoted sums and their scales spill out of a thread's 255 registers"
+    if sums > 128:
+        return "sums fill more than half of a thread's 255 registers"
     if tile.rows > 128 and tile.tokens < 64:
         return "tall tiles of few tokens leave most SMs without one"
     smem = shared(gemm, tile)

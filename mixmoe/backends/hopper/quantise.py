@@ -58,7 +58,7 @@ def e2m1_code(y):
 
 @triton.jit
 def quotient(x, scale):
-    """``x / scale`` rounded as IEEE division, for |x / scale| < 2^10; three instructions a value.
+    """``x / scale`` rounded as IEEE division, for |x / scale| < 2^10, in five instructions.
 
     Markstein: with r = 1/s correctly rounded and q within an ulp, ``q + r (x - q s)`` is the
     rounded quotient while the remainder is exact, so rows of tiny scale are scaled up first. The
@@ -69,7 +69,9 @@ def quotient(x, scale):
     r = tl.div_rn(1.0, s)
     up = x * lift
     q = up * r
-    return tl.fma(tl.fma(-q, s, up), r, q)
+    bits = tl.fma(tl.fma(-q, s, up), r, q).to(tl.int32, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000  # the sums above lose the sign of a zero
+    return (bits | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
