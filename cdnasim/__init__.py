@@ -1,11 +1,14 @@
-"""cdnasim: run AMD CDNA3 and CDNA4 kernels (gfx942, gfx950) on the CPU, instruction by instruction, with no AMD GPU.
+"""cdnasim: run AMD CDNA3 and CDNA4 kernels (gfx942, gfx950) on the CPU, instruction by instruction,
+with no AMD GPU.
 
     kernel = cdnasim.load('kernel.s')
     report = kernel.launch(grid=(4,), block=(256,), args=[x, y, n], hazard=True, races=True)
     report.check()
 
-Everything that comes out is *simulated*: results follow the published instruction semantics, cycles follow a stated model.
+Everything that comes out is *simulated*: results follow the published instruction semantics, cycles
+follow a stated model.
 """
+
 from .asm import Module, parse_asm
 from .errors import (
     AsmError,
@@ -23,5 +26,22 @@ from .machine import Kernel, Options, load
 from .memory import Memory
 from .report import Report
 
-__all__ = ['AsmError', 'BudgetError', 'CdnaSimError', 'CheckError', 'DeadlockError', 'ExecError', 'Kernel', 'LaunchError',
-           'MemFault', 'Memory', 'Module', 'Options', 'Report', 'ToolError', 'UnsupportedError', 'load', 'parse_asm']
+__all__ = [
+    'AsmError',
+    'BudgetError',
+    'CdnaSimError',
+    'CheckError',
+    'DeadlockError',
+    'ExecError',
+    'Kernel',
+    'LaunchError',
+    'MemFault',
+    'Memory',
+    'Module',
+    'Options',
+    'Report',
+    'ToolError',
+    'UnsupportedError',
+    'load',
+    'parse_asm',
+]

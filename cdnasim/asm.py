@@ -1,4 +1,7 @@
-"""Reader of the text that LLVM's AMDGPU backend prints: one `.s` file -> a `Module` of kernels and functions."""
+"""Reader of the text that LLVM's AMDGPU backend prints: one `.s` file -> a `Module` of kernels and
+functions.
+"""
+
 from __future__ import annotations
 
 import re
@@ -7,16 +10,31 @@ from typing import Any
 
 from .errors import AsmError
 
-SPECIAL_SGPR = {'flat_scratch_lo': 102, 'flat_scratch_hi': 103, 'xnack_mask_lo': 104, 'xnack_mask_hi': 105,
-                'vcc_lo': 106, 'vcc_hi': 107, 'm0': 124, 'exec_lo': 126, 'exec_hi': 127,
-                'flat_scratch': 102, 'xnack_mask': 104, 'vcc': 106, 'exec': 126}
+SPECIAL_SGPR = {
+    'flat_scratch_lo': 102,
+    'flat_scratch_hi': 103,
+    'xnack_mask_lo': 104,
+    'xnack_mask_hi': 105,
+    'vcc_lo': 106,
+    'vcc_hi': 107,
+    'm0': 124,
+    'exec_lo': 126,
+    'exec_hi': 127,
+    'flat_scratch': 102,
+    'xnack_mask': 104,
+    'vcc': 106,
+    'exec': 126,
+}
 SPECIAL_PAIR = {'vcc', 'exec', 'flat_scratch', 'xnack_mask'}
-AGPR_BASE = 256        # AGPR n is row 256 + n of the unified register file (CDNA3 ISA 3.6.4)
+AGPR_BASE = 256  # AGPR n is row 256 + n of the unified register file (CDNA3 ISA 3.6.4)
 TTMP_BASE = 108
-SHARED_BASE, PRIVATE_BASE = 0x1_0000_0000_0000, 0x2_0000_0000_0000      # flat apertures, chosen by the simulator
+SHARED_BASE, PRIVATE_BASE = (
+    0x1_0000_0000_0000,
+    0x2_0000_0000_0000,
+)  # flat apertures, chosen by the simulator
 GOT_BASE = 0x7A00_0000_0000 - (1 << 33)
 CODE_BASE = 0x7A00_0000_0000 - (1 << 32)
-INSTR_BYTES = 8        # bytes of an instruction in s_getpc arithmetic where the text carries no addresses
+INSTR_BYTES = 8  # bytes of an instruction in s_getpc arithmetic where the text carries no addresses
 
 MODIFIER = re.compile(r'(?<=\s)([a-zA-Z_][a-zA-Z_0-9]*):(\[[^\]]*\]|swizzle\([^)]*\)|[^\s,]+)')
 REG = re.compile(r'^(v|a|s|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])$')
@@ -29,6 +47,7 @@ LABEL = re.compile(r'^([\w.$@]+):\s*(.*)$')
 @dataclass(slots=True)
 class Operand:
     """`kind`: v (VGPR or AGPR row), s (SGPR), imm, flt, scc, vccz, execz, off or sym."""
+
     kind: str
     idx: int = 0
     n: int = 1
@@ -41,7 +60,10 @@ class Operand:
 
 @dataclass
 class Instr:
-    """One instruction; `line` counts in the assembly, `source` is `file:line` from `.loc` where there is debug info."""
+    """One instruction; `line` counts in the assembly, `source` is `file:line` from `.loc` where
+    there is debug info.
+    """
+
     op: str
     ops: list[Operand]
     mods: dict[str, Any]
@@ -51,8 +73,8 @@ class Instr:
     source: str = ''
     pc: int = 0
     function: str = ''
-    address: int = -1             # byte address, from the code object or INSTR_BYTES * pc
-    base: str = ''                 # mnemonic without the encoding suffix (vector ALU)
+    address: int = -1  # byte address, from the code object or INSTR_BYTES * pc
+    base: str = ''  # mnemonic without the encoding suffix (vector ALU)
     sdwa: bool = False
     dpp: Any = None
     flops: int = 0
@@ -62,6 +84,7 @@ class Instr:
 @dataclass
 class Argument:
     """One kernel argument as the metadata describes it."""
+
     offset: int
     size: int
     kind: str = 'by_value'
@@ -76,6 +99,7 @@ class Argument:
 @dataclass
 class KernelText:
     """What the text says of one kernel: entry point, `.amdhsa_*` fields, metadata."""
+
     name: str
     entry: int
     hsa: dict[str, int] = field(default_factory=dict)
@@ -85,7 +109,10 @@ class KernelText:
 
 @dataclass
 class Module:
-    """All code of one file. Labels map to indices of `instrs`; `functions` to (first, past last)."""
+    """All code of one file. Labels map to indices of `instrs`; `functions` to (first, past
+    last).
+    """
+
     target: str
     instrs: list[Instr] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -93,12 +120,20 @@ class Module:
     kernels: dict[str, KernelText] = field(default_factory=dict)
     text: str = ''
     by_address: dict[int, int] = field(default_factory=dict)
-    got: dict[str, int] = field(default_factory=dict)      # functions called through the global offset table -> slot
+    got: dict[str, int] = field(
+        default_factory=dict
+    )  # functions called through the global offset table -> slot
 
     def address(self, index: int) -> int:
-        """Where code lies in the simulated address space; `index` may be one past the last instruction."""
+        """Where code lies in the simulated address space; `index` may be one past the last
+        instruction.
+        """
         past = index - len(self.instrs) + 1
-        return CODE_BASE + (self.instrs[index].address if past <= 0 else self.instrs[-1].address + INSTR_BYTES * past)
+        return CODE_BASE + (
+            self.instrs[index].address
+            if past <= 0
+            else self.instrs[-1].address + INSTR_BYTES * past
+        )
 
     def index(self, address: int) -> int:
         """The instruction at a code address, -1 when there is none."""
@@ -128,7 +163,12 @@ def plain_operand(t: str) -> Operand:
     if m := REG.match(t):
         lo = int(m.group(2) or m.group(3))
         n = int(m.group(4)) - lo + 1 if m.group(4) else 1
-        kind, base = {'v': ('v', 0), 'a': ('v', AGPR_BASE), 's': ('s', 0), 'ttmp': ('s', TTMP_BASE)}[m.group(1)]
+        kind, base = {
+            'v': ('v', 0),
+            'a': ('v', AGPR_BASE),
+            's': ('s', 0),
+            'ttmp': ('s', TTMP_BASE),
+        }[m.group(1)]
         return Operand(kind, base + lo, n)
     if t in SPECIAL_SGPR:
         return Operand('s', SPECIAL_SGPR[t], 2 if t in SPECIAL_PAIR else 1)
@@ -140,7 +180,9 @@ def plain_operand(t: str) -> Operand:
     if low in ('shared_base', 'private_base'):
         return Operand('imm', val=SHARED_BASE if low == 'shared_base' else PRIVATE_BASE, n=2)
     if low in ('shared_limit', 'private_limit'):
-        return Operand('imm', val=(SHARED_BASE if low == 'shared_limit' else PRIVATE_BASE) + 0xFFFF_FFFF, n=2)
+        return Operand(
+            'imm', val=(SHARED_BASE if low == 'shared_limit' else PRIVATE_BASE) + 0xFFFF_FFFF, n=2
+        )
     if INTEGER.match(t):
         return Operand('imm', val=int(t, 0))
     if FLOAT.match(t):
@@ -179,18 +221,29 @@ def parse_instr(text: str, line: int = 0) -> Instr:
     if ops:
         tail = ops[-1].split() if '(' not in ops[-1] else [ops[-1]]
         ops[-1], flags = tail[0], set(tail[1:])
-        if len(ops) == 1 and re.match(r'^(sc[01]|nt|glc)$', ops[0]):     # `buffer_inv sc1`
+        if len(ops) == 1 and re.match(r'^(sc[01]|nt|glc)$', ops[0]):  # `buffer_inv sc1`
             flags.add(ops.pop())
     return Instr(op, [parse_operand(o) for o in ops], mods, flags, text, line)
 
 
-META_FIELDS = ('group_segment_fixed_size', 'private_segment_fixed_size', 'kernarg_segment_size', 'agpr_count',
-               'vgpr_count', 'sgpr_count', 'max_flat_workgroup_size', 'wavefront_size', 'vgpr_spill_count',
-               'sgpr_spill_count')
+META_FIELDS = (
+    'group_segment_fixed_size',
+    'private_segment_fixed_size',
+    'kernarg_segment_size',
+    'agpr_count',
+    'vgpr_count',
+    'sgpr_count',
+    'max_flat_workgroup_size',
+    'wavefront_size',
+    'vgpr_spill_count',
+    'sgpr_spill_count',
+)
 
 
 def parse_metadata(text: str, name: str) -> tuple[list[Argument], dict[str, int]]:
-    """Arguments and sizes of kernel `name` from the amdhsa.kernels YAML (fixed shape, read line by line)."""
+    """Arguments and sizes of kernel `name` from the amdhsa.kernels YAML (fixed shape, read line by
+    line).
+    """
     at = text.find('amdhsa.kernels:')
     for chunk in re.split(r'\n  - ', text[at:] if at >= 0 else '')[1:]:
         m = re.search(r'(?:^|\n    )\.name:\s+(\S+)', chunk)
@@ -200,9 +253,18 @@ def parse_metadata(text: str, name: str) -> tuple[list[Argument], dict[str, int]
         am = re.search(r'\.args:\s*\n((?:      .*\n)*)', chunk)
         for a in re.split(r'(?:^|\n)      - ', '\n' + am.group(1))[1:] if am else []:
             d = dict(re.findall(r'\.(\w+):\s+(\S+)', a))
-            args.append(Argument(int(d['offset']), int(d['size']), d.get('value_kind', 'by_value'),
-                                 d.get('name', '').strip("'\""), d.get('address_space', '')))
-        meta = {k: int(v.group(1)) for k in META_FIELDS if (v := re.search(rf'\.{k}:\s+(\d+)', chunk))}
+            args.append(
+                Argument(
+                    int(d['offset']),
+                    int(d['size']),
+                    d.get('value_kind', 'by_value'),
+                    d.get('name', '').strip("'\""),
+                    d.get('address_space', ''),
+                )
+            )
+        meta = {
+            k: int(v.group(1)) for k in META_FIELDS if (v := re.search(rf'\.{k}:\s+(\d+)', chunk))
+        }
         return sorted(args, key=lambda a: a.offset), meta
     return [], {}
 
@@ -229,7 +291,11 @@ class Parser:
         if name.isdigit():
             self.local.setdefault(name, []).append(here)
             return
-        starts = name in self.hsa or name in self.typed or (not self.hsa and not self.typed and name[0] != '.')
+        starts = (
+            name in self.hsa
+            or name in self.typed
+            or (not self.hsa and not self.typed and name[0] != '.')
+        )
         if starts:
             self.close(here)
             self.current = name
@@ -249,7 +315,7 @@ class Parser:
         if m := re.match(r'^\.file\s+(\d+)\s+(.*)', s):
             names = re.findall(r'"([^"]*)"', m.group(2))
             self.files[m.group(1)] = names[-1] if names else ''
-        elif s.startswith('.address '):                       # written by elf.py
+        elif s.startswith('.address '):  # written by elf.py
             self.address = int(s.split()[1], 0)
         elif m := re.match(r'^\.loc\s+(\d+)\s+(\d+)', s):
             self.source = f'{self.files.get(m.group(1), "?")}:{m.group(2)}'

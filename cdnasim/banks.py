@@ -1,9 +1,11 @@
 """LDS bank conflicts: how many cycles an access takes, and how many of them conflicts cost.
 
-gfx942 has 32 banks of 4 bytes, gfx950 has 64. A wave is served in phases of a few lanes; in a phase, each distinct dword
-takes one cycle of its bank. Phases of 16-byte reads on gfx942 pair up lane quads of the two 16-lane halves (AMD's CK-Tile
-text); every other phase is contiguous lanes, which on gfx950 is an assumption. Counts are simulated, not measured.
+gfx942 has 32 banks of 4 bytes, gfx950 has 64. A wave is served in phases of a few lanes; in a
+phase, each distinct dword takes one cycle of its bank. Phases of 16-byte reads on gfx942 pair up
+lane quads of the two 16-lane halves (AMD's CK-Tile text); every other phase is contiguous lanes,
+which on gfx950 is an assumption. Counts are simulated, not measured.
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,10 +13,14 @@ import numpy as np
 from .batch import Batch
 from .numerics import Array, i64
 
-HALF128 = [[0, 1, 2, 3, 20, 21, 22, 23], [4, 5, 6, 7, 16, 17, 18, 19], [8, 9, 10, 11, 28, 29, 30, 31],
-           [12, 13, 14, 15, 24, 25, 26, 27]]
+HALF128 = [
+    [0, 1, 2, 3, 20, 21, 22, 23],
+    [4, 5, 6, 7, 16, 17, 18, 19],
+    [8, 9, 10, 11, 28, 29, 30, 31],
+    [12, 13, 14, 15, 24, 25, 26, 27],
+]
 READ128_32BANKS = HALF128 + [[lane + 32 for lane in p] for p in HALF128]
-ABSENT = -1 << 40                      # relative address of an inactive lane
+ABSENT = -1 << 40  # relative address of an inactive lane
 
 
 def phases(n: int, read: bool, banks: int) -> list[list[int]]:
@@ -26,8 +32,9 @@ def phases(n: int, read: bool, banks: int) -> list[list[int]]:
 
 
 class Banks:
-    """Cost of access patterns. A pattern is the lanes' addresses relative to the first: a shift by whole dwords only
-    rotates the banks, so patterns repeat and are looked up instead of computed."""
+    """Cost of access patterns. A pattern is the lanes' addresses relative to the first: a shift by
+    whole dwords only rotates the banks, so patterns repeat and are looked up instead of
+    computed."""
 
     def __init__(self, banks: int):
         self.banks = banks

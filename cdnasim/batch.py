@@ -1,10 +1,13 @@
-"""Architectural state of a batch: waves that walk the same path and execute each instruction as one NumPy operation.
+"""Architectural state of a batch: waves that walk the same path and execute each instruction as one
+NumPy operation.
 
-Layout: a vector register is an array (waves, 64) of uint32, *replaced, never changed in place*, so that moves are free,
-a decoded matrix operand can be cached by the identity of its rows, and "nothing wrote this register" is `row is fresh`.
-A scalar is a Python int while it is the same for every wave of the batch and a uint64 array (waves,) when it is not;
-`norm` brings an array whose entries agree back to an int.
+Layout: a vector register is an array (waves, 64) of uint32, *replaced, never changed in place*, so
+that moves are free, a decoded matrix operand can be cached by the identity of its rows, and
+"nothing wrote this register" is `row is fresh`. A scalar is a Python int while it is the same for
+every wave of the batch and a uint64 array (waves,) when it is not; `norm` brings an array whose
+entries agree back to an int.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,9 +25,11 @@ LANES = np.arange(64)
 ALL = (1 << 64) - 1
 M32 = 0xFFFFFFFF
 VCC, M0, EXEC = 106, 124, 126
-POISON = u32(0x7FBADBAD)           # a NaN: what a register holds before its first write, and while a load is in flight
-Scalar = Any                       # int | uint64 array (waves,)
-Row = Any                          # uint32 array that broadcasts to (waves, 64)
+POISON = u32(
+    0x7FBADBAD
+)  # a NaN: what a register holds before its first write, and while a load is in flight
+Scalar = Any  # int | uint64 array (waves,)
+Row = Any  # uint32 array that broadcasts to (waves, 64)
 
 
 def norm(x: Array) -> Scalar:
@@ -46,7 +51,9 @@ def pair(lo: Scalar, hi: Scalar) -> Scalar:
     """Two 32-bit scalars -> one 64-bit scalar."""
     if type(lo) is int and type(hi) is int:
         return lo | hi << 32
-    return (lo if type(lo) is not int else u64(lo)) | ((hi if type(hi) is not int else u64(hi)) << u64(32))
+    return (lo if type(lo) is not int else u64(lo)) | (
+        (hi if type(hi) is not int else u64(hi)) << u64(32)
+    )
 
 
 def mask_to_bool(mask: Scalar, n: int) -> Array:
@@ -73,13 +80,29 @@ def signed(x: Scalar) -> Any:
 class Pending:
     """A memory operation that has been issued and has not landed.
 
-    `land(batch, *args)` performs it. Arrays in `args` whose first axis is the batch's waves follow a split.
+    `land(batch, *args)` performs it. Arrays in `args` whose first axis is the batch's waves follow
+    a split.
     """
+
     __slots__ = ('land', 'args', 'pc', 'rows', 'sgprs', 'smem')
 
-    def __init__(self, land: Callable[..., None], args: tuple[Any, ...], pc: int, rows: tuple[int, int] = (0, 0),
-                 sgprs: tuple[int, int] = (0, 0), smem: bool = False):
-        self.land, self.args, self.pc, self.rows, self.sgprs, self.smem = land, args, pc, rows, sgprs, smem
+    def __init__(
+        self,
+        land: Callable[..., None],
+        args: tuple[Any, ...],
+        pc: int,
+        rows: tuple[int, int] = (0, 0),
+        sgprs: tuple[int, int] = (0, 0),
+        smem: bool = False,
+    ):
+        self.land, self.args, self.pc, self.rows, self.sgprs, self.smem = (
+            land,
+            args,
+            pc,
+            rows,
+            sgprs,
+            smem,
+        )
 
     def take(self, keep: Array, n: int) -> Pending:
         args = tuple(take(a, keep, n) for a in self.args)
@@ -98,14 +121,18 @@ def join(xs: list[Any], sizes: list[int]) -> Any:
         return [join(list(col), sizes) for col in zip(*xs, strict=True)]
     if all(not isinstance(x, np.ndarray) for x in xs) and all(x == xs[0] for x in xs):
         return xs[0]
-    xs = [True if x is None else x for x in xs]              # None stands for "every lane"
+    xs = [True if x is None else x for x in xs]  # None stands for "every lane"
     dtype = next(x.dtype for x in xs if isinstance(x, np.ndarray))
     shape = next(x.shape[1:] for x in xs if isinstance(x, np.ndarray))
-    return np.concatenate([np.broadcast_to(np.asarray(x, dtype), (k, *shape)) for x, k in zip(xs, sizes, strict=True)])
+    return np.concatenate(
+        [np.broadcast_to(np.asarray(x, dtype), (k, *shape)) for x, k in zip(xs, sizes, strict=True)]
+    )
 
 
 class Batch:
-    """`group` holds what the waves share; `wg` is each wave's workgroup slot in it, `wave` its number there."""
+    """`group` holds what the waves share; `wg` is each wave's workgroup slot in it, `wave` its
+    number there.
+    """
 
     def __init__(self, group: Group, wg: Array, wave: Array, nregs: int):
         self.group, self.wg, self.wave = group, wg, wave
@@ -121,9 +148,9 @@ class Batch:
         self.vm: list[Pending] = []
         self.lgkm: list[Pending] = []
         self.hazard = group.hazard
-        self.state = ''                            # '' ready, 'barrier' or 'end'
-        self.decoded: dict[Any, Any] = {}          # matrix operands by identity of their rows (isa/mfma.py)
-        self.states: Any = None                    # wait-state tracker of hazard mode
+        self.state = ''  # '' ready, 'barrier' or 'end'
+        self.decoded: dict[Any, Any] = {}  # matrix operands by identity of their rows (isa/mfma.py)
+        self.states: Any = None  # wait-state tracker of hazard mode
         self.trace: list[int] = []
         self.history: list[list[list[int]]] = [[] for _ in range(self.n)]
         self.set_exec(ALL)
@@ -136,7 +163,7 @@ class Batch:
         else:
             self.s[EXEC], self.s[EXEC + 1] = norm(mask & u64(M32)), norm(mask >> u64(32))
             self.full = False
-        self.m = mask_to_bool(mask, self.n)        # replaced, never changed in place
+        self.m = mask_to_bool(mask, self.n)  # replaced, never changed in place
         self.active: Array | None = None
 
     def exec64(self) -> Scalar:
@@ -198,22 +225,32 @@ class Batch:
     def can_merge(self, other: Batch) -> bool:
         def key(b: Batch) -> Any:
             return b.pc, b.state, [p.pc for p in b.vm], [p.pc for p in b.lgkm]
+
         return key(self) == key(other)
 
     @staticmethod
     def merge(batches: list[Batch]) -> Batch:
         """Batches at one place (see can_merge) -> one batch, in order of workgroup and wave."""
         first, sizes = batches[0], [b.n for b in batches]
-        out = Batch(first.group, np.concatenate([b.wg for b in batches]), np.concatenate([b.wave for b in batches]), 0)
+        out = Batch(
+            first.group,
+            np.concatenate([b.wg for b in batches]),
+            np.concatenate([b.wave for b in batches]),
+            0,
+        )
         for rows in zip(*[b.v for b in batches], strict=True):
             same = all(r is b.fresh for r, b in zip(rows, batches, strict=True))
             out.v.append(out.fresh if same else np.concatenate(rows))
         out.s = [join_scalar(xs, sizes) for xs in zip(*[b.s for b in batches], strict=True)]
-        out.scc, out.mode = (join_scalar([getattr(b, k) for b in batches], sizes) for k in ('scc', 'mode'))
+        out.scc, out.mode = (
+            join_scalar([getattr(b, k) for b in batches], sizes) for k in ('scc', 'mode')
+        )
         out.pc, out.state, out.steps = first.pc, first.state, max(b.steps for b in batches)
         for name in ('vm', 'lgkm'):
             for ps in zip(*[getattr(b, name) for b in batches], strict=True):
-                args = tuple(join(list(col), sizes) for col in zip(*[p.args for p in ps], strict=True))
+                args = tuple(
+                    join(list(col), sizes) for col in zip(*[p.args for p in ps], strict=True)
+                )
                 p = ps[0]
                 getattr(out, name).append(Pending(p.land, args, p.pc, p.rows, p.sgprs, p.smem))
         out.states = first.states
@@ -231,4 +268,8 @@ class Batch:
 def join_scalar(xs: Any, sizes: list[int]) -> Scalar:
     if all(type(x) is int for x in xs) and len(set(xs)) == 1:
         return xs[0]
-    return norm(np.concatenate([np.full(k, x, u64) if type(x) is int else x for x, k in zip(xs, sizes, strict=True)]))
+    return norm(
+        np.concatenate(
+            [np.full(k, x, u64) if type(x) is int else x for x, k in zip(xs, sizes, strict=True)]
+        )
+    )

@@ -1,9 +1,12 @@
-"""What a launch found: hazards, reads of values nothing wrote, and the container that holds every finding.
+"""What a launch found: hazards, reads of values nothing wrote, and the container that holds every
+finding.
 
 Hazard mode checks two things while a batch runs:
   loads    a register is read, or written again, while a memory result for it is in flight
-  states   wait states that the hardware does not insert itself (CDNA3 ISA 4.5 and 7.5; values as in LLVM's hazard recogniser)
+  states   wait states that the hardware does not insert itself (CDNA3 ISA 4.5 and 7.5; values as in
+           LLVM's hazard recogniser)
 """
+
 from __future__ import annotations
 
 import itertools
@@ -22,12 +25,15 @@ if TYPE_CHECKING:
     from .machine import Kernel, Options
     from .memory import Region
 
-LIMIT = 200                  # different findings kept
+LIMIT = 200  # different findings kept
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`kind`: race, hazard, wait-states or uninitialised. `first` and `second` are program counters, -1 for none."""
+    """`kind`: race, hazard, wait-states or uninitialised. `first` and `second` are program
+    counters, -1 for none.
+    """
+
     kind: str
     what: str
     first: int
@@ -69,7 +75,10 @@ class Uninitialised:
         self.group_pc = -1
 
     def lds(self, w: Batch, ids: Array, off: Array, n: int, ins: Instr) -> None:
-        where = f'LDS byte {int(off[0]):#x}, wave {int(w.wave[int(ids[0]) // 64])}, lane {int(ids[0]) % 64}'
+        where = (
+            f'LDS byte {int(off[0]):#x}, wave {int(w.wave[int(ids[0]) // 64])}, lane '
+            f'{int(ids[0]) % 64}'
+        )
         known = [f for f in self.findings.seen if f.kind == 'uninitialised' and f.first == ins.pc]
         self.findings.add(known[0] if known else Finding('uninitialised', where, ins.pc), len(ids))
 
@@ -80,24 +89,28 @@ class Uninitialised:
             pc = self.group_pc
             known = [f for f in self.findings.seen if f.kind == 'uninitialised' and f.first == pc]
             what = f'buffer {region.name or "?"} offset {int(off[bad][0]):#x}'
-            self.findings.add(known[0] if known else Finding('uninitialised', what, pc), int(bad.sum()))
+            self.findings.add(
+                known[0] if known else Finding('uninitialised', what, pc), int(bad.sum())
+            )
 
 
-# ---- wait states -----------------------------------------------------------------------------------------------------
+# ---- wait states
 # Wait states between producer and consumer; s_nop N counts N + 1, every other instruction 1.
-VALU_SGPR_VMEM = 5           # VALU writes an SGPR, VMEM reads it
-VALU_VCC_FMAS = 4            # VALU writes VCC, v_div_fmas reads it
-VALU_LANE_SELECT = 4         # VALU writes an SGPR, v_readlane / v_writelane takes it as lane select
-VALU_EXEC_DPP = 5            # VALU writes EXEC, DPP instruction
-VALU_VGPR_DPP = 2            # VALU writes a VGPR, DPP reads it
-SALU_M0_LDS = 1              # SALU writes M0, load into LDS, s_movrel, ds_gws
-TRANS_VALU = 1               # transcendental result read by the next VALU that is not transcendental
-VALU_SGPR_VALU = 2           # v_readlane and friends write an SGPR, VALU reads it (gfx940 and later)
+VALU_SGPR_VMEM = 5  # VALU writes an SGPR, VMEM reads it
+VALU_VCC_FMAS = 4  # VALU writes VCC, v_div_fmas reads it
+VALU_LANE_SELECT = 4  # VALU writes an SGPR, v_readlane / v_writelane takes it as lane select
+VALU_EXEC_DPP = 5  # VALU writes EXEC, DPP instruction
+VALU_VGPR_DPP = 2  # VALU writes a VGPR, DPP reads it
+SALU_M0_LDS = 1  # SALU writes M0, load into LDS, s_movrel, ds_gws
+TRANS_VALU = 1  # transcendental result read by the next VALU that is not transcendental
+VALU_SGPR_VALU = 2  # v_readlane and friends write an SGPR, VALU reads it (gfx940 and later)
 TRANS_OPS = ('v_exp_', 'v_log_', 'v_rcp_', 'v_rsq_', 'v_sqrt_', 'v_sin_', 'v_cos_')
 
 
 class StateChecker:
-    """Called before every instruction of a batch. All waves of a batch share their history, so one clock serves."""
+    """Called before every instruction of a batch. All waves of a batch share their history, so one
+    clock serves.
+    """
 
     def __init__(self, kernel: Kernel, findings: Findings, options: Options):
         self.kernel, self.findings = kernel, findings
@@ -120,7 +133,9 @@ class StateChecker:
         for row in e.reads:
             if b.v[row] is b.fresh and (row, pc, -3) not in self.reported:
                 self.reported.add((row, pc, -3))
-                self.findings.add(Finding('uninitialised', f'{register_name(row)} was never written', pc))
+                self.findings.add(
+                    Finding('uninitialised', f'{register_name(row)} was never written', pc)
+                )
 
     def in_flight(self, b: Batch, pc: int, e: Effects) -> None:
         """Read or overwritten while a load for it is outstanding."""
@@ -130,7 +145,11 @@ class StateChecker:
                 for rows, what in ((e.reads, 'read'), (e.writes, 'written again')):
                     bad = next((r for r in rows if lo <= r < hi), None)
                     if bad is not None and not (what != 'read' and self.ordered(op.pc, pc)):
-                        self.report(pc, op.pc, f'{register_name(bad)} is {what} before the wait for its load')
+                        self.report(
+                            pc,
+                            op.pc,
+                            f'{register_name(bad)} is {what} before the wait for its load',
+                        )
             lo, hi = op.sgprs
             if hi:
                 bad = next((r for r in e.sreads if lo <= r < hi), None)
@@ -142,7 +161,7 @@ class StateChecker:
         return self.effects[first].kind == self.effects[second].kind
 
     def report(self, pc: int, other: int, what: str, kind: str = 'hazard') -> None:
-        key = (pc, other, hash(kind))                      # one finding per pair of instructions
+        key = (pc, other, hash(kind))  # one finding per pair of instructions
         if key not in self.reported:
             self.reported.add(key)
             self.findings.add(Finding(kind, what, other, pc))
@@ -159,28 +178,50 @@ class StateChecker:
         op = ins.op
         if e.kind in ('vmem', 'lds') and e.sreads:
             for s in e.sreads:
-                self.need(t, t.valu_sgpr.get(s), VALU_SGPR_VMEM if e.kind == 'vmem' else 0, pc, f's{s} from a VALU')
+                self.need(
+                    t,
+                    t.valu_sgpr.get(s),
+                    VALU_SGPR_VMEM if e.kind == 'vmem' else 0,
+                    pc,
+                    f's{s} from a VALU',
+                )
         if op.startswith('v_div_fmas'):
             self.need(t, t.valu_sgpr.get(106), VALU_VCC_FMAS, pc, 'VCC from a VALU for v_div_fmas')
         if op.startswith(('v_readlane', 'v_writelane')) and ins.ops[2].kind == 's':
-            self.need(t, t.valu_sgpr.get(ins.ops[2].idx), VALU_LANE_SELECT, pc, 'lane select from a VALU')
+            self.need(
+                t, t.valu_sgpr.get(ins.ops[2].idx), VALU_LANE_SELECT, pc, 'lane select from a VALU'
+            )
         if e.dpp:
             self.need(t, t.valu_exec, VALU_EXEC_DPP, pc, 'EXEC from a VALU for DPP')
             for r in e.reads[:]:
-                if ins.ops[1].kind == 'v' and r in range(ins.ops[1].idx, ins.ops[1].idx + ins.ops[1].n):
-                    self.need(t, t.valu_vgpr.get(r), VALU_VGPR_DPP, pc, f'{register_name(r)} from a VALU for DPP')
+                if ins.ops[1].kind == 'v' and r in range(
+                    ins.ops[1].idx, ins.ops[1].idx + ins.ops[1].n
+                ):
+                    self.need(
+                        t,
+                        t.valu_vgpr.get(r),
+                        VALU_VGPR_DPP,
+                        pc,
+                        f'{register_name(r)} from a VALU for DPP',
+                    )
         if e.kind == 'vmem' and ('lds' in ins.flags or '_lds_' in op):
             self.need(t, t.salu_m0, SALU_M0_LDS, pc, 'M0 from a scalar instruction')
         if e.kind == 'valu' and not op.startswith(TRANS_OPS):
             for r in e.reads:
-                self.need(t, t.trans.get(r), TRANS_VALU, pc, f'{register_name(r)} from a transcendental')
+                self.need(
+                    t, t.trans.get(r), TRANS_VALU, pc, f'{register_name(r)} from a transcendental'
+                )
         self.matrix(t, pc, e, ins)
 
     def matrix(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
-        """Results of the matrix core. An accumulator may follow back to back into the same C and D."""
+        """Results of the matrix core. An accumulator may follow back to back into the same C and
+        D.
+        """
         if not t.matrix:
             return
-        accumulator = ins.ops[3] if e.kind == 'mfma' and len(ins.ops) > 3 and ins.ops[3].kind == 'v' else None
+        accumulator = (
+            ins.ops[3] if e.kind == 'mfma' and len(ins.ops) > 3 and ins.ops[3].kind == 'v' else None
+        )
         if ins.op.startswith('v_smfmac'):
             accumulator = ins.ops[0]
         for r in (*e.reads, *(e.writes if e.kind == 'valu' else ())):
@@ -188,14 +229,17 @@ class StateChecker:
             if hit is None:
                 continue
             made, producer = hit
-            chained = accumulator is not None and accumulator.idx <= r < accumulator.idx + accumulator.n
+            chained = (
+                accumulator is not None and accumulator.idx <= r < accumulator.idx + accumulator.n
+            )
             need = self.matrix_states(producer, accumulator if chained else None)
             self.need(t, (made, producer), need, pc, f'{register_name(r)} from the matrix core')
 
     def matrix_states(self, producer: int, accumulator: Operand | None) -> int:
-        """Wait states after an N-pass matrix instruction (LLVM GCNHazardRecognizer, gfx940 and gfx950; tests/test_checks.py
-        compares them with what LLVM inserts): as C of the next, 0 for exactly the same registers, N + 1 when they overlap;
-        as A or B, for VALU, VMEM and LDS N + 3. gfx950 takes one more unless N is 2, f32 inputs (not XDL) one fewer."""
+        """Wait states after an N-pass matrix instruction (LLVM GCNHazardRecognizer, gfx940 and
+        gfx950; tests/test_checks.py compares them with what LLVM inserts): as C of the next, 0 for
+        exactly the same registers, N + 1 when they overlap; as A or B, for VALU, VMEM and LDS N +
+        3. gfx950 takes one more unless N is 2, f32 inputs (not XDL) one fewer."""
         ins = self.kernel.module.instrs[producer]
         passes = max(2, ins.cycles // 4)
         xdl = not ins.op.endswith(('f32', 'f64')) or 'xf32' in ins.op
@@ -212,7 +256,9 @@ class StateChecker:
             return
         have = t.now - made[0] - 1
         if have < states:
-            self.report(pc, made[1], f'{what} needs {states} wait states, has {have}', 'wait-states')
+            self.report(
+                pc, made[1], f'{what} needs {states} wait states, has {have}', 'wait-states'
+            )
 
 
 class Clock:
@@ -253,5 +299,3 @@ class Clock:
         c.valu_sgpr, c.valu_vgpr = dict(self.valu_sgpr), dict(self.valu_vgpr)
         c.trans, c.matrix = dict(self.trans), dict(self.matrix)
         return c
-
-

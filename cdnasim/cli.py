@@ -1,4 +1,5 @@
 """Command line: `cdnasim run` and `cdnasim coverage`. Entry point: cdnasim.cli:main."""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +18,11 @@ from .errors import CdnaSimError
 from .machine import Options, load
 from .report import Report
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help='Run AMD CDNA3 and CDNA4 kernels with no AMD GPU. All figures are simulated.')
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help='Run AMD CDNA3 and CDNA4 kernels with no AMD GPU. All figures are simulated.',
+)
 console = Console(soft_wrap=True)
 Flag = Annotated[bool, typer.Option()]
 
@@ -29,6 +34,7 @@ def parse_size(text: str) -> tuple[int, ...]:
 def parse_argument(text: str) -> Any:
     """`f32:1024` zeros, `f32:1024:rand` random, `x.npy` a file, `1.5` or `0x10` a number."""
     import numpy as np
+
     if text.endswith('.npy'):
         return np.ascontiguousarray(np.load(text))
     if ':' in text:
@@ -39,9 +45,15 @@ def parse_argument(text: str) -> Any:
             return np.zeros(shape, name)
         rng = np.random.default_rng(0)
         if fill[0] == 'rand':
-            return rng.standard_normal(shape).astype(name) if kind[0] == 'f' else rng.integers(0, 100, shape).astype(name)
+            return (
+                rng.standard_normal(shape).astype(name)
+                if kind[0] == 'f'
+                else rng.integers(0, 100, shape).astype(name)
+            )
         return np.full(shape, float(fill[0])).astype(name)
-    return float(text) if any(c in text for c in '.eE') and not text.startswith('0x') else int(text, 0)
+    return (
+        float(text) if any(c in text for c in '.eE') and not text.startswith('0x') else int(text, 0)
+    )
 
 
 @contextlib.contextmanager
@@ -54,16 +66,22 @@ def script_arguments(path: Path, args: list[str]) -> Iterator[None]:
         sys.argv, sys.path[:] = saved, saved_path
 
 
-def run_script(path: Path, args: list[str], options: Options, arch: str, lenient: bool) -> tuple[list[Any], str]:
+def run_script(
+    path: Path, args: list[str], options: Options, arch: str, lenient: bool
+) -> tuple[list[Any], str]:
     """Run a FlyDSL program -> (launches, how the script ended)."""
     from .flydsl import session
+
     ended = 'ended normally'
-    with session(arch, options=options, keep_going=True, lenient=lenient) as s, script_arguments(path, args):
+    with (
+        session(arch, options=options, keep_going=True, lenient=lenient) as s,
+        script_arguments(path, args),
+    ):
         try:
             runpy.run_path(str(path), run_name='__main__')
         except SystemExit as e:
             ended = 'ended normally' if e.code in (None, 0) else f'exited with {e.code}'
-        except Exception as e:                               # noqa: BLE001
+        except Exception as e:  # noqa: BLE001
             ended = f'raised {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
     return s.launches, ended
 
@@ -76,7 +94,9 @@ def launches_table(launches: list[Any]) -> Table:
         n = f'{r.report.instructions:,}' if r.report else '-'
         sec = f'{r.report.seconds:.2f}' if r.report else '-'
         style = 'green' if r.verdict == 'pass' else 'red'
-        t.add_row(str(k), r.name, str(r.grid), str(r.block), n, sec, f'[{style}]{r.verdict}[/{style}]')
+        t.add_row(
+            str(k), r.name, str(r.grid), str(r.block), n, sec, f'[{style}]{r.verdict}[/{style}]'
+        )
     return t
 
 
@@ -86,30 +106,54 @@ def write_outputs(report: Report, json_out: Path | None, timeline_out: Path | No
         console.print(f'wrote {json_out}')
     if timeline_out:
         from .show import timeline
+
         timeline(report, timeline_out)
         console.print(f'wrote {timeline_out}')
 
 
 @app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
-def run(ctx: typer.Context, file: Annotated[Path, typer.Argument(help='kernel.s, a code object, or a FlyDSL script.py')],
-        grid: Annotated[str, typer.Option(help='workgroups, e.g. 4,2')] = '1',
-        block: Annotated[str, typer.Option(help='work-items of a workgroup')] = '64',
-        arg: Annotated[list[str] | None, typer.Option(help='kernel argument: f32:1024, f32:64x64:rand, x.npy, 3, 1.5')] = None,
-        kernel: Annotated[str | None, typer.Option(help='which kernel of the file')] = None,
-        arch: Annotated[str, typer.Option(help='gfx950 or gfx942, for scripts')] = 'gfx950',
-        hazard: Flag = True, races: Flag = True, uninitialised: Flag = False, lenient: Flag = False,
-        schedule: Annotated[str, typer.Option(help='lockstep, serial, reverse, random')] = 'serial',
-        seed: int = 0, budget: int = Options().budget,
-        json_out: Annotated[Path | None, typer.Option('--json', help='write the (last) report')] = None,
-        timeline: Annotated[Path | None, typer.Option(help='write a PNG of the first workgroup')] = None) -> None:
-    """Run a kernel, or a FlyDSL program, with the checks on. Exit status 1 when something was found."""
-    options = Options(hazard=hazard, races=races, uninitialised=uninitialised, schedule=schedule, seed=seed, budget=budget)
+def run(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help='kernel.s, a code object, or a FlyDSL script.py')],
+    grid: Annotated[str, typer.Option(help='workgroups, e.g. 4,2')] = '1',
+    block: Annotated[str, typer.Option(help='work-items of a workgroup')] = '64',
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help='kernel argument: f32:1024, f32:64x64:rand, x.npy, 3, 1.5'),
+    ] = None,
+    kernel: Annotated[str | None, typer.Option(help='which kernel of the file')] = None,
+    arch: Annotated[str, typer.Option(help='gfx950 or gfx942, for scripts')] = 'gfx950',
+    hazard: Flag = True,
+    races: Flag = True,
+    uninitialised: Flag = False,
+    lenient: Flag = False,
+    schedule: Annotated[str, typer.Option(help='lockstep, serial, reverse, random')] = 'serial',
+    seed: int = 0,
+    budget: int = Options().budget,
+    json_out: Annotated[Path | None, typer.Option('--json', help='write the (last) report')] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help='write a PNG of the first workgroup')
+    ] = None,
+) -> None:
+    """Run a kernel, or a FlyDSL program, with the checks on. Exit status 1 when something was
+    found.
+    """
+    options = Options(
+        hazard=hazard,
+        races=races,
+        uninitialised=uninitialised,
+        schedule=schedule,
+        seed=seed,
+        budget=budget,
+    )
     try:
         if file.suffix == '.py':
             ok = run_program(file, ctx.args, options, arch, lenient, json_out, timeline)
         else:
             values = [parse_argument(a) for a in (arg or [])]
-            report = load(file, kernel).launch(parse_size(grid), parse_size(block), values, options=options)
+            report = load(file, kernel).launch(
+                parse_size(grid), parse_size(block), values, options=options
+            )
             console.print(report)
             write_outputs(report, json_out, timeline)
             ok = report.ok
@@ -119,12 +163,19 @@ def run(ctx: typer.Context, file: Annotated[Path, typer.Argument(help='kernel.s,
     raise typer.Exit(0 if ok else 1)
 
 
-def run_program(file: Path, args: list[str], options: Options, arch: str, lenient: bool, json_out: Path | None,
-                timeline: Path | None) -> bool:
+def run_program(
+    file: Path,
+    args: list[str],
+    options: Options,
+    arch: str,
+    lenient: bool,
+    json_out: Path | None,
+    timeline: Path | None,
+) -> bool:
     launches, ended = run_script(file, args, options, arch, lenient)
     console.print(launches_table(launches))
     for k, r in enumerate(launches):
-        for line in (r.report.findings if r.report else [str(r.error)]):
+        for line in r.report.findings if r.report else [str(r.error)]:
             console.print(f'#{k} {line}', style='red', highlight=False, markup=False)
     done = [r.report for r in launches if r.report]
     if done:
@@ -135,12 +186,19 @@ def run_program(file: Path, args: list[str], options: Options, arch: str, lenien
 
 
 @app.command()
-def coverage(gpu: Annotated[str, typer.Argument(help='gfx942 or gfx950')] = 'gfx950', missing: Flag = True,
-             json_out: Annotated[Path | None, typer.Option('--json')] = None) -> None:
+def coverage(
+    gpu: Annotated[str, typer.Argument(help='gfx942 or gfx950')] = 'gfx950',
+    missing: Flag = True,
+    json_out: Annotated[Path | None, typer.Option('--json')] = None,
+) -> None:
     """List LLVM's instruction table for a GPU against what the simulator implements."""
     from .coverage import coverage as measure
+
     c = measure(gpu)
-    t = Table(title=f'{gpu}: {len(c.implemented)} of {c.total} mnemonics, {c.forms} encodings', title_justify='left')
+    t = Table(
+        title=f'{gpu}: {len(c.implemented)} of {c.total} mnemonics, {c.forms} encodings',
+        title_justify='left',
+    )
     for name in ('family', 'implemented', 'all'):
         t.add_column(name, justify='left' if name == 'family' else 'right')
     for name, (have, total) in c.families().items():
@@ -150,7 +208,17 @@ def coverage(gpu: Annotated[str, typer.Argument(help='gfx942 or gfx950')] = 'gfx
         for name, why in [*c.missing.items(), *c.left_out.items()]:
             console.print(f'  {name}: {why}', highlight=False)
     if json_out:
-        json_out.write_text(json.dumps({'gpu': gpu, 'implemented': c.implemented, 'missing': c.missing, 'left_out': c.left_out}, indent=1))
+        json_out.write_text(
+            json.dumps(
+                {
+                    'gpu': gpu,
+                    'implemented': c.implemented,
+                    'missing': c.missing,
+                    'left_out': c.left_out,
+                },
+                indent=1,
+            )
+        )
 
 
 def main() -> None:

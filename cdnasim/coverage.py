@@ -1,4 +1,7 @@
-"""Which instructions of LLVM's tables the simulator implements. The lists in `data/` come from LLVM itself (isa_list.py)."""
+"""Which instructions of LLVM's tables the simulator implements. The lists in `data/` come from LLVM
+itself (isa_list.py).
+"""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -12,7 +15,8 @@ from .isa_list import base_name
 from .machine import decode_one
 
 DATA = Path(__file__).with_name('data')
-# instructions that LLVM can assemble and that no compiler emits for compute kernels, with the reason they are left out
+# instructions that LLVM can assemble and that no compiler emits for compute kernels, with the
+# reason they are left out
 LEFT_OUT = {
     's_atomic_': 'scalar atomics: in the encoding table, not emitted by LLVM',
     's_buffer_atomic_': 'scalar atomics: in the encoding table, not emitted by LLVM',
@@ -21,10 +25,13 @@ LEFT_OUT = {
     's_cbranch_i_fork': 'fork/join: removed from the hardware manual of CDNA3',
     's_cbranch_join': 'fork/join: removed from the hardware manual of CDNA3',
     's_rfe': 'return from trap handler',
-    'buffer_load_format': 'typed buffers: graphics formats', 'buffer_store_format': 'typed buffers: graphics formats',
+    'buffer_load_format': 'typed buffers: graphics formats',
+    'buffer_store_format': 'typed buffers: graphics formats',
     'tbuffer_': 'typed buffers: graphics formats',
-    'ds_gws': 'global wave sync: needs a driver allocation', 'ds_append': 'append counters: need a driver allocation',
-    'ds_consume': 'append counters: need a driver allocation', 'ds_ordered_count': 'ordered count: graphics pipelines',
+    'ds_gws': 'global wave sync: needs a driver allocation',
+    'ds_append': 'append counters: need a driver allocation',
+    'ds_consume': 'append counters: need a driver allocation',
+    'ds_ordered_count': 'ordered count: graphics pipelines',
     'scratch_load_lds': 'scratch straight into LDS: not emitted by LLVM',
     'v_screen_partition': 'screen space partition: graphics',
 }
@@ -32,7 +39,10 @@ LEFT_OUT = {
 
 @dataclass(slots=True)
 class Coverage:
-    """`missing` and `left_out`: mnemonic -> reason; `forms` counts encodings (e32, e64, sdwa, dpp) of the implemented ones."""
+    """`missing` and `left_out`: mnemonic -> reason; `forms` counts encodings (e32, e64, sdwa, dpp)
+    of the implemented ones.
+    """
+
     gpu: str
     implemented: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
@@ -55,8 +65,25 @@ class Coverage:
 
 
 def family(name: str) -> str:
-    for prefix in ('v_mfma', 'v_smfmac', 'v_cmp', 'v_cvt', 'v_pk', 'v_', 's_cmp', 's_load', 's_buffer', 's_atomic', 's_',
-                   'ds_', 'buffer_', 'tbuffer_', 'global_', 'flat_', 'scratch_'):
+    for prefix in (
+        'v_mfma',
+        'v_smfmac',
+        'v_cmp',
+        'v_cvt',
+        'v_pk',
+        'v_',
+        's_cmp',
+        's_load',
+        's_buffer',
+        's_atomic',
+        's_',
+        'ds_',
+        'buffer_',
+        'tbuffer_',
+        'global_',
+        'flat_',
+        'scratch_',
+    ):
         if name.startswith(prefix):
             return prefix.rstrip('_')
     return 'other'
@@ -93,6 +120,9 @@ def coverage(gpu: str) -> Coverage:
             out.left_out[name] = left
         else:
             out.missing[name] = why[0]
-    out.forms_missing = {t: r for t, r in out.forms_missing.items()
-                         if not any(base_name(t.split()[0]).startswith(p) for p in LEFT_OUT)}
+    out.forms_missing = {
+        t: r
+        for t, r in out.forms_missing.items()
+        if not any(base_name(t.split()[0]).startswith(p) for p in LEFT_OUT)
+    }
     return out

@@ -4,7 +4,9 @@
 class CdnaSimError(Exception):
     """Base class of everything that cdnasim raises on purpose."""
 
-    issued = -1          # program counter of the memory operation that failed while it landed, in hazard mode
+    issued = (
+        -1
+    )  # program counter of the memory operation that failed while it landed, in hazard mode
 
 
 class AsmError(CdnaSimError):
@@ -12,7 +14,9 @@ class AsmError(CdnaSimError):
 
 
 class UnsupportedError(CdnaSimError):
-    """An instruction, modifier or target that the simulator does not implement; named, never skipped."""
+    """An instruction, modifier or target that the simulator does not implement; named, never
+    skipped.
+    """
 
 
 class LaunchError(CdnaSimError):
@@ -20,7 +24,9 @@ class LaunchError(CdnaSimError):
 
 
 class BudgetError(CdnaSimError):
-    """A wave ran longer than the instruction budget: an endless loop, or a budget that is too small."""
+    """A wave ran longer than the instruction budget: an endless loop, or a budget that is too
+    small.
+    """
 
 
 class DeadlockError(CdnaSimError):
@@ -42,8 +48,9 @@ class CheckError(CdnaSimError):
 class MemFault(CdnaSimError):
     """An access outside every mapped buffer, or outside LDS or scratch.
 
-    `address` is the first offending byte, `lane` the lane, `wave` the wave in its workgroup, `workgroup` its linear id.
-    The machine adds kernel, instruction and source line to the message when the fault passes through it.
+    `address` is the first offending byte, `lane` the lane, `wave` the wave in its workgroup,
+    `workgroup` its linear id. The machine adds kernel, instruction and source line to the message
+    when the fault passes through it.
     """
 
     def __init__(self, message: str, address: int = 0, lane: int = -1, row: int = -1):

@@ -1,15 +1,17 @@
-"""Run FlyDSL kernels on torch CPU tensors: FlyDSL compiles for gfx950 or gfx942, its own host stub packs the arguments,
-and every launch runs in the simulator.
+"""Run FlyDSL kernels on torch CPU tensors: FlyDSL compiles for gfx950 or gfx942, its own host stub
+packs the arguments, and every launch runs in the simulator.
 
     from cdnasim import flydsl as sim
     with sim.session('gfx950', hazard=True) as s:
         launch_fn(a, b, out, stream=None)          # any @flyc.jit function, unmodified
     print(s.launches[-1].report)
 
-How: the library that FlyDSL's compiled host code links against (module load, kernel launch, streams) is replaced by a few
-functions that call back into Python, so no assumption about argument packing is made. torch.Tensor.data_ptr and __dlpack__
-map the tensor into the simulator's memory on the way; the tensor's storage is its bounds.
+How: the library that FlyDSL's compiled host code links against (module load, kernel launch,
+streams) is replaced by a few functions that call back into Python, so no assumption about argument
+packing is made. torch.Tensor.data_ptr and __dlpack__ map the tensor into the simulator's memory on
+the way; the tensor's storage is its bounds.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -20,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -42,8 +44,9 @@ void *mgpuModuleLoad(void *data, size_t n) { return (void *)1; }
 void *mgpuModuleLoadJIT(void *data, int opt) { return (void *)1; }
 void mgpuModuleUnload(void *m) {}
 void *mgpuModuleGetFunction(void *m, const char *name) { return strdup(name); }
-void mgpuLaunchKernel(void *f, intptr_t gx, intptr_t gy, intptr_t gz, intptr_t bx, intptr_t by, intptr_t bz,
-                      int32_t lds, void *stream, void **params, void **extra, size_t n) {
+void mgpuLaunchKernel(void *f, intptr_t gx, intptr_t gy, intptr_t gz, intptr_t bx,
+                      intptr_t by, intptr_t bz, int32_t lds, void *stream, void **params,
+                      void **extra, size_t n) {
   int64_t dims[6] = {gx, gy, gz, bx, by, bz};
   if (on_launch) on_launch((const char *)f, dims, lds, params);
 }
@@ -64,6 +67,7 @@ SETTINGS = {'FLYDSL_DEBUG_DUMP_ASM': '1', 'FLYDSL_RUNTIME_ENABLE_CACHE': '0'}
 @dataclass(slots=True)
 class Launched:
     """One launch as FlyDSL asked for it; `report` is None in a session that only records."""
+
     name: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -77,7 +81,9 @@ class Launched:
     def verdict(self) -> str:
         """pass, race, hazard, uninitialised, wait-states, fault or stall."""
         if self.error is not None:
-            return {'DeadlockError': 'stall', 'BudgetError': 'stall', 'MemFault': 'fault'}.get(type(self.error).__name__, 'error')
+            return {'DeadlockError': 'stall', 'BudgetError': 'stall', 'MemFault': 'fault'}.get(
+                type(self.error).__name__, 'error'
+            )
         if self.report is None:
             return 'recorded'
         if self.report.ok:
@@ -85,14 +91,19 @@ class Launched:
         return ', '.join(sorted(self.report.kinds)) or 'stray loads'
 
 
-@lru_cache(maxsize=None)
+@cache
 def standin_library() -> str:
     """Compile the stand-in for FlyDSL's launch library."""
     cc = shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
     if not cc:
-        raise ToolError('a C compiler is needed to build the stand-in launch library: apt-get install gcc')
+        raise ToolError(
+            'a C compiler is needed to build the stand-in launch library: apt-get install gcc'
+        )
     folder = tempfile.mkdtemp(prefix='cdnasim-lib-')
-    source, library = os.path.join(folder, 'standin.c'), os.path.join(folder, 'libcdnasim_standin.so')
+    source, library = (
+        os.path.join(folder, 'standin.c'),
+        os.path.join(folder, 'libcdnasim_standin.so'),
+    )
     with open(source, 'w') as f:
         f.write(STANDIN)
     subprocess.run([cc, '-shared', '-fPIC', '-O1', '-w', '-o', library, source], check=True)
@@ -104,13 +115,17 @@ def require_flydsl() -> Any:
     try:
         import flydsl
     except ImportError as e:
-        raise ToolError('FlyDSL is not installed: pip install flydsl==0.4.2 (Linux, Python 3.10 to 3.12)') from e
+        raise ToolError(
+            'FlyDSL is not installed: pip install flydsl==0.4.2 (Linux, Python 3.10 to 3.12)'
+        ) from e
     if not str(getattr(flydsl, '__version__', '')).startswith(VERSION):
-        raise ToolError(f'FlyDSL {flydsl.__version__} is installed; sessions are tested with {VERSION}.x')
+        raise ToolError(
+            f'FlyDSL {flydsl.__version__} is installed; sessions are tested with {VERSION}.x'
+        )
     return flydsl
 
 
-@lru_cache(maxsize=None)
+@cache
 def dump_folder() -> str:
     return tempfile.mkdtemp(prefix='cdnasim-dump-')
 
@@ -131,22 +146,27 @@ def to_cpu(x: Any) -> Any:
     return 'cpu' if isinstance(kind, str) and kind.split(':')[0] in ('cuda', 'hip') else x
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_mode() -> Any:
-    """A torch function mode that puts what is meant for the GPU on the CPU, so that scripts with device='cuda' run."""
+    """A torch function mode that puts what is meant for the GPU on the CPU, so that scripts with
+    device='cuda' run.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
     class OnCpu(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             kwargs = dict(kwargs or {})
-            if func == torch.Tensor.is_cuda.__get__:              # type: ignore[attr-defined]
+            if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
                 return True
             if 'device' in kwargs:
                 kwargs['device'] = to_cpu(kwargs['device'])
             if func in (torch.Tensor.to, torch.Tensor.type) and len(args) > 1:
                 args = (args[0], *(to_cpu(a) for a in args[1:]))
             return func(*args, **kwargs)
+
     return OnCpu
 
 
@@ -178,6 +198,7 @@ class FakeProperties:
 
 class FakeStream:
     """What torch.cuda.current_stream() gives inside a session."""
+
     cuda_stream, device = 0, 'cpu'
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -190,12 +211,20 @@ class FakeStream:
 class session:
     """Context in which FlyDSL launches are simulated (`run=False`: only recorded).
 
-    arch: gfx950 or gfx942. Keyword options are the fields of `cdnasim.Options`. `keep_going`: errors inside a launch are
-    kept in its record instead of raised at the end of the session. Raises ToolError when FlyDSL, ld.lld or cc is missing.
+    arch: gfx950 or gfx942. Keyword options are the fields of `cdnasim.Options`. `keep_going`:
+    errors inside a launch are kept in its record instead of raised at the end of the session.
+    Raises ToolError when FlyDSL, ld.lld or cc is missing.
     """
 
-    def __init__(self, arch: str = 'gfx950', run: bool = True, keep_going: bool = False, lenient: bool = False,
-                 options: Options | None = None, **changes: Any):
+    def __init__(
+        self,
+        arch: str = 'gfx950',
+        run: bool = True,
+        keep_going: bool = False,
+        lenient: bool = False,
+        options: Options | None = None,
+        **changes: Any,
+    ):
         self.arch, self.run, self.keep_going = arch, run, keep_going
         self.options = replace(options or Options(), **changes)
         self.memory = Memory(lenient)
@@ -208,9 +237,15 @@ class session:
         require_flydsl()
         environment(self.arch)
         from flydsl.compiler import jit_executor, jit_function
+
         library = ctypes.CDLL(standin_library())
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int32,
-                                ctypes.POINTER(ctypes.c_void_p))
+        kind = ctypes.CFUNCTYPE(
+            None,
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_void_p),
+        )
         self.callback = kind(self.launched)
         library.cdnasim_set(self.callback)
         for module in (jit_executor, jit_function):
@@ -222,6 +257,7 @@ class session:
 
     def patch_torch(self) -> None:
         import torch
+
         real, dlpack, seen = torch.Tensor.data_ptr, torch.Tensor.__dlpack__, self.memory
 
         def data_ptr(t: Any) -> int:
@@ -232,15 +268,25 @@ class session:
         def to_dlpack(t: Any, *args: Any, **kwargs: Any) -> Any:
             data_ptr(t)
             return dlpack(t, *args, **kwargs)
+
         self.patch(torch.Tensor, 'data_ptr', data_ptr)
         self.patch(torch.Tensor, '__dlpack__', to_dlpack)
         self.patch(torch.Tensor, 'cuda', lambda t, *a, **k: t)
         for name, value in {
-                'is_available': lambda: True, 'synchronize': lambda *a: None, 'Stream': FakeStream, 'Event': FakeEvent,
-                'current_stream': lambda *a: FakeStream(), 'current_device': lambda: 0, 'device_count': lambda: 1,
-                'set_device': lambda *a: None, 'get_device_properties': lambda *a: FakeProperties(self.arch),
-                'empty_cache': lambda: None, 'mem_get_info': lambda *a: (64 << 30, 64 << 30),
-                'manual_seed': lambda *a: None, 'manual_seed_all': lambda *a: None}.items():
+            'is_available': lambda: True,
+            'synchronize': lambda *a: None,
+            'Stream': FakeStream,
+            'Event': FakeEvent,
+            'current_stream': lambda *a: FakeStream(),
+            'current_device': lambda: 0,
+            'device_count': lambda: 1,
+            'set_device': lambda *a: None,
+            'get_device_properties': lambda *a: FakeProperties(self.arch),
+            'empty_cache': lambda: None,
+            'mem_get_info': lambda *a: (64 << 30, 64 << 30),
+            'manual_seed': lambda *a: None,
+            'manual_seed_all': lambda *a: None,
+        }.items():
             self.patch(torch.cuda, name, value)
         self.mode = device_mode()()
         self.mode.__enter__()
@@ -249,7 +295,9 @@ class session:
         self.saved.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.mode.__exit__(None, None, None)
         for owner, name, value in reversed(self.saved):
             setattr(owner, name, value)
@@ -258,7 +306,9 @@ class session:
             self.check()
 
     def check(self) -> None:
-        """Raise an error that happened inside a launch (it could not cross the C frame by itself)."""
+        """Raise an error that happened inside a launch (it could not cross the C frame by
+        itself).
+        """
         if self.error is not None and not self.keep_going:
             error, self.error = self.error, None
             raise error
@@ -269,8 +319,11 @@ class session:
             self.memory.map_tensor(t, f'tensor{tuple(t.shape)}')
 
     def fresh(self, tensor: Any) -> Any:
-        """Declare that nothing wrote this tensor yet: with uninitialised=True, reading it before a store is a finding."""
+        """Declare that nothing wrote this tensor yet: with uninitialised=True, reading it before a
+        store is a finding.
+        """
         import numpy as np
+
         at = self.memory.map_tensor(tensor, f'fresh tensor{tuple(tensor.shape)}')
         region = self.memory.region_at(at)
         region.written = np.zeros(len(region.data), bool)
@@ -280,7 +333,9 @@ class session:
         """One handle per loaded module; its code is the newest dump that holds the name."""
         if handle not in self.kernels:
             pattern = os.path.join(dump_folder(), '**', '*final_isa.s')
-            for path in sorted(glob.glob(pattern, recursive=True), key=os.path.getmtime, reverse=True):
+            for path in sorted(
+                glob.glob(pattern, recursive=True), key=os.path.getmtime, reverse=True
+            ):
                 with open(path) as f:
                     text = f.read()
                 if f'\n{name}:' in text:
@@ -296,21 +351,31 @@ class session:
         try:
             name = ctypes.string_at(handle).decode()
             kernel = self.kernel_for(handle, name)
-            size = max([16] + [a.offset + a.size for a in kernel.args] + [kernel.meta.get('kernarg_segment_size', 0)])
+            size = max(
+                [16]
+                + [a.offset + a.size for a in kernel.args]
+                + [kernel.meta.get('kernarg_segment_size', 0)]
+            )
             packed = bytearray(size)
             for k, a in enumerate(kernel.visible_args):
-                packed[a.offset:a.offset + a.size] = ctypes.string_at(params[k], a.size)
+                packed[a.offset : a.offset + a.size] = ctypes.string_at(params[k], a.size)
             record = Launched(name, tuple(dims[0:3]), tuple(dims[3:6]), lds, bytes(packed), kernel)
             self.launches.append(record)
             if self.run:
                 self.simulate(record)
-        except BaseException as e:                     # noqa: BLE001
+        except BaseException as e:  # noqa: BLE001
             self.error = self.error or e
 
     def simulate(self, record: Launched) -> None:
         try:
-            record.report = record.kernel.launch(record.grid, record.block, record.kernarg, memory=self.memory,
-                                                 dynamic_lds=record.dynamic_lds, options=self.options)
+            record.report = record.kernel.launch(
+                record.grid,
+                record.block,
+                record.kernarg,
+                memory=self.memory,
+                dynamic_lds=record.dynamic_lds,
+                options=self.options,
+            )
         except CdnaSimError as e:
             record.error = e
             if not self.keep_going:
@@ -318,8 +383,9 @@ class session:
 
 
 def compile_only(fn: Callable[..., Any], *args: Any, arch: str = 'gfx950') -> Launched:
-    """Compile a FlyDSL function for these arguments and run nothing -> the launch it would make, with its `kernel`."""
+    """Compile a FlyDSL function for these arguments and run nothing -> the launch it would make,
+    with its `kernel`.
+    """
     with session(arch, run=False) as s:
         fn(*args)
     return s.launches[-1]
-

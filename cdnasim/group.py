@@ -1,4 +1,7 @@
-"""What the workgroups that run together share: LDS, scratch, memory, counters, and the checks that watch them."""
+"""What the workgroups that run together share: LDS, scratch, memory, counters, and the checks that
+watch them.
+"""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -16,9 +19,9 @@ from .numerics import Array, i64, u8, u32, u64
 if TYPE_CHECKING:
     from .machine import Kernel, Launch
 
-LDS_FILL = 0xA5                      # the hardware does not zero LDS
-LINE = 128                           # bytes of a cache line (CDNA3 ISA 9.1.10)
-LINE_SAMPLES = 4                    # accesses per instruction whose cache lines are counted
+LDS_FILL = 0xA5  # the hardware does not zero LDS
+LINE = 128  # bytes of a cache line (CDNA3 ISA 9.1.10)
+LINE_SAMPLES = 4  # accesses per instruction whose cache lines are counted
 
 
 class Group:
@@ -40,13 +43,15 @@ class Group:
         self.uninitialised = launch.uninitialised
         self.lds_written = np.zeros(len(self.lds), bool) if self.uninitialised else None
         self.epochs = np.zeros(len(linear), i64)
-        self.pc = 0                     # instruction in execution, for reports from below
+        self.pc = 0  # instruction in execution, for reports from below
 
     # ---- waves
     def all_waves(self, block: tuple[int, int, int], wave: int | None = None) -> Batch:
         """The waves of every workgroup, or only number `wave` of each, ready to run."""
         ids = np.arange(self.waves) if wave is None else np.array([wave])
-        wg, waves = (x.ravel() for x in np.meshgrid(np.arange(len(self.linear)), ids, indexing='ij'))
+        wg, waves = (
+            x.ravel() for x in np.meshgrid(np.arange(len(self.linear)), ids, indexing='ij')
+        )
         b = Batch(self, wg, waves, self.kernel.registers)
         threads = block[0] * block[1] * block[2]
         t = waves[:, None] * 64 + np.arange(64)
@@ -67,7 +72,9 @@ class Group:
 
     def scratch_of(self, w: Batch) -> Array:
         if self.scratch is None:
-            self.scratch = np.zeros((len(self.linear) * self.waves, 64, self.kernel.private_bytes), u8)
+            self.scratch = np.zeros(
+                (len(self.linear) * self.waves, 64, self.kernel.private_bytes), u8
+            )
         return self.scratch
 
     # ---- LDS
@@ -75,14 +82,21 @@ class Group:
         if len(off) and (int(off.min()) < 0 or int(off.max()) + n > self.lds_bytes):
             bad = np.flatnonzero((off < 0) | (off + n > self.lds_bytes))[0]
             row = int(ids[bad])
-            raise MemFault(f'LDS {what} of {n} bytes at {int(off[bad]):#x} by lane {row % 64} is beyond the '
-                           f'{self.lds_bytes} bytes of the workgroup', int(off[bad]), row % 64, row)
+            raise MemFault(
+                f'LDS {what} of {n} bytes at {int(off[bad]):#x} by lane {row % 64} is beyond the '
+                f'{self.lds_bytes} bytes of the workgroup',
+                int(off[bad]),
+                row % 64,
+                row,
+            )
         base = w.wg.astype(i64) * self.lds_stride
         if len(ids) == w.n * 64:
             return (off.reshape(w.shape) + base[:, None]).reshape(-1)
         return off + base[ids >> 6]
 
-    def lds_load(self, w: Batch, off: Array, ids: Array, n: int, ins: Instr, atomic: bool = False) -> Array:
+    def lds_load(
+        self, w: Batch, off: Array, ids: Array, n: int, ins: Instr, atomic: bool = False
+    ) -> Array:
         idx = self.lds_index(w, off, ids, n, 'read', ins)
         if self.lds_written is not None and len(idx):
             missing = ~self.lds_written[idx[:, None] + np.arange(n)].all(1)
@@ -92,7 +106,9 @@ class Group:
             self.races.lds(w, idx, ids, n, ins.pc, None if atomic else False)
         return gather(self.lds, idx, n)
 
-    def lds_store(self, w: Batch, off: Array, ids: Array, data: Array, ins: Instr, atomic: bool = False) -> None:
+    def lds_store(
+        self, w: Batch, off: Array, ids: Array, data: Array, ins: Instr, atomic: bool = False
+    ) -> None:
         n = data.shape[1]
         idx = self.lds_index(w, off, ids, n, 'write', ins)
         if self.lds_written is not None:
@@ -113,11 +129,18 @@ class Group:
         c.lds_cycles += cycles
         c.lds_conflict_cycles += extra
         c.add_pc_cycles(pc, cycles, w.n)
-        if self.races and w.hazard:                # in flight from now until it lands
+        if self.races and w.hazard:  # in flight from now until it lands
             rows = np.arange(w.n * 64) if w.full else w.lanes()
             off = base.reshape(-1)[rows] + offset
             if len(off) and off.min() >= 0 and off.max() + n <= self.lds_bytes:
-                self.races.lds(w, self.lds_index(w, off, rows, n, 'access', self.kernel.module.instrs[pc]), rows, n, pc, not read)
+                self.races.lds(
+                    w,
+                    self.lds_index(w, off, rows, n, 'access', self.kernel.module.instrs[pc]),
+                    rows,
+                    n,
+                    pc,
+                    not read,
+                )
 
     def note_dma(self, w: Batch, base: Any, step: int, pc: int) -> None:
         """A load into LDS may write from the moment it issues."""
@@ -125,7 +148,14 @@ class Group:
             rows = np.arange(w.n * 64) if w.full else w.lanes()
             at = np.broadcast_to(np.asarray(base, i64), w.n)[rows >> 6] + rows % 64 * step
             if len(at) and at.min() >= 0 and at.max() + step <= self.lds_bytes:
-                self.races.lds(w, self.lds_index(w, at, rows, step, 'DMA', self.kernel.module.instrs[pc]), rows, step, pc, True)
+                self.races.lds(
+                    w,
+                    self.lds_index(w, at, rows, step, 'DMA', self.kernel.module.instrs[pc]),
+                    rows,
+                    step,
+                    pc,
+                    True,
+                )
 
     # ---- global memory
     def count_global(self, w: Batch, pc: int, addr: Array, n: int, what: str) -> None:
@@ -140,7 +170,9 @@ class Group:
                 lines = len(np.unique(np.concatenate([row // LINE, (row + n - 1) // LINE])))
                 c.line_sample(pc, lines)
 
-    def note_global(self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None) -> None:
+    def note_global(
+        self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None
+    ) -> None:
         """`write` None: atomic."""
         if self.races and len(addr):
             self.races.globally(w, addr, ids, n, pc, write)

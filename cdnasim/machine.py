@@ -1,4 +1,5 @@
 """Kernels and launches: the public objects of cdnasim."""
+
 from __future__ import annotations
 
 import time
@@ -26,8 +27,15 @@ from .runner import Runner, Schedule
 ARCHS = {'gfx942': 'gfx942', 'gfx940': 'gfx942', 'gfx941': 'gfx942', 'gfx950': 'gfx950'}
 LDS_LIMIT = {'gfx942': 64 << 10, 'gfx950': 160 << 10}
 FAMILIES = (salu, control, smem, mfma, valu, lds, vmem)
-USER_SGPRS = (('private_segment_buffer', 4), ('dispatch_ptr', 2), ('queue_ptr', 2), ('kernarg_segment_ptr', 2),
-              ('dispatch_id', 2), ('flat_scratch_init', 2), ('private_segment_size', 1))
+USER_SGPRS = (
+    ('private_segment_buffer', 4),
+    ('dispatch_ptr', 2),
+    ('queue_ptr', 2),
+    ('kernarg_segment_ptr', 2),
+    ('dispatch_id', 2),
+    ('flat_scratch_init', 2),
+    ('private_segment_size', 1),
+)
 Size = int | Sequence[int]
 
 
@@ -35,16 +43,20 @@ Size = int | Sequence[int]
 class Options:
     """How to run a launch.
 
-    hazard         memory results land only at the s_waitcnt that forces them, until then registers hold NaN and reads are
-                   reported; wait states between dependent instructions are checked
-    races          report two waves that touch the same LDS or global bytes, one writing, with no barrier between
+    hazard         memory results land only at the s_waitcnt that forces them, until then registers
+                   hold NaN and reads are reported; wait states between dependent instructions are
+                   checked
+    races          report two waves that touch the same LDS or global bytes, one writing, with no
+                   barrier between
     uninitialised  report reads of registers, LDS and fresh buffers that nothing wrote
-    schedule       'lockstep', 'serial', 'reverse' or 'random' (runner.py), with `quantum` and `seed`
+    schedule       'lockstep', 'serial', 'reverse' or 'random' (runner.py), with `quantum` and
+                   `seed`
     budget         instructions a wave may execute
     batch_waves    waves that run as one array
     processes      share the workgroups of a plain run (no check on) among this many processes
     trace          record the path of the first workgroup (timing model, timeline picture)
     """
+
     hazard: bool = False
     races: bool = False
     uninitialised: bool = False
@@ -63,24 +75,36 @@ class Kernel:
     def __init__(self, module: Module, text: KernelText, arch: str | None = None):
         target = arch or module.target
         if target not in ARCHS:
-            raise UnsupportedError(f'{text.name} is for {target}: cdnasim runs {", ".join(sorted(set(ARCHS.values())))}')
+            raise UnsupportedError(
+                f'{text.name} is for {target}: cdnasim runs '
+                f'{", ".join(sorted(set(ARCHS.values())))}'
+            )
         self.arch, self.module, self.name = ARCHS[target], module, text.name
         self.text, self.hsa, self.meta, self.args = text, text.hsa, text.meta, text.args
         self.entry = text.entry
         self.banks = make_banks(self.arch)
-        self.private_bytes = max(self.meta.get('private_segment_fixed_size', 0), self.hsa.get('private_segment_fixed_size', 0))
+        self.private_bytes = max(
+            self.meta.get('private_segment_fixed_size', 0),
+            self.hsa.get('private_segment_fixed_size', 0),
+        )
         self.indexed = gpr_index_regions(module)
-        self.reads_atomics = any('_atomic_' in i.op and i.flags & {'sc0', 'glc'} for i in module.instrs)
+        self.reads_atomics = any(
+            '_atomic_' in i.op and i.flags & {'sc0', 'glc'} for i in module.instrs
+        )
         self.code: list[Callable[[Batch], Any]] = []
         self.decode()
-        self.registers = 1 + max([AGPR_BASE if self.uses_agprs() else 0, 1] + [
-            o.idx + o.n - 1 for i in module.instrs for o in i.ops if o.kind == 'v'])
+        self.registers = 1 + max(
+            [AGPR_BASE if self.uses_agprs() else 0, 1]
+            + [o.idx + o.n - 1 for i in module.instrs for o in i.ops if o.kind == 'v']
+        )
 
     def uses_agprs(self) -> bool:
         return any(o.kind == 'v' and o.idx >= AGPR_BASE for i in self.module.instrs for o in i.ops)
 
     def decode(self) -> None:
-        """Closures of this kernel and of every function it might call. An unknown instruction is an error that names it."""
+        """Closures of this kernel and of every function it might call. An unknown instruction is an
+        error that names it.
+        """
         others = {n for n in self.module.kernels if n != self.name}
         foreign = [self.module.functions[n] for n in others if n in self.module.functions]
         unknown: dict[str, Instr] = {}
@@ -94,10 +118,12 @@ class Kernel:
             self.code.append(f or not_here)
         if unknown:
             where = '; '.join(f'`{i.text}` (line {i.line})' for i in list(unknown.values())[:5])
-            raise UnsupportedError(f'{self.name}: {len(unknown)} instructions are not implemented: {where}')
+            raise UnsupportedError(
+                f'{self.name}: {len(unknown)} instructions are not implemented: {where}'
+            )
 
     def label(self, o: Operand, ins: Instr) -> int:
-        if o.kind == 'imm':                                     # disassembly without symbols: dwords from the next instruction
+        if o.kind == 'imm':  # disassembly without symbols: dwords from the next instruction
             raise AsmError(f'line {ins.line}: branch `{ins.text}` has no label')
         if o.val not in self.module.labels:
             raise AsmError(f'line {ins.line}: label {o.val!r} of `{ins.text}` is not defined')
@@ -107,18 +133,30 @@ class Kernel:
     def visible_args(self) -> list[Argument]:
         return [a for a in self.args if not a.hidden]
 
-    def launch(self, grid: Size, block: Size, args: Sequence[Any] | bytes, *, memory: Memory | None = None,
-               dynamic_lds: int = 0, workgroups: Sequence[int] | None = None, options: Options | None = None,
-               **changes: Any) -> Report:
+    def launch(
+        self,
+        grid: Size,
+        block: Size,
+        args: Sequence[Any] | bytes,
+        *,
+        memory: Memory | None = None,
+        dynamic_lds: int = 0,
+        workgroups: Sequence[int] | None = None,
+        options: Options | None = None,
+        **changes: Any,
+    ) -> Report:
         """Run the kernel and return a `Report`.
 
-        grid: workgroups per axis; block: work-items per axis; args: in order of the kernel's arguments, NumPy arrays or
-        torch CPU tensors for pointers, numbers or bytes for values, or the packed bytes of the whole argument segment.
-        workgroups: run only these linear ids. `changes` are fields of `Options`, e.g. hazard=True.
-        Raises LaunchError, MemFault, BudgetError, DeadlockError, ExecError; findings of the checks are in the report.
+        grid: workgroups per axis; block: work-items per axis; args: in order of the kernel's
+        arguments, NumPy arrays or torch CPU tensors for pointers, numbers or bytes for values, or
+        the packed bytes of the whole argument segment. workgroups: run only these linear ids.
+        `changes` are fields of `Options`, e.g. hazard=True. Raises LaunchError, MemFault,
+        BudgetError, DeadlockError, ExecError; findings of the checks are in the report.
         """
         opts = replace(options or Options(), **changes)
-        return Launch(self, triple(grid, 'grid'), triple(block, 'block'), memory or Memory(), opts).run(args, dynamic_lds, workgroups)
+        return Launch(
+            self, triple(grid, 'grid'), triple(block, 'block'), memory or Memory(), opts
+        ).run(args, dynamic_lds, workgroups)
 
 
 def not_here(w: Batch) -> None:
@@ -126,18 +164,24 @@ def not_here(w: Batch) -> None:
 
 
 def decode_one(ins: Instr, kernel: Any) -> Callable[[Batch], Any] | None:
-    """The closure of one instruction; None when its name is unknown, UnsupportedError when a modifier is."""
+    """The closure of one instruction; None when its name is unknown, UnsupportedError when a
+    modifier is.
+    """
     try:
         for family in FAMILIES:
             if f := family.decode(ins, kernel):
                 return f
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as e:
-        raise UnsupportedError(f'line {ins.line}: cannot decode `{ins.text}`: {type(e).__name__}: {e}') from e
+        raise UnsupportedError(
+            f'line {ins.line}: cannot decode `{ins.text}`: {type(e).__name__}: {e}'
+        ) from e
     return None
 
 
 def gpr_index_regions(module: Module) -> dict[int, set[str]]:
-    """Instructions between s_set_gpr_idx_on and _off, with the operands that are indexed (LLVM emits only v_mov there)."""
+    """Instructions between s_set_gpr_idx_on and _off, with the operands that are indexed (LLVM
+    emits only v_mov there).
+    """
     regions: dict[int, set[str]] = {}
     current: set[str] | None = None
     for ins in module.instrs:
@@ -160,20 +204,42 @@ def triple(x: Size, what: str) -> tuple[int, int, int]:
 
 
 class Launch:
-    """One launch: argument segment, registers at wave start, checks, and the loop over groups of workgroups."""
+    """One launch: argument segment, registers at wave start, checks, and the loop over groups of
+    workgroups.
+    """
 
-    def __init__(self, kernel: Kernel, grid: tuple[int, int, int], block: tuple[int, int, int], memory: Memory, options: Options):
-        self.kernel, self.grid, self.block, self.memory, self.options = kernel, grid, block, memory, options
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        memory: Memory,
+        options: Options,
+    ):
+        self.kernel, self.grid, self.block, self.memory, self.options = (
+            kernel,
+            grid,
+            block,
+            memory,
+            options,
+        )
         threads = block[0] * block[1] * block[2]
         limit = kernel.meta.get('max_flat_workgroup_size', 1024) or 1024
         if threads > limit:
-            raise LaunchError(f'{kernel.name}: a block of {block} has {threads} work-items, the kernel was compiled for {limit}')
+            raise LaunchError(
+                f'{kernel.name}: a block of {block} has {threads} work-items, the kernel was '
+                f'compiled for {limit}'
+            )
         self.waves = (threads + 63) // 64
         self.lds_bytes = 0
         self.findings = Findings(kernel)
         self.races = Races(self.findings) if options.races else None
         self.uninitialised: Any = Uninitialised(self.findings) if options.uninitialised else None
-        self.checker = StateChecker(kernel, self.findings, options) if options.hazard or options.uninitialised else None
+        self.checker = (
+            StateChecker(kernel, self.findings, options)
+            if options.hazard or options.uninitialised
+            else None
+        )
         self.traced: set[int] = set()
         self.paths: dict[int, list[list[int]]] = {}
         self.schedule = Schedule.named(options.schedule, options.quantum, options.seed)
@@ -181,22 +247,33 @@ class Launch:
     def run(self, args: Any, dynamic_lds: int, workgroups: Sequence[int] | None) -> Report:
         start = time.perf_counter()
         k = self.kernel
-        self.lds_bytes = max(k.hsa.get('group_segment_fixed_size', 0), k.meta.get('group_segment_fixed_size', 0)) + dynamic_lds
+        self.lds_bytes = (
+            max(k.hsa.get('group_segment_fixed_size', 0), k.meta.get('group_segment_fixed_size', 0))
+            + dynamic_lds
+        )
         if self.lds_bytes > LDS_LIMIT[k.arch]:
-            raise LaunchError(f'{k.name}: {self.lds_bytes} bytes of LDS, {k.arch} has {LDS_LIMIT[k.arch]}')
+            raise LaunchError(
+                f'{k.name}: {self.lds_bytes} bytes of LDS, {k.arch} has {LDS_LIMIT[k.arch]}'
+            )
         self.kernarg = pack_args(k, args, self.grid, self.block, self.memory)
         self.kernarg_at = self.memory.alloc(self.kernarg, 'kernarg')
-        self.dispatch_at = self.memory.alloc(dispatch_packet(self.grid, self.block), 'dispatch packet')
+        self.dispatch_at = self.memory.alloc(
+            dispatch_packet(self.grid, self.block), 'dispatch packet'
+        )
         if k.module.got:
-            table = np.array([k.module.address(k.module.labels[name]) for name in k.module.got], u64)
+            table = np.array(
+                [k.module.address(k.module.labels[name]) for name in k.module.got], u64
+            )
             self.memory.map(GOT_BASE, table, 'global offset table')
         total = self.grid[0] * self.grid[1] * self.grid[2]
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= total):
-            raise LaunchError(f'{k.name}: workgroups {workgroups!r} are outside the grid of {total}')
+            raise LaunchError(
+                f'{k.name}: workgroups {workgroups!r} are outside the grid of {total}'
+            )
         counters, counts = Counters(), np.zeros(len(k.module.instrs), np.int64)
         per = max(1, self.options.batch_waves // self.waves)
-        parts = [ids[at:at + per] for at in range(0, len(ids), per)]
+        parts = [ids[at : at + per] for at in range(0, len(ids), per)]
         self.traced = {int(ids[0])} if len(ids) else set()
         previous, self.memory.watch = self.memory.watch, self.uninitialised
         try:
@@ -209,10 +286,16 @@ class Launch:
         return Report(self, counters, counts, len(ids), time.perf_counter() - start)
 
     def outcomes(self, parts: list[Array]) -> Iterator[Outcome]:
-        """Run groups of workgroups, in order, or in several processes (see parallel.py for when that is possible)."""
+        """Run groups of workgroups, in order, or in several processes (see parallel.py for when
+        that is possible).
+        """
         n = min(self.options.processes, len(parts))
-        if n > 1 and not (self.checker or self.races or self.memory.lenient or self.kernel.reads_atomics):
-            yield from run_forked(self.memory, [lambda part=part: self.run_group(part) for part in parts], n)  # type: ignore[misc]
+        if n > 1 and not (
+            self.checker or self.races or self.memory.lenient or self.kernel.reads_atomics
+        ):
+            yield from run_forked(
+                self.memory, [lambda part=part: self.run_group(part) for part in parts], n
+            )  # type: ignore[misc]
         else:
             yield from (self.run_group(part) for part in parts)
 
@@ -233,7 +316,9 @@ class Launch:
                 self.paths.setdefault(int(b.wave[k]), [*b.history[k], b.trace])
 
     def init_sgprs(self, w: Batch) -> None:
-        """User and system SGPRs in the order of the kernel descriptor (LLVM AMDGPUUsage, initial kernel execution state)."""
+        """User and system SGPRs in the order of the kernel descriptor (LLVM AMDGPUUsage, initial
+        kernel execution state).
+        """
         h, i = self.kernel.hsa, 0
         pointers = {'kernarg_segment_ptr': self.kernarg_at, 'dispatch_ptr': self.dispatch_at}
         for key, n in USER_SGPRS:
@@ -241,14 +326,21 @@ class Launch:
                 if key in pointers:
                     w.s[i], w.s[i + 1] = pointers[key] & 0xFFFFFFFF, pointers[key] >> 32
                 i += n
-        pre, off = h.get('user_sgpr_kernarg_preload_length', 0), h.get('user_sgpr_kernarg_preload_offset', 0)
+        pre, off = (
+            h.get('user_sgpr_kernarg_preload_length', 0),
+            h.get('user_sgpr_kernarg_preload_offset', 0),
+        )
         words = np.zeros(off + pre, u32)
-        have = self.kernarg[:4 * len(words)].view(u32) if pre else words
-        words[:len(have)] = have
-        w.s[i:i + pre] = words[off:off + pre].tolist()
+        have = self.kernarg[: 4 * len(words)].view(u32) if pre else words
+        words[: len(have)] = have
+        w.s[i : i + pre] = words[off : off + pre].tolist()
         i = max(i + pre, h.get('user_sgpr_count', 0))
         linear = w.group.linear[w.wg].astype(np.int64)
-        ids = (linear % self.grid[0], linear // self.grid[0] % self.grid[1], linear // (self.grid[0] * self.grid[1]))
+        ids = (
+            linear % self.grid[0],
+            linear // self.grid[0] % self.grid[1],
+            linear // (self.grid[0] * self.grid[1]),
+        )
         for axis, key in enumerate('xyz'):
             if h.get('system_sgpr_workgroup_id_' + key, 1 if axis == 0 else 0):
                 w.s[i] = norm(ids[axis].astype(u64))
@@ -262,19 +354,24 @@ def dispatch_packet(grid: tuple[int, int, int], block: tuple[int, int, int]) -> 
     return packet
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+# ---- arguments
+
 
 def argument_bytes(v: Any, size: int, memory: Memory, name: str) -> bytes:
-    """One argument of `size` bytes: a buffer becomes its address, a number its little-endian bits."""
-    if hasattr(v, 'untyped_storage'):                           # torch tensor
+    """One argument of `size` bytes: a buffer becomes its address, a number its little-endian
+    bits.
+    """
+    if hasattr(v, 'untyped_storage'):  # torch tensor
         if v.device.type != 'cpu':
-            raise LaunchError(f'argument {name}: the tensor is on {v.device}, cdnasim takes CPU tensors')
+            raise LaunchError(
+                f'argument {name}: the tensor is on {v.device}, cdnasim takes CPU tensors'
+            )
         v = memory.map_tensor(v, f'{name} {tuple(v.shape)}')
     elif isinstance(v, np.ndarray) and v.ndim:
         v = memory.alloc(v, f'{name} {v.shape}')
     if isinstance(v, (bool, int, np.integer)):
         return (int(v) & ((1 << 8 * size) - 1)).to_bytes(size, 'little')
-    if type(v) is float:                        # np.float64 is a float too, and has its own size
+    if type(v) is float:  # np.float64 is a float too, and has its own size
         v = np.array(v, {2: np.float16, 4: np.float32, 8: np.float64}[size])
     raw = v if isinstance(v, (bytes, bytearray)) else np.asarray(v).tobytes()
     if len(raw) != size:
@@ -282,34 +379,54 @@ def argument_bytes(v: Any, size: int, memory: Memory, name: str) -> bytes:
     return bytes(raw)
 
 
-def pack_args(kernel: Kernel, args: Any, grid: tuple[int, int, int], block: tuple[int, int, int], memory: Memory) -> Array:
-    """The kernarg segment, laid out by the metadata (or, without metadata, in order: pointers 8 bytes, numbers 4)."""
+def pack_args(
+    kernel: Kernel,
+    args: Any,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    memory: Memory,
+) -> Array:
+    """The kernarg segment, laid out by the metadata (or, without metadata, in order: pointers 8
+    bytes, numbers 4).
+    """
     size = max(kernel.meta.get('kernarg_segment_size', 0), kernel.hsa.get('kernarg_size', 0), 16)
     if isinstance(args, (bytes, bytearray)):
         buf = np.zeros(max(size, (len(args) + 3) // 4 * 4), u8)
-        buf[:len(args)] = np.frombuffer(bytes(args), u8)
+        buf[: len(args)] = np.frombuffer(bytes(args), u8)
     else:
         layout = kernel.visible_args if kernel.args else plain_layout(args)
         if len(args) != len(layout):
             names = ', '.join(a.name or a.kind for a in layout)
-            raise LaunchError(f'{kernel.name} takes {len(layout)} arguments ({names}), {len(args)} were given')
+            raise LaunchError(
+                f'{kernel.name} takes {len(layout)} arguments ({names}), {len(args)} were given'
+            )
         buf = np.zeros(max([size] + [(a.offset + a.size + 3) // 4 * 4 for a in layout]), u8)
         for k, (a, v) in enumerate(zip(layout, args, strict=True)):
             raw = argument_bytes(v, a.size, memory, a.name or f'#{k}')
-            buf[a.offset:a.offset + a.size] = np.frombuffer(raw, u8)
+            buf[a.offset : a.offset + a.size] = np.frombuffer(raw, u8)
     hidden = {f'hidden_block_count_{x}': g for x, g in zip('xyz', grid, strict=True)}
     hidden.update({f'hidden_group_size_{x}': b for x, b in zip('xyz', block, strict=True)})
-    hidden.update({f'hidden_remainder_{x}': 0 for x in 'xyz'}, hidden_grid_dims=sum(g > 1 for g in grid) or 1)
+    hidden.update(
+        {f'hidden_remainder_{x}': 0 for x in 'xyz'}, hidden_grid_dims=sum(g > 1 for g in grid) or 1
+    )
     for a in kernel.args:
         if a.kind in hidden:
-            buf[a.offset:a.offset + a.size] = np.frombuffer(int(hidden[a.kind]).to_bytes(a.size, 'little'), u8)
+            buf[a.offset : a.offset + a.size] = np.frombuffer(
+                int(hidden[a.kind]).to_bytes(a.size, 'little'), u8
+            )
     return buf
 
 
 def plain_layout(args: Sequence[Any]) -> list[Argument]:
     out, at = [], 0
     for v in args:
-        size = 8 if hasattr(v, 'shape') and getattr(v, 'ndim', 0) else len(v) if isinstance(v, (bytes, bytearray)) else 4
+        size = (
+            8
+            if hasattr(v, 'shape') and getattr(v, 'ndim', 0)
+            else len(v)
+            if isinstance(v, (bytes, bytearray))
+            else 4
+        )
         at = (at + min(size, 8) - 1) // min(size, 8) * min(size, 8)
         out.append(Argument(at, size))
         at += size
@@ -319,12 +436,15 @@ def plain_layout(args: Sequence[Any]) -> list[Argument]:
 def load(source: str | Path, name: str | None = None, arch: str | None = None) -> Kernel:
     """A kernel from assembly text, a `.s` file or an ELF code object.
 
-    source: path or the text itself; name: which kernel, needed when there are several; arch: gfx942 or gfx950, by default what
-    the text says. Raises AsmError, UnsupportedError (other architecture, unknown instruction), ToolError (no llvm-objdump).
+    source: path or the text itself; name: which kernel, needed when there are several; arch: gfx942
+    or gfx950, by default what the text says. Raises AsmError, UnsupportedError (other architecture,
+    unknown instruction), ToolError (no llvm-objdump).
     """
     module = load_module(source)
     if name is None and len(module.kernels) > 1:
-        raise AsmError(f'the file holds {len(module.kernels)} kernels: name one of {", ".join(module.kernels)}')
+        raise AsmError(
+            f'the file holds {len(module.kernels)} kernels: name one of {", ".join(module.kernels)}'
+        )
     wanted = name or next(iter(module.kernels))
     if wanted not in module.kernels:
         raise AsmError(f'no kernel {wanted!r}; there are: {", ".join(module.kernels)}')
@@ -340,5 +460,6 @@ def load_module(source: str | Path) -> Module:
         raise AsmError(f'{path} does not exist')
     if path.read_bytes()[:4] == b'\x7fELF':
         from .elf import disassemble
+
         return parse_asm(disassemble(path))
     return parse_asm(path.read_text())

@@ -1,4 +1,7 @@
-"""Global memory: byte buffers at 64-bit addresses with guard space between them, bounds checks, and a record of what was written."""
+"""Global memory: byte buffers at 64-bit addresses with guard space between them, bounds checks, and
+a record of what was written.
+"""
+
 from __future__ import annotations
 
 import bisect
@@ -14,13 +17,17 @@ from .gather import gather, scatter
 from .isa.memop import ATOMIC, do_atomic
 from .numerics import Array, i64, u8
 
-
-Entry = tuple[int, Array, Array, str]            # region base, offsets (addresses for atomics), rows, atomic or ''
+Entry = tuple[
+    int, Array, Array, str
+]  # region base, offsets (addresses for atomics), rows, atomic or ''
 
 
 @dataclass(slots=True)
 class Region:
-    """One buffer. `written` marks bytes that hold a value, or is None when all of them do; `keep` keeps the owner alive."""
+    """One buffer. `written` marks bytes that hold a value, or is None when all of them do; `keep`
+    keeps the owner alive.
+    """
+
     base: int
     data: Array
     name: str = ''
@@ -34,7 +41,10 @@ class Region:
 
 
 class Memory:
-    """Address space of one device. `lenient`: stray vector loads read zero and are recorded in `violations`."""
+    """Address space of one device. `lenient`: stray vector loads read zero and are recorded in
+    `violations`.
+    """
+
     BASE = 0x7A00_0000_0000
     GUARD = 1 << 20
 
@@ -44,11 +54,17 @@ class Memory:
         self.bases: list[int] = []
         self.regions: list[Region] = []
         self.next = self.BASE
-        self.journal: list[Entry] | None = None         # stores and atomics, when another process must repeat them
-        self.watch: Any = None                  # uninitialised reads are reported to watch.unwritten(region, offsets)
+        self.journal: list[Entry] | None = (
+            None  # stores and atomics, when another process must repeat them
+        )
+        self.watch: Any = (
+            None  # uninitialised reads are reported to watch.unwritten(region, offsets)
+        )
 
     def map(self, base: int, data: Array, name: str = '', keep: Any = None) -> int:
-        """Map bytes at a given address; an older buffer that begins there or overlaps is replaced."""
+        """Map bytes at a given address; an older buffer that begins there or overlaps is
+        replaced.
+        """
         data = data.reshape(-1).view(u8)
         i = bisect.bisect_left(self.bases, base)
         if i < len(self.bases) and self.bases[i] == base and len(self.regions[i].data) == len(data):
@@ -63,7 +79,9 @@ class Memory:
         return base
 
     def alloc(self, data: Array | int, name: str = '') -> int:
-        """Map an array (shared, not copied) at a fresh guarded address. An int asks for that many bytes that nothing wrote yet."""
+        """Map an array (shared, not copied) at a fresh guarded address. An int asks for that many
+        bytes that nothing wrote yet.
+        """
         fresh = isinstance(data, int)
         array = np.zeros(data, u8) if isinstance(data, int) else data
         if not array.flags['C_CONTIGUOUS']:
@@ -76,7 +94,9 @@ class Memory:
         return base
 
     def map_tensor(self, t: Any, name: str = '') -> int:
-        """Map a torch CPU tensor's storage at its own host address, so that host code may pass data_ptr() along."""
+        """Map a torch CPU tensor's storage at its own host address, so that host code may pass
+        data_ptr() along.
+        """
         st = t.untyped_storage()
         ptr, n = st.data_ptr(), st.nbytes()
         if n:
@@ -103,12 +123,22 @@ class Memory:
             near = ''
             if i >= 0:
                 r = self.regions[i]
-                near = f'; nearest below: {r.name or "?"} [{r.base:#x}, +{len(r.data):#x}), offset {a - r.base:#x}'
+                near = (
+                    f'; nearest below: {r.name or "?"} [{r.base:#x}, +{len(r.data):#x}), '
+                    f'offset {a - r.base:#x}'
+                )
             lane = row % 64
-            return MemFault(f'{what} of {n} bytes at {a:#x} by lane {lane} is outside every mapped buffer{near}', a, lane, row)
+            return MemFault(
+                f'{what} of {n} bytes at {a:#x} by lane {lane} is outside every buffer{near}',
+                a,
+                lane,
+                row,
+            )
         raise AssertionError('no address is out of range')
 
-    def groups(self, addr: Array, rows: Array, n: int, what: str) -> Iterator[tuple[Region, Array, Any]]:
+    def groups(
+        self, addr: Array, rows: Array, n: int, what: str
+    ) -> Iterator[tuple[Region, Array, Any]]:
         """(region, offsets, selector) per region touched; one in the common case."""
         if not len(addr):
             return
@@ -151,7 +181,9 @@ class Memory:
                 region.written[off[:, None] + np.arange(n)] = True
 
     def atomic(self, addr: Array, rows: Array, data: Array, kind: str) -> Array:
-        """Perform the atomic `kind` (a key of isa.memop.ATOMIC) in order of wave and lane -> old values."""
+        """Perform the atomic `kind` (a key of isa.memop.ATOMIC) in order of wave and lane -> old
+        values.
+        """
         n, fn = ATOMIC[kind]
         journal, self.journal = self.journal, None
         old = do_atomic(lambda a, r: self.load(a, r, n), self.store, addr, rows, data, n, fn)
@@ -179,4 +211,4 @@ class Memory:
         off = address - region.base
         if region.written is not None and self.watch is not None:
             self.watch.unwritten(region, np.array([off]), n)
-        return region.data[off:off + n]
+        return region.data[off : off + n]

@@ -1,10 +1,13 @@
-"""Plant bugs in a kernel's assembly, to measure what the checks catch: `python` API used by tests and by docs/cdnasim.md.
+"""Plant bugs in a kernel's assembly, to measure what the checks catch: `python` API used by tests
+and by docs/cdnasim.md.
 
 A mutant is the text with one instruction changed. Kinds:
   wait     an s_waitcnt removed                    count    one of its counts raised by one
   barrier  an s_barrier removed                    swizzle  a v_xor address step turned into a move
-  bound    a buffer descriptor one dword short     tile     a matrix instruction removed (a lost K step)
+  bound    a buffer descriptor one dword short     tile     a matrix instruction removed (a lost K
+           step)
 """
+
 from __future__ import annotations
 
 import re
@@ -18,11 +21,14 @@ from .machine import Kernel
 from .report import Report
 
 KINDS = ('wait', 'count', 'barrier', 'swizzle', 'bound', 'tile')
-Run = Callable[[Kernel, dict[str, object]], tuple[Report, bytes]]      # run a kernel with options -> (report, output bytes)
+Run = Callable[
+    [Kernel, dict[str, object]], tuple[Report, bytes]
+]  # run a kernel with options -> (report, output bytes)
 MODES: list[dict[str, object]] = [
     {'hazard': True, 'races': True, 'uninitialised': True, 'schedule': 'serial'},
     {'hazard': True, 'races': True, 'uninitialised': True, 'schedule': 'lockstep'},
-    {'hazard': True, 'races': True, 'schedule': 'reverse'}]
+    {'hazard': True, 'races': True, 'schedule': 'reverse'},
+]
 
 
 @dataclass(slots=True)
@@ -32,7 +38,9 @@ class Mutant:
     before: str
     after: str
     text: str
-    caught: list[str] = field(default_factory=list)        # result, race, hazard, wait-states, uninitialised, fault, stall
+    caught: list[str] = field(
+        default_factory=list
+    )  # result, race, hazard, wait-states, uninitialised, fault, stall
 
 
 def edit(lines: list[str], ins: Instr, after: str) -> str:
@@ -47,7 +55,7 @@ def raised(text: str) -> str | None:
     limit = {'vmcnt': 62, 'lgkmcnt': 14}
     if not m or int(m.group(2)) > limit[m.group(1)]:
         return None
-    return text[:m.start(2)] + str(int(m.group(2)) + 1) + text[m.end(2):]
+    return text[: m.start(2)] + str(int(m.group(2)) + 1) + text[m.end(2) :]
 
 
 def record_counts(code: list[Instr]) -> set[int]:
@@ -67,6 +75,7 @@ def mutants(kernel: Kernel, kinds: tuple[str, ...] = KINDS) -> Iterator[Mutant]:
 
     def make(kind: str, ins: Instr, after: str) -> Mutant:
         return Mutant(kind, ins.line, ins.text, after, edit(lines, ins, after))
+
     for ins in kernel.module.instrs[lo:hi]:
         if ins.op == 's_waitcnt':
             if 'wait' in kinds:
@@ -77,8 +86,14 @@ def mutants(kernel: Kernel, kinds: tuple[str, ...] = KINDS) -> Iterator[Mutant]:
             yield make('barrier', ins, 's_nop 0')
         elif ins.op.startswith('v_xor_b32') and 'swizzle' in kinds:
             yield make('swizzle', ins, f'v_mov_b32_e32 {ins.ops[0].text}, {ins.ops[2].text}')
-        elif ins.op.startswith('s_') and ins.ops and ins.ops[0].kind == 's' and ins.ops[0].n == 1 \
-                and ins.ops[0].idx in records and 'bound' in kinds:
+        elif (
+            ins.op.startswith('s_')
+            and ins.ops
+            and ins.ops[0].kind == 's'
+            and ins.ops[0].n == 1
+            and ins.ops[0].idx in records
+            and 'bound' in kinds
+        ):
             reg = ins.ops[0].text
             yield make('bound', ins, f'{ins.text}\n\ts_sub_u32 {reg}, {reg}, 4')
         elif ins.op.startswith('v_mfma') and 'tile' in kinds:
@@ -92,7 +107,11 @@ def judge(mutant: Mutant, name: str, run: Run, want: bytes) -> Mutant:
         try:
             report, out = run(kernel, mode)
         except CdnaSimError as e:
-            mutant.caught = [{'MemFault': 'fault', 'BudgetError': 'stall', 'DeadlockError': 'stall'}.get(type(e).__name__, 'fault')]
+            mutant.caught = [
+                {'MemFault': 'fault', 'BudgetError': 'stall', 'DeadlockError': 'stall'}.get(
+                    type(e).__name__, 'fault'
+                )
+            ]
             break
         mutant.caught = sorted(report.kinds) + (['result'] if out != want else [])
         if mutant.caught:

@@ -1,8 +1,9 @@
 """Number formats of CDNA3/CDNA4: small floats (fp8, bf8, fp6, bf6, fp4), bf16, E8M0.
 
-Encoders round to nearest even unless they are given random bits. Sources: OCP 8-bit Floating Point Specification 1.0,
-OCP Microscaling Formats 1.0, AMD CDNA3 ISA section 7 (FNUZ variants on gfx94x).
+Encoders round to nearest even unless they are given random bits. Sources: OCP 8-bit Floating Point
+Specification 1.0, OCP Microscaling Formats 1.0, AMD CDNA3 ISA section 7 (FNUZ variants on gfx94x).
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,10 +17,21 @@ Array = np.ndarray[Any, Any]
 
 
 class MiniFloat:
-    """Sign, `ebits`, `mbits`. `maxcode` is the largest finite code; `nan` and `inf` are codes or None."""
+    """Sign, `ebits`, `mbits`. `maxcode` is the largest finite code; `nan` and `inf` are codes or
+    None.
+    """
 
-    def __init__(self, name: str, ebits: int, mbits: int, bias: int, maxcode: int,
-                 nan: int | None = None, inf: int | None = None, fnuz: bool = False):
+    def __init__(
+        self,
+        name: str,
+        ebits: int,
+        mbits: int,
+        bias: int,
+        maxcode: int,
+        nan: int | None = None,
+        inf: int | None = None,
+        fnuz: bool = False,
+    ):
         self.name, self.ebits, self.mbits, self.bias = name, ebits, mbits, bias
         self.maxcode, self.nan, self.inf, self.fnuz = maxcode, nan, inf, fnuz
         self.bits = 1 + ebits + mbits
@@ -40,9 +52,11 @@ class MiniFloat:
         return s * (1 + m / (1 << self.mbits)) * 2.0 ** (e - self.bias)
 
     def encode(self, x: Any, saturate: bool = False, noise: Any = None) -> Array:
-        """Floats -> codes (uint32). Overflow gives inf or NaN where the format has one, else the largest value.
+        """Floats -> codes (uint32). Overflow gives inf or NaN where the format has one, else the
+        largest value.
 
-        `noise` in [0, 1): stochastic rounding, floor(x / ulp + noise) on the magnitude, instead of nearest even.
+        `noise` in [0, 1): stochastic rounding, floor(x / ulp + noise) on the magnitude, instead of
+        nearest even.
         """
         x = np.asarray(x, f64)
         a = np.abs(x)
@@ -60,7 +74,7 @@ class MiniFloat:
         nan = self.nan if self.nan is not None else self.maxcode
         code = np.where(np.isnan(x), nan, np.where(over, top, code))
         neg = np.signbit(x)
-        if self.fnuz:                       # one zero and one NaN: code 0x80 is the NaN
+        if self.fnuz:  # one zero and one NaN: code 0x80 is the NaN
             neg = neg & (code != 0) & (code != self.nan)
         return (code | np.where(neg, self.sign, 0)).astype(u32)
 
@@ -73,7 +87,13 @@ FP6 = MiniFloat('fp6', 2, 3, 1, 0x1F)
 BF6 = MiniFloat('bf6', 3, 2, 3, 0x1F)
 FP4 = MiniFloat('fp4', 2, 1, 1, 0x07)
 BY_NAME = {'fp8': FP8, 'bf8': BF8, 'fp6': FP6, 'bf6': BF6, 'fp4': FP4}
-FORMAT_BY_CODE = [FP8, BF8, FP6, BF6, FP4]     # cbsz / blgp of v_mfma_*_f8f6f4 (CDNA4 ISA, MFMA with block exponent scaling)
+FORMAT_BY_CODE = [
+    FP8,
+    BF8,
+    FP6,
+    BF6,
+    FP4,
+]  # cbsz / blgp of v_mfma_*_f8f6f4 (CDNA4 ISA, MFMA with block exponent scaling)
 
 
 def minifloat(name: str, arch: str) -> MiniFloat:
@@ -99,7 +119,9 @@ def f32_to_bf16(x: Any) -> Array:
     """float32 -> bf16 code (uint32), nearest even, NaN kept quiet."""
     b = np.asarray(x, f32).view(u32)
     r = (b + u32(0x7FFF) + ((b >> u32(16)) & u32(1))) >> u32(16)
-    return np.where((b & u32(0x7FFFFFFF)) > u32(0x7F800000), (b >> u32(16)) | u32(0x40), r).astype(u32)
+    return np.where((b & u32(0x7FFFFFFF)) > u32(0x7F800000), (b >> u32(16)) | u32(0x40), r).astype(
+        u32
+    )
 
 
 def f16_bits(x: Any) -> Array:
@@ -116,11 +138,13 @@ def unpack_bits(data: Array, width: int) -> Array:
         return np.stack([data & u8(15), data >> u8(4)], -1).reshape(*data.shape[:-1], -1)
     bits = np.unpackbits(data, axis=-1, bitorder='little')
     n = bits.shape[-1] // width
-    return bits[..., :n * width].reshape(*data.shape[:-1], n, width) @ (1 << np.arange(width))
+    return bits[..., : n * width].reshape(*data.shape[:-1], n, width) @ (1 << np.arange(width))
 
 
 def pack_bits(codes: Array, width: int) -> Array:
     """Fields [..., k] -> uint32[..., k * width // 32], the inverse of `unpack_bits`."""
-    bits = ((codes[..., None] >> np.arange(width).astype(codes.dtype)) & codes.dtype.type(1)).astype(u8)
+    bits = (
+        (codes[..., None] >> np.arange(width).astype(codes.dtype)) & codes.dtype.type(1)
+    ).astype(u8)
     data = np.packbits(bits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder='little')
     return np.ascontiguousarray(data).view(u32)

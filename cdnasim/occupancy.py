@@ -1,4 +1,5 @@
 """How many waves of a kernel fit a SIMD and a CU (CDNA3 ISA 3.6, LLVM AMDGPUUsage)."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ LDS_GRANULE = {'gfx942': 512, 'gfx950': 1280}
 @dataclass(frozen=True, slots=True)
 class Occupancy:
     """`limit` names what stops one more workgroup: registers, LDS or the wave slots."""
+
     vgprs: int
     agprs: int
     sgprs: int
@@ -48,10 +50,22 @@ def occupancy(kernel: Kernel, lds: int, waves: int) -> Occupancy:
     total = ((v + 3) // 4 * 4 if a else v) + a
     total = (total + VGPR_GRANULE - 1) // VGPR_GRANULE * VGPR_GRANULE
     by_registers = min(MAX_WAVES, UNIFIED_VGPRS // max(total, 1))
-    wg_registers = by_registers * SIMDS // waves if waves >= SIMDS else by_registers * SIMDS // max(waves, 1)
+    wg_registers = (
+        by_registers * SIMDS // waves if waves >= SIMDS else by_registers * SIMDS // max(waves, 1)
+    )
     granule = LDS_GRANULE[kernel.arch]
-    wg_lds = LDS_BYTES[kernel.arch] // ((lds + granule - 1) // granule * granule) if lds else 1 << 20
+    wg_lds = (
+        LDS_BYTES[kernel.arch] // ((lds + granule - 1) // granule * granule) if lds else 1 << 20
+    )
     wg_slots = MAX_WAVES * SIMDS // waves
     fits = max(1, min(wg_registers, wg_lds, wg_slots))
-    limit = 'LDS' if wg_lds == fits else 'registers' if wg_registers == fits and by_registers < MAX_WAVES else 'wave slots'
-    return Occupancy(v, a, kernel.meta.get('sgpr_count', 0), lds, max(1, fits * waves // SIMDS), fits, limit)
+    limit = (
+        'LDS'
+        if wg_lds == fits
+        else 'registers'
+        if wg_registers == fits and by_registers < MAX_WAVES
+        else 'wave slots'
+    )
+    return Occupancy(
+        v, a, kernel.meta.get('sgpr_count', 0), lds, max(1, fits * waves // SIMDS), fits, limit
+    )

@@ -1,7 +1,9 @@
-"""Readers and writers of operands: each returns a closure, so that an instruction is decoded once and run many times.
+"""Readers and writers of operands: each returns a closure, so that an instruction is decoded once
+and run many times.
 
 Types of vector operands: u i f 32 bits, U I D 64 bits, h H s b 16 bits (f16, u16, i16, bf16).
 """
+
 from __future__ import annotations
 
 import struct
@@ -20,11 +22,15 @@ Write = Callable[[Batch, Any], None]
 
 
 def const_bits(o: Operand, ty: str) -> int:
-    """Bits of an immediate for an operand of type `ty` (CDNA3 ISA 5.4: inline constants and literals)."""
+    """Bits of an immediate for an operand of type `ty` (CDNA3 ISA 5.4: inline constants and
+    literals).
+    """
     if o.kind == 'imm':
         if ty == 'U' or ty == 'I':
             return o.val & ALL
-        if ty == 'D':       # a 32-bit literal of an f64 operand is its high half; small ints are inline constants
+        if (
+            ty == 'D'
+        ):  # a 32-bit literal of an f64 operand is its high half; small ints are inline constants
             return o.val & ALL if -16 <= o.val <= 64 else (o.val & M32) << 32
         return o.val & M32
     if ty in 'hHs':
@@ -78,6 +84,7 @@ def ws32(o: Operand) -> Write:
     def write_exec(w: Batch, x: Scalar) -> None:
         w.s[i] = x & M32
         w.set_exec(w.exec64())
+
     return write_exec if i in (EXEC, EXEC + 1) else write
 
 
@@ -90,6 +97,7 @@ def ws64(o: Operand) -> Write:
 
     def write(w: Batch, x: Scalar) -> None:
         w.s[i], w.s[i + 1] = x & M32, (x >> 32) & M32
+
     return write
 
 
@@ -106,6 +114,7 @@ def rv32(o: Operand, ty: str = 'u') -> Read:
     def read(w: Batch) -> Row:
         x = r(w)
         return u32(x) if type(x) is int else x.astype(u32)[:, None]
+
     return read
 
 
@@ -119,6 +128,7 @@ def rv64(o: Operand, ty: str = 'U') -> Read:
     def read(w: Batch) -> Row:
         x = r(w)
         return u64(x) if type(x) is int else x[:, None]
+
     return read
 
 
@@ -136,6 +146,7 @@ def wv64(o: Operand) -> Write:
     def write(w: Batch, x: Row) -> None:
         w.put(i, lo32(x))
         w.put(i + 1, (x >> u64(32)).astype(u32))
+
     return write
 
 
@@ -144,25 +155,38 @@ def lo32(x: Row) -> Row:
 
 
 def write_mask(o: Operand) -> Write:
-    """Writer of a lane mask from bool (waves, 64); inactive lanes give 0 (CDNA3 ISA 6.6 for compares)."""
+    """Writer of a lane mask from bool (waves, 64); inactive lanes give 0 (CDNA3 ISA 6.6 for
+    compares).
+    """
     wr = ws64(o)
 
     def write(w: Batch, b: Any) -> None:
         b = np.broadcast_to(b, w.shape)
         wr(w, bool_to_mask(b if w.full else b & w.m))
+
     return write
 
 
-TYPED: dict[str, Callable[[Any], Any]] = {      # raw bits -> typed value
-    'u': lambda x: x, 'U': lambda x: x,
-    'i': lambda x: x.view(i32), 'f': lambda x: x.view(f32),
-    'I': lambda x: x.view(i64), 'D': lambda x: x.view(f64),
-    'h': lambda x: x.astype(u16).view(f16), 'H': lambda x: x.astype(u16), 's': lambda x: x.astype(u16).view(i16),
+TYPED: dict[str, Callable[[Any], Any]] = {  # raw bits -> typed value
+    'u': lambda x: x,
+    'U': lambda x: x,
+    'i': lambda x: x.view(i32),
+    'f': lambda x: x.view(f32),
+    'I': lambda x: x.view(i64),
+    'D': lambda x: x.view(f64),
+    'h': lambda x: x.astype(u16).view(f16),
+    'H': lambda x: x.astype(u16),
+    's': lambda x: x.astype(u16).view(i16),
     'b': lambda x: (x << u32(16)).view(f32),
 }
-RAW: dict[str, Callable[[Any], Any]] = {        # typed value -> raw bits
-    'u': lambda x: x, 'U': lambda x: x,
-    'i': lambda x: x.view(u32), 'f': lambda x: x.view(u32),
-    'I': lambda x: x.view(u64), 'D': lambda x: x.view(u64),
-    'h': lambda x: x.view(u16).astype(u32), 'H': lambda x: x.astype(u32), 's': lambda x: x.view(u16).astype(u32),
+RAW: dict[str, Callable[[Any], Any]] = {  # typed value -> raw bits
+    'u': lambda x: x,
+    'U': lambda x: x,
+    'i': lambda x: x.view(u32),
+    'f': lambda x: x.view(u32),
+    'I': lambda x: x.view(u64),
+    'D': lambda x: x.view(u64),
+    'h': lambda x: x.view(u16).astype(u32),
+    'H': lambda x: x.astype(u32),
+    's': lambda x: x.view(u16).astype(u32),
 }

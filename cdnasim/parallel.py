@@ -1,9 +1,11 @@
 """Share the workgroups of one launch among forked processes.
 
-Each child runs every n-th group of workgroups on its copy of memory and sends back its counts and a journal of its stores,
-which the parent repeats. Atomics that return nothing are journalled as operations and performed by the parent in order of
-the groups. Not possible when a workgroup may see what another wrote (atomics that return a value) or when a check is on.
+Each child runs every n-th group of workgroups on its copy of memory and sends back its counts and a
+journal of its stores, which the parent repeats. Atomics that return nothing are journalled as
+operations and performed by the parent in order of the groups. Not possible when a workgroup may see
+what another wrote (atomics that return a value) or when a check is on.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,6 +23,7 @@ from .numerics import Array
 @dataclass(slots=True)
 class Outcome:
     """What a group of workgroups leaves behind besides memory."""
+
     counters: Counters
     counts: Array
     paths: dict[int, list[list[int]]]
@@ -65,7 +68,9 @@ def run_forked(memory: Memory, jobs: list[Job], processes: int) -> Iterator[Outc
             try:
                 outcome, journal = pickle.load(pipes[k % processes])
             except EOFError as e:
-                raise ToolError('a worker process died (out of memory?); run with processes=1') from e
+                raise ToolError(
+                    'a worker process died (out of memory?); run with processes=1'
+                ) from e
             memory.replay(journal)
             if isinstance(outcome, CdnaSimError):
                 raise outcome

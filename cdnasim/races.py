@@ -1,9 +1,12 @@
-"""Race detection: two waves touch the same byte, one of them writes, and no barrier of their workgroup lies between.
+"""Race detection: two waves touch the same byte, one of them writes, and no barrier of their
+workgroup lies between.
 
-LDS: each byte remembers its last writer and one reader (two readers become "somebody"), with the barrier epoch.
-Global memory: the same per buffer; waves of different workgroups have no barrier at all, so any such pair counts, except
-atomic against atomic. In hazard mode an access counts from its issue to its landing.
+LDS: each byte remembers its last writer and one reader (two readers become "somebody"), with the
+barrier epoch. Global memory: the same per buffer; waves of different workgroups have no barrier at
+all, so any such pair counts, except atomic against atomic. In hazard mode an access counts from its
+issue to its landing.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +20,7 @@ from .numerics import Array, i32, i64
 if TYPE_CHECKING:
     from .group import Group
 
-MANY = -2                            # several readers
+MANY = -2  # several readers
 NOBODY = -1
 
 
@@ -58,7 +61,9 @@ class GroupRaces:
         where = (idx[:, None] + np.arange(n)).reshape(-1)
         self.access(self.shadow, where, who.repeat(n), epoch.repeat(n), pc, write, 'LDS', False)
 
-    def globally(self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None) -> None:
+    def globally(
+        self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None
+    ) -> None:
         memory = self.group.memory
         who, epoch = self.who(w, ids)
         which = np.searchsorted(np.array(memory.bases, i64), addr, 'right') - 1
@@ -67,20 +72,53 @@ class GroupRaces:
             sel = (which == k) & (addr + n <= region.end)
             shadow = self.races.buffers.setdefault(region.base, Shadow(len(region.data)))
             where = ((addr[sel] - region.base)[:, None] + np.arange(n)).reshape(-1)
-            self.access(shadow, where, who[sel].repeat(n), epoch[sel].repeat(n), pc, write, region.name or 'global', True)
+            self.access(
+                shadow,
+                where,
+                who[sel].repeat(n),
+                epoch[sel].repeat(n),
+                pc,
+                write,
+                region.name or 'global',
+                True,
+            )
 
-    def access(self, s: Shadow, at: Array, who: Array, epoch: Array, pc: int, write: bool | None, place: str, across: bool) -> None:
+    def access(
+        self,
+        s: Shadow,
+        at: Array,
+        who: Array,
+        epoch: Array,
+        pc: int,
+        write: bool | None,
+        place: str,
+        across: bool,
+    ) -> None:
         """`write` None is an atomic: it races with plain accesses only, and leaves no trace."""
+
         def meets(other: Array, other_epoch: Array) -> Array:
             bad = (other[at] != NOBODY) & (other[at] != who)
-            same_wg = (other[at] // self.group.waves == who // self.group.waves) | (other[at] == MANY)
-            return bad & (~same_wg | (other_epoch[at] == epoch)) if across else bad & (other_epoch[at] == epoch)
-        self.note(at[meets(s.writer, s.wepoch)], s.wpc, pc, ('write', 'read' if write is False else 'write'), place)
+            same_wg = (other[at] // self.group.waves == who // self.group.waves) | (
+                other[at] == MANY
+            )
+            return (
+                bad & (~same_wg | (other_epoch[at] == epoch))
+                if across
+                else bad & (other_epoch[at] == epoch)
+            )
+
+        self.note(
+            at[meets(s.writer, s.wepoch)],
+            s.wpc,
+            pc,
+            ('write', 'read' if write is False else 'write'),
+            place,
+        )
         if write is not False:
             self.note(at[meets(s.reader, s.repoch)], s.rpc, pc, ('read', 'write'), place)
         if write:
             s.writer[at] = who
-            twice = s.writer[at] != who                        # another wave wrote the byte in this very instruction
+            twice = s.writer[at] != who  # another wave wrote the byte in this very instruction
             self.note(at[twice], None, pc, ('write', 'write'), place)
             s.wepoch[at], s.wpc[at] = epoch, pc
         elif write is False:
@@ -92,6 +130,13 @@ class GroupRaces:
     def note(self, bad: Array, first: Any, pc: int, kinds: tuple[str, str], place: str) -> None:
         if not len(bad):
             return
-        firsts, counts = np.unique(first[bad], return_counts=True) if first is not None else (np.array([pc]), [len(bad)])
+        firsts, counts = (
+            np.unique(first[bad], return_counts=True)
+            if first is not None
+            else (np.array([pc]), [len(bad)])
+        )
         for p, n in zip(firsts, counts, strict=True):
-            self.races.findings.add(Finding('race', f'{place} {kinds[0]}/{kinds[1]} by different waves', int(p), pc), int(n))
+            self.races.findings.add(
+                Finding('race', f'{place} {kinds[0]}/{kinds[1]} by different waves', int(p), pc),
+                int(n),
+            )

@@ -1,4 +1,5 @@
-"""Scheduling: which waves of the workgroups of a group take their turn, splitting and rejoining batches.
+"""Scheduling: which waves of the workgroups of a group take their turn, splitting and rejoining
+batches.
 
 Schedules (all deterministic):
   lockstep  all waves of all workgroups are one batch: near lockstep, the fastest
@@ -7,6 +8,7 @@ Schedules (all deterministic):
   random    each turn a wave picked by the seed runs a number of instructions picked by the seed
 Workgroups are independent, so the same wave of many workgroups is one batch in every schedule.
 """
+
 from __future__ import annotations
 
 import random
@@ -21,12 +23,16 @@ from .group import Group
 from .isa.control import BARRIER, END, Divergence
 
 FOREVER = 1 << 60
-PATIENCE = 20_000            # instructions a batch runs while others of its workgroups wait for a turn: lets a spin loop yield
+# instructions a batch runs while others of its workgroups wait for a turn: lets a spin loop yield
+PATIENCE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """`quantum`: instructions per turn (0: until the barrier). `together`: all waves of a workgroup are one batch."""
+    """`quantum`: instructions per turn (0: until the barrier). `together`: all waves of a workgroup
+    are one batch.
+    """
+
     together: bool = False
     quantum: int = 0
     descending: bool = False
@@ -34,8 +40,12 @@ class Schedule:
 
     @staticmethod
     def named(name: str, quantum: int = 0, seed: int = 0) -> Schedule:
-        table = {'lockstep': Schedule(True), 'serial': Schedule(False, quantum), 'reverse': Schedule(False, quantum, True),
-                 'random': Schedule(False, quantum, False, seed)}
+        table = {
+            'lockstep': Schedule(True),
+            'serial': Schedule(False, quantum),
+            'reverse': Schedule(False, quantum, True),
+            'random': Schedule(False, quantum, False, seed),
+        }
         if name not in table:
             raise CdnaSimError(f'schedule {name!r}: choose one of {", ".join(table)}')
         return table[name]
@@ -47,11 +57,15 @@ class Schedule:
             rng.shuffle(order)
             yield from ((k, rng.randint(1, self.quantum or 40)) for k in order)
             return
-        yield from ((k, self.quantum or PATIENCE) for k in (reversed(order) if self.descending else order))
+        yield from (
+            (k, self.quantum or PATIENCE) for k in (reversed(order) if self.descending else order)
+        )
 
 
 class Slot:
-    """Batches that share a turn. Of several, the one furthest behind runs until it meets the next, and they merge."""
+    """Batches that share a turn. Of several, the one furthest behind runs until it meets the next,
+    and they merge.
+    """
 
     def __init__(self, first: Batch):
         self.batches = [first]
@@ -133,7 +147,8 @@ class Runner:
             slot.batches = [b for b in slot.batches if b.state != 'end']
 
     def execute(self, b: Batch, quantum: int, stops: set[int]) -> list[Batch]:
-        """Run until a barrier, the end, a divergence, a stop or the quantum -> the batches that go on.
+        """Run until a barrier, the end, a divergence, a stop or the quantum -> the batches that go
+        on.
 
         A batch that diverged comes back empty (n = 0) with its parts beside it."""
         code, counts, n, pc = self.group.kernel.code, self.group.counts, b.n, b.pc
@@ -178,7 +193,9 @@ class Runner:
         return [b]
 
     def located(self, e: Exception, b: Batch, pc: int) -> Exception:
-        """The same error with kernel, instruction, source line, workgroup and wave in its message."""
+        """The same error with kernel, instruction, source line, workgroup and wave in its
+        message.
+        """
         issued = getattr(e, 'issued', -1)
         pc = issued if issued >= 0 else min(pc, len(self.group.kernel.module.instrs) - 1)
         ins = self.group.kernel.module.instrs[pc]
@@ -186,8 +203,11 @@ class Runner:
         who = row // 64 if row >= 0 else 0
         wave, wg = int(b.wave[who]), int(self.group.linear[b.wg[who]])
         source = f', source {ins.source}' if ins.source else ''
-        text = (f'{e}\n  in {self.group.kernel.name} at `{ins.text}` (assembly line {ins.line}{source}), '
-                f'workgroup {wg}, wave {wave}')
+        text = (
+            f'{e}\n'
+            f'  in {self.group.kernel.name} at `{ins.text}` (assembly line {ins.line}{source}), '
+            f'workgroup {wg}, wave {wave}'
+        )
         if isinstance(e, MemFault):
             fault = MemFault(text, e.address, e.lane, row)
             fault.wave, fault.workgroup, fault.line = wave, wg, ins.line
@@ -196,6 +216,10 @@ class Runner:
 
     def over_budget(self, b: Batch) -> BudgetError:
         ins = self.group.kernel.module.instrs[b.pc]
-        return BudgetError(f'{self.group.kernel.name}: wave {int(b.wave[0])} of workgroup {int(self.group.linear[b.wg[0]])} '
-                           f'passed {self.budget} instructions and stands at `{ins.text}` (line {ins.line}): an endless loop? '
-                           'Raise `budget` if the kernel really is that long.')
+        return BudgetError(
+            f'{self.group.kernel.name}: wave {int(b.wave[0])} of workgroup '
+            f'{int(self.group.linear[b.wg[0]])} '
+            f'passed {self.budget} instructions and stands at `{ins.text}` (line {ins.line}): '
+            f'an endless loop? '
+            'Raise `budget` if the kernel really is that long.'
+        )

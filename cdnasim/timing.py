@@ -1,14 +1,20 @@
-"""Issue-cycle model of one CU: how long the recorded workgroup takes with as many copies resident as fit. *Simulated.*
+"""Issue-cycle model of one CU: how long the recorded workgroup takes with as many copies resident
+as fit. *Simulated.*
 
-Every wave walks its recorded path in order. An instruction issues when its wave is ready and its pipe is free:
-  VALU     its SIMD's vector pipe: 4 cycles, 8 for f64 and wide integer multiplies, 16 for transcendentals
+Every wave walks its recorded path in order. An instruction issues when its wave is ready and its
+pipe is free:
+  VALU     its SIMD's vector pipe: 4 cycles, 8 for f64 and wide integer multiplies, 16 for
+           transcendentals
   MFMA     its SIMD's matrix core for the instruction's duration; the wave goes on after 4 cycles
   LDS      the CU's LDS for the access's bank cycles (banks.py); data after `lds_latency`
-  VMEM     the CU's texture path, `lines` cycles per access; data after `memory_latency`, at `memory_bytes` per cycle and CU
+  VMEM     the CU's texture path, `lines` cycles per access; data after `memory_latency`, at
+           `memory_bytes` per cycle and CU
   SMEM     data after `scalar_latency`
   scalar   4 cycles; s_nop N: 4 (N + 1); s_waitcnt and s_barrier wait
-The constants are assumptions (below, with their source); none was fitted to a measurement. Use the result to compare kernels.
+The constants are assumptions (below, with their source); none was fitted to a measurement. Use the
+result to compare kernels.
 """
+
 from __future__ import annotations
 
 import heapq
@@ -28,9 +34,11 @@ class Assumptions:
     """Figures of the model.
 
     clock_ghz, cus, hbm_bytes_per_s: AMD data sheets of MI300X (gfx942) and MI355X (gfx950).
-    memory_bytes: L2 to CU, 64 B per cycle (CDNA3 white paper). Latencies: round figures of public microbenchmarks
-    (chipsandcheese, MI300X: LDS about 55 ns at 2.1 GHz, L2 about 110 ns, Infinity Cache and HBM 220 to 350 ns).
+    memory_bytes: L2 to CU, 64 B per cycle (CDNA3 white paper). Latencies: round figures of public
+    microbenchmarks (chipsandcheese, MI300X: LDS about 55 ns at 2.1 GHz, L2 about 110 ns, Infinity
+    Cache and HBM 220 to 350 ns).
     """
+
     clock_ghz: float
     cus: int
     hbm_bytes_per_s: float
@@ -42,12 +50,13 @@ class Assumptions:
 
 
 DEVICE = {'gfx942': Assumptions(2.1, 304, 5.3e12), 'gfx950': Assumptions(2.4, 256, 8.0e12)}
-LINE_CYCLES = 2                   # cycles of the texture path per 128-byte line: 64 B per cycle
+LINE_CYCLES = 2  # cycles of the texture path per 128-byte line: 64 B per cycle
 
 
 @dataclass(slots=True)
 class Span:
     """One instruction, or one stall, of one wave."""
+
     wave: int
     kind: str
     start: float
@@ -56,8 +65,10 @@ class Span:
 
 @dataclass(slots=True)
 class Timing:
-    """`cycles` for `resident` workgroups on one CU; busy fractions of the four matrix cores and vector pipes, of LDS and
-    the memory path; `waits`: share of wave time in s_waitcnt and s_barrier."""
+    """`cycles` for `resident` workgroups on one CU; busy fractions of the four matrix cores and
+    vector pipes, of LDS and the memory path; `waits`: share of wave time in s_waitcnt and
+    s_barrier."""
+
     cycles: float
     resident: int
     assumptions: Assumptions
@@ -67,22 +78,30 @@ class Timing:
     bytes_per_workgroup: float = 0.0
 
     def launch_seconds(self, workgroups: int) -> float:
-        """The whole grid: rounds of resident workgroups over all CUs, no faster than all its bytes from the L2 allow."""
+        """The whole grid: rounds of resident workgroups over all CUs, no faster than all its bytes
+        from the L2 allow.
+        """
         a = self.assumptions
         rounds = max(1.0, workgroups / (a.cus * self.resident))
         return rounds * self.cycles / (a.clock_ghz * 1e9)
 
     def as_dict(self) -> dict[str, Any]:
-        return {'label': 'simulated, not measured', 'cycles': round(self.cycles), 'resident_workgroups': self.resident,
-                'busy': {k: round(v, 4) for k, v in self.busy.items()}, 'waits': {k: round(v, 4) for k, v in self.waits.items()},
-                'assumptions': asdict(self.assumptions)}
+        return {
+            'label': 'simulated, not measured',
+            'cycles': round(self.cycles),
+            'resident_workgroups': self.resident,
+            'busy': {k: round(v, 4) for k, v in self.busy.items()},
+            'waits': {k: round(v, 4) for k, v in self.waits.items()},
+            'assumptions': asdict(self.assumptions),
+        }
 
 
 @dataclass(slots=True)
 class Static:
     """What the model needs to know of one instruction."""
+
     kind: str
-    cost: float                       # cycles of the pipe
+    cost: float  # cycles of the pipe
     effects: Effects
     loads: bool = False
     nop: int = 0
@@ -98,7 +117,7 @@ class Lane:
         self.at = 0
         self.vm: list[float] = []
         self.lgkm: list[float] = []
-        self.ready: dict[int, float] = {}            # matrix results: register -> time
+        self.ready: dict[int, float] = {}  # matrix results: register -> time
 
 
 class Model:
@@ -125,7 +144,13 @@ class Model:
             if kind == 'mfma':
                 s.cost = ins.cycles
             elif kind == 'valu':
-                s.cost = 16 if TRANSCENDENTAL.match(ins.op) else 8 if QUARTER_RATE.match(ins.op) or '_f64' in ins.op else 4
+                s.cost = (
+                    16
+                    if TRANSCENDENTAL.match(ins.op)
+                    else 8
+                    if QUARTER_RATE.match(ins.op) or '_f64' in ins.op
+                    else 4
+                )
             elif kind == 'lds':
                 s.cost = c.pc_cycles[pc] / max(1, c.pc_waves[pc])
                 s.loads = bool(s.effects.writes)
@@ -160,8 +185,14 @@ class Model:
         total = max(end, 1.0)
         share = {'mfma': 4, 'valu': 4, 'lds': 1, 'vmem': 1}
         wave_time = total * len(self.lanes)
-        return Timing(total, self.resident, self.a, {k: v / total / share[k] for k, v in self.busy.items()},
-                      {k: v / wave_time for k, v in self.waits.items()}, self.spans)
+        return Timing(
+            total,
+            self.resident,
+            self.a,
+            {k: v / total / share[k] for k, v in self.busy.items()},
+            {k: v / wave_time for k, v in self.waits.items()},
+            self.spans,
+        )
 
     def open(self, group: int, heap: list[tuple[float, int, Lane]]) -> None:
         """Release a barrier when every live wave of the workgroup has arrived."""
@@ -229,7 +260,8 @@ class Model:
 
 
 def simulate(report: Report, resident: int | None = None) -> Timing:
-    """Timing of the recorded workgroup. `resident`: copies on the CU, by default what occupancy and the grid allow.
+    """Timing of the recorded workgroup. `resident`: copies on the CU, by default what occupancy and
+    the grid allow.
 
     Raises ValueError when the launch recorded no path (`trace=False`).
     """
@@ -240,6 +272,10 @@ def simulate(report: Report, resident: int | None = None) -> Timing:
         total = report.grid[0] * report.grid[1] * report.grid[2]
         resident = min(report.occupancy.workgroups_per_cu, -(-total // cus))
     timing = Model(report, max(1, resident)).run()
-    moved = report.counters.global_load_bytes + report.counters.global_store_bytes + report.counters.global_atomic_bytes
+    moved = (
+        report.counters.global_load_bytes
+        + report.counters.global_store_bytes
+        + report.counters.global_atomic_bytes
+    )
     timing.bytes_per_workgroup = moved / max(1, report.workgroups)
     return timing

@@ -1,4 +1,7 @@
-"""Programs outside this package: LLVM's tools. Found on PATH, in /usr/lib/llvm-*/bin, or under ROCM_PATH."""
+"""Programs outside this package: LLVM's tools. Found on PATH, in /usr/lib/llvm-*/bin, or under
+ROCM_PATH.
+"""
+
 from __future__ import annotations
 
 import glob
@@ -7,12 +10,19 @@ import re
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .errors import ToolError
 
-PACKAGE = {'ld.lld': 'lld-22', 'llvm-objdump': 'llvm-22', 'llvm-readelf': 'llvm-22', 'llvm-mc': 'llvm-22', 'llc': 'llvm-22', 'cc': 'gcc'}
+PACKAGE = {
+    'ld.lld': 'lld-22',
+    'llvm-objdump': 'llvm-22',
+    'llvm-readelf': 'llvm-22',
+    'llvm-mc': 'llvm-22',
+    'llc': 'llvm-22',
+    'cc': 'gcc',
+}
 
 
 def candidates(name: str) -> list[str]:
@@ -26,14 +36,19 @@ def candidates(name: str) -> list[str]:
     return found + ([plain] if plain else [])
 
 
-@lru_cache(maxsize=None)
+@cache
 def find_tool(name: str) -> str:
-    """Path of an LLVM tool that knows gfx950 (LLVM 19 or later). Raises ToolError that says what to install."""
+    """Path of an LLVM tool that knows gfx950 (LLVM 19 or later). Raises ToolError that says what to
+    install.
+    """
     for path in candidates(name):
         if not name.startswith(('llvm-', 'llc')) or llvm_version(path) >= 19:
             return path
     hint = f'apt-get install {PACKAGE.get(name, name)}'
-    raise ToolError(f'{name} was not found (or is older than LLVM 19). Install it, e.g. `{hint}`, and put it on PATH.')
+    raise ToolError(
+        f'{name} was not found (or is older than LLVM 19). Install it, e.g. `{hint}`, and put '
+        f'it on PATH.'
+    )
 
 
 def llvm_version(path: str) -> int:
@@ -42,9 +57,11 @@ def llvm_version(path: str) -> int:
     return int(m.group(1)) if m else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def rocm_folder() -> str:
-    """A folder that looks like ROCm to FlyDSL's compiler, which only wants `llvm/bin/ld.lld` in it."""
+    """A folder that looks like ROCm to FlyDSL's compiler, which only wants `llvm/bin/ld.lld` in
+    it.
+    """
     lld = find_tool('ld.lld')
     root = Path(tempfile.mkdtemp(prefix='cdnasim-rocm-'))
     (root / 'llvm' / 'bin').mkdir(parents=True)
@@ -54,7 +71,9 @@ def rocm_folder() -> str:
 
 def run_tool(name: str, *args: str, text_in: str | None = None) -> str:
     """Standard output of an LLVM tool; ToolError with its message when it fails."""
-    done = subprocess.run([find_tool(name), *args], input=text_in, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [find_tool(name), *args], input=text_in, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ToolError(f'{name} {" ".join(args)} failed: {done.stderr.strip()[:2000]}')
     return done.stdout

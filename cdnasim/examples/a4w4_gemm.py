@@ -1,11 +1,13 @@
-"""MXFP4 x MXFP4 GEMM with scaled matrix instructions: C = (A * sA) (B * sB)^T, f32 out. A FlyDSL program to simulate.
+"""MXFP4 x MXFP4 GEMM with scaled matrix instructions: C = (A * sA) (B * sB)^T, f32 out. A FlyDSL
+program to simulate.
 
     cdnasim run cdnasim/examples/a4w4_gemm.py [--rows 64 --cols 128 --depth 1024]
 
-A (M, K) and B (N, K) hold e2m1 codes, two per byte, low nibble first; the scales are E8M0, one byte per 32 values along K.
-A workgroup of 4 waves makes a 32 x 64 tile; A goes through LDS (two buffers, 16-byte blocks swizzled by the row), B straight
-to registers. Lane maps: docs/cdnasim.md.
+A (M, K) and B (N, K) hold e2m1 codes, two per byte, low nibble first; the scales are E8M0, one byte
+per 32 values along K. A workgroup of 4 waves makes a 32 x 64 tile; A goes through LDS (two buffers,
+16-byte blocks swizzled by the row), B straight to registers. Lane maps: docs/cdnasim.md.
 """
+
 import argparse
 
 import flydsl.compiler as flyc
@@ -15,15 +17,27 @@ from flydsl.expr import const_expr, gpu, range_constexpr
 
 BLOCK_M, BLOCK_N, BLOCK_K = 32, 64, 256
 THREADS = 256
-ROW_DWORDS = BLOCK_K // 8                       # 8 codes a dword
-BLOCKS_PER_ROW = ROW_DWORDS // 4                # 16-byte blocks
-STEPS = BLOCK_K // 128                          # matrix instructions along K
+DEFAULT_STREAM = fx.Stream(None)
+ROW_DWORDS = BLOCK_K // 8  # 8 codes a dword
+BLOCKS_PER_ROW = ROW_DWORDS // 4  # 16-byte blocks
+STEPS = BLOCK_K // 128  # matrix instructions along K
 
 
 @flyc.jit
-def a4w4_gemm(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Tensor, m_tiles: fx.Constexpr[int],
-              n_tiles: fx.Constexpr[int], depth: fx.Constexpr[int], stream: fx.Stream = fx.Stream(None)):
-    """C (M, N) f32; A (M, K/8), B (N, K/8) i32 words of codes; sA (M, K/128), sB (N, K/128) i32 words of scale bytes."""
+def a4w4_gemm(
+    C: fx.Tensor,
+    A: fx.Tensor,
+    B: fx.Tensor,
+    sA: fx.Tensor,
+    sB: fx.Tensor,
+    m_tiles: fx.Constexpr[int],
+    n_tiles: fx.Constexpr[int],
+    depth: fx.Constexpr[int],
+    stream: fx.Stream = DEFAULT_STREAM,
+):
+    """C (M, N) f32; A (M, K/8), B (N, K/8) i32 words of codes; sA (M, K/128), sB (N, K/128) i32
+    words of scale bytes.
+    """
     k_tiles = depth // BLOCK_K
 
     @fx.struct
@@ -38,14 +52,22 @@ def a4w4_gemm(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Te
         wave, lane = tid // 64, tid % 64
         group, line = lane // 16, lane % 16
         fp4 = fx.Float4E2M1FN
-        atom = fx.make_mma_atom(fx.rocdl.cdna4.MFMA_Scale(16, 16, 128, fp4, fp4, opsel_a=0, opsel_b=0))
-        wide, word = fx.make_copy_atom(fx.rocdl.BufferCopy128b(), fx.Int32), fx.make_copy_atom(fx.rocdl.BufferCopy32b(), fx.Int32)
+        atom = fx.make_mma_atom(
+            fx.rocdl.cdna4.MFMA_Scale(16, 16, 128, fp4, fp4, opsel_a=0, opsel_b=0)
+        )
+        wide, word = (
+            fx.make_copy_atom(fx.rocdl.BufferCopy128b(), fx.Int32),
+            fx.make_copy_atom(fx.rocdl.BufferCopy32b(), fx.Int32),
+        )
         shared = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
         lds = fx.SharedAllocator().allocate(Shared).peek()
         buffers = (lds.a0.ptr, lds.a1.ptr)
 
         def row_of(tensor, row, width):
-            return fx.logical_divide(fx.slice(fx.rocdl.make_buffer_tensor(tensor, max_size=False), (row, None)), fx.make_layout(width, 1))
+            return fx.logical_divide(
+                fx.slice(fx.rocdl.make_buffer_tensor(tensor, max_size=False), (row, None)),
+                fx.make_layout(width, 1),
+            )
 
         def fetch(tensor, row, block):
             """16 bytes of one row -> registers."""
@@ -54,7 +76,9 @@ def a4w4_gemm(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Te
             return r
 
         def scale(tensor, row, step):
-            """The four scale bytes of 128 k; a lane's own block is byte `group`, moved to byte 0 where the atom reads it."""
+            """The four scale bytes of 128 k; a lane's own block is byte `group`, moved to byte 0
+            where the atom reads it.
+            """
             r = fx.make_rmem_tensor(1, fx.Int32)
             fx.copy(word, fx.slice(row_of(tensor, row, 1), (None, step)), r)
             return fx.memref_load(r, 0).shrui(group * 8)
@@ -85,7 +109,15 @@ def a4w4_gemm(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Te
                     m = i * 16 + line
                     a = fx.make_rmem_tensor(4, fx.Int32)
                     fx.copy(shared, view(buffers[kt % 2], place(m, step * 4 + group)), a)
-                    fx.gemm(atom, acc[i], a, b, acc[i], scale_a=scale(sA, bm * BLOCK_M + m, k), scale_b=b_scale)
+                    fx.gemm(
+                        atom,
+                        acc[i],
+                        a,
+                        b,
+                        acc[i],
+                        scale_a=scale(sA, bm * BLOCK_M + m, k),
+                        scale_b=b_scale,
+                    )
             # 3. store it into the other buffer
             if const_expr(kt + 1 < k_tiles):
                 fx.copy(shared, coming, view(buffers[(kt + 1) % 2], place(row, block)))
@@ -97,7 +129,11 @@ def a4w4_gemm(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Te
             for r in range_constexpr(4):
                 value = fx.make_rmem_tensor(1, fx.Float32)
                 fx.memref_store(fx.memref_load(acc[i], r), value, 0)
-                fx.copy(out, value, fx.slice(row_of(C, bm * BLOCK_M + i * 16 + group * 4 + r, 1), (None, n)))
+                fx.copy(
+                    out,
+                    value,
+                    fx.slice(row_of(C, bm * BLOCK_M + i * 16 + group * 4 + r, 1), (None, n)),
+                )
 
     kernel(C, A, B, sA, sB).launch(grid=(m_tiles, n_tiles, 1), block=(THREADS, 1, 1), stream=stream)
 
@@ -117,14 +153,29 @@ def main() -> None:
     for name, value in (('rows', 64), ('cols', 128), ('depth', 1024)):
         p.add_argument(f'--{name}', type=int, default=value)
     arg = p.parse_args()
-    for name, size, unit in (('rows', arg.rows, BLOCK_M), ('cols', arg.cols, BLOCK_N), ('depth', arg.depth, BLOCK_K)):
+    for name, size, unit in (
+        ('rows', arg.rows, BLOCK_M),
+        ('cols', arg.cols, BLOCK_N),
+        ('depth', arg.depth, BLOCK_K),
+    ):
         if size % unit:
             p.error(f'--{name} {size}: a multiple of {unit} is needed')
     torch.manual_seed(0)
-    a, b = (torch.randint(0, 256, (r, arg.depth // 2), dtype=torch.uint8) for r in (arg.rows, arg.cols))
-    sa, sb = (torch.randint(120, 134, (r, arg.depth // 32), dtype=torch.uint8) for r in (arg.rows, arg.cols))
+    a, b = (
+        torch.randint(0, 256, (r, arg.depth // 2), dtype=torch.uint8) for r in (arg.rows, arg.cols)
+    )
+    sa, sb = (
+        torch.randint(120, 134, (r, arg.depth // 32), dtype=torch.uint8)
+        for r in (arg.rows, arg.cols)
+    )
     c = torch.zeros(arg.rows, arg.cols)
-    a4w4_gemm(c, *(t.view(torch.int32) for t in (a, b, sa, sb)), arg.rows // BLOCK_M, arg.cols // BLOCK_N, arg.depth)
+    a4w4_gemm(
+        c,
+        *(t.view(torch.int32) for t in (a, b, sa, sb)),
+        arg.rows // BLOCK_M,
+        arg.cols // BLOCK_N,
+        arg.depth,
+    )
     want = dequantise(a, sa) @ dequantise(b, sb).T
     error = ((c.double() - want).norm(dim=1) / want.norm(dim=1)).max().item()
     print(f'worst row, relative error against float64: {error:.2e}')

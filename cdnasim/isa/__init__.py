@@ -1,1 +1,3 @@
-"""Instruction families. Each module offers `decode(instr, kernel)`: a closure on a Batch, or None for foreign names."""
+"""Instruction families. Each module offers `decode(instr, kernel)`: a closure on a Batch, or None
+for foreign names.
+"""

@@ -1,4 +1,5 @@
 """v_cmp, v_cmpx and v_cmp_class (CDNA3 ISA 12.10): lane masks into VCC or an SGPR pair."""
+
 from __future__ import annotations
 
 import re
@@ -14,25 +15,59 @@ from ..operands import rv32, write_mask
 from .vop import Closure, source
 
 NAME = re.compile(r'^v_cmp(x?)_(class|\w+?)_(f32|f16|f64|i32|u32|i64|u64|i16|u16)$')
-TYPE = {'f32': 'f', 'f16': 'h', 'f64': 'D', 'i32': 'i', 'u32': 'u', 'i64': 'I', 'u64': 'U', 'i16': 's', 'u16': 'H'}
+TYPE = {
+    'f32': 'f',
+    'f16': 'h',
+    'f64': 'D',
+    'i32': 'i',
+    'u32': 'u',
+    'i64': 'I',
+    'u64': 'U',
+    'i16': 's',
+    'u16': 'H',
+}
 RELATION: dict[str, Callable[[Any, Any], Any]] = {
-    'f': lambda a, b: np.zeros(np.broadcast(a, b).shape, bool), 't': lambda a, b: np.ones(np.broadcast(a, b).shape, bool),
-    'lt': lambda a, b: a < b, 'eq': lambda a, b: a == b, 'le': lambda a, b: a <= b, 'gt': lambda a, b: a > b,
-    'ge': lambda a, b: a >= b, 'ne': lambda a, b: a != b, 'lg': lambda a, b: (a < b) | (a > b),
-    'o': lambda a, b: ~(np.isnan(a) | np.isnan(b)), 'u': lambda a, b: np.isnan(a) | np.isnan(b),
-    'nge': lambda a, b: ~(a >= b), 'nlg': lambda a, b: ~((a < b) | (a > b)), 'ngt': lambda a, b: ~(a > b),
-    'nle': lambda a, b: ~(a <= b), 'neq': lambda a, b: ~(a == b), 'nlt': lambda a, b: ~(a < b)}
+    'f': lambda a, b: np.zeros(np.broadcast(a, b).shape, bool),
+    't': lambda a, b: np.ones(np.broadcast(a, b).shape, bool),
+    'lt': lambda a, b: a < b,
+    'eq': lambda a, b: a == b,
+    'le': lambda a, b: a <= b,
+    'gt': lambda a, b: a > b,
+    'ge': lambda a, b: a >= b,
+    'ne': lambda a, b: a != b,
+    'lg': lambda a, b: (a < b) | (a > b),
+    'o': lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    'u': lambda a, b: np.isnan(a) | np.isnan(b),
+    'nge': lambda a, b: ~(a >= b),
+    'nlg': lambda a, b: ~((a < b) | (a > b)),
+    'ngt': lambda a, b: ~(a > b),
+    'nle': lambda a, b: ~(a <= b),
+    'neq': lambda a, b: ~(a == b),
+    'nlt': lambda a, b: ~(a < b),
+}
 RELATION['tru'] = RELATION['t']
 
 
 def fp_class(x: Any, mask: Any) -> Any:
-    """Bit k of mask asks for class k: sNaN, qNaN, -inf, -normal, -denormal, -0, +0, +denormal, +normal, +inf."""
+    """Bit k of mask asks for class k: sNaN, qNaN, -inf, -normal, -denormal, -0, +0, +denormal,
+    +normal, +inf.
+    """
     neg, zero, inf, nan = np.signbit(x), x == 0, np.isinf(x), np.isnan(x)
     sub = (np.abs(x) < np.finfo(x.dtype).tiny) & ~zero
     normal = ~(zero | sub | inf | nan)
     quiet = quiet_nan(x)
-    tests = [nan & ~quiet, nan & quiet, inf & neg, normal & neg, sub & neg, zero & neg, zero & ~neg, sub & ~neg,
-             normal & ~neg, inf & ~neg]
+    tests = [
+        nan & ~quiet,
+        nan & quiet,
+        inf & neg,
+        normal & neg,
+        sub & neg,
+        zero & neg,
+        zero & ~neg,
+        sub & ~neg,
+        normal & ~neg,
+        inf & ~neg,
+    ]
     out = np.zeros(np.broadcast(x, mask).shape, bool)
     for k, t in enumerate(tests):
         out |= t & ((mask >> u32(k)) & u32(1)).astype(bool)
@@ -67,4 +102,5 @@ def decode(ins: Instr) -> Closure | None:
         wr(w, r)
         if wx:
             wx(w, r)
+
     return f

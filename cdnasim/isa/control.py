@@ -1,4 +1,5 @@
 """Branches, calls, barriers, waits and hardware registers (SOPP and the rest of SOP1/SOPK)."""
+
 from __future__ import annotations
 
 import re
@@ -20,27 +21,72 @@ POISON_SGPR = 0x7FBADBAD
 
 class Divergence:
     """Result of a branch that waves take differently: `pcs[k]` is where wave k goes on."""
+
     __slots__ = ('pcs',)
 
     def __init__(self, pcs: Any):
         self.pcs = pcs
 
 
-CONDITION: dict[str, Callable[[Batch], Scalar]] = {       # non-zero: taken
-    's_cbranch_scc0': lambda w: w.scc ^ 1, 's_cbranch_scc1': lambda w: w.scc,
-    's_cbranch_vccz': lambda w: zero(w.vcc64()), 's_cbranch_vccnz': lambda w: w.vcc64(),
-    's_cbranch_execz': lambda w: zero(w.exec64()), 's_cbranch_execnz': lambda w: w.exec64(),
-    's_cbranch_cdbgsys': lambda w: 0, 's_cbranch_cdbguser': lambda w: 0,
-    's_cbranch_cdbgsys_or_user': lambda w: 0, 's_cbranch_cdbgsys_and_user': lambda w: 0}
+CONDITION: dict[str, Callable[[Batch], Scalar]] = {  # non-zero: taken
+    's_cbranch_scc0': lambda w: w.scc ^ 1,
+    's_cbranch_scc1': lambda w: w.scc,
+    's_cbranch_vccz': lambda w: zero(w.vcc64()),
+    's_cbranch_vccnz': lambda w: w.vcc64(),
+    's_cbranch_execz': lambda w: zero(w.exec64()),
+    's_cbranch_execnz': lambda w: w.exec64(),
+    's_cbranch_cdbgsys': lambda w: 0,
+    's_cbranch_cdbguser': lambda w: 0,
+    's_cbranch_cdbgsys_or_user': lambda w: 0,
+    's_cbranch_cdbgsys_and_user': lambda w: 0,
+}
 # no effect on results: caches, priorities, debugging, messages to the host
-NO_EFFECT = {'s_nop', 's_setprio', 's_sethalt', 's_dcache_inv', 's_icache_inv', 's_dcache_wb', 's_ttracedata',
-             's_incperflevel', 's_decperflevel', 's_inst_prefetch', 's_sendmsg', 's_code_end', 's_clause',
-             's_dcache_discard', 's_dcache_discard_x2', 's_dcache_inv_vol', 's_dcache_wb_vol', 's_setkill',
-             's_set_gpr_idx_off', 's_set_gpr_idx_mode', 's_wakeup', 's_setvskip', 's_atc_probe', 's_atc_probe_buffer'}
+NO_EFFECT = {
+    's_nop',
+    's_setprio',
+    's_sethalt',
+    's_dcache_inv',
+    's_icache_inv',
+    's_dcache_wb',
+    's_ttracedata',
+    's_incperflevel',
+    's_decperflevel',
+    's_inst_prefetch',
+    's_sendmsg',
+    's_code_end',
+    's_clause',
+    's_dcache_discard',
+    's_dcache_discard_x2',
+    's_dcache_inv_vol',
+    's_dcache_wb_vol',
+    's_setkill',
+    's_set_gpr_idx_off',
+    's_set_gpr_idx_mode',
+    's_wakeup',
+    's_setvskip',
+    's_atc_probe',
+    's_atc_probe_buffer',
+}
 HWREG = re.compile(r'(?:hwreg\()?(\w+)(?:,\s*(\d+),\s*(\d+))?\)?')
-NUMBERED = {'1': 'HW_REG_MODE', '2': 'HW_REG_STATUS', '3': 'HW_REG_TRAPSTS', '4': 'HW_REG_HW_ID', '20': 'HW_REG_XCC_ID'}
-READABLE = {'HW_REG_MODE', 'HW_REG_XCC_ID', 'HW_REG_HW_ID', 'HW_REG_STATUS', 'HW_REG_TRAPSTS', 'HW_REG_GPR_ALLOC',
-            'HW_REG_LDS_ALLOC', 'HW_REG_IB_STS', 'HW_REG_SQ_SHADER_TBA_LO', 'HW_REG_SQ_SHADER_TBA_HI'}
+NUMBERED = {
+    '1': 'HW_REG_MODE',
+    '2': 'HW_REG_STATUS',
+    '3': 'HW_REG_TRAPSTS',
+    '4': 'HW_REG_HW_ID',
+    '20': 'HW_REG_XCC_ID',
+}
+READABLE = {
+    'HW_REG_MODE',
+    'HW_REG_XCC_ID',
+    'HW_REG_HW_ID',
+    'HW_REG_STATUS',
+    'HW_REG_TRAPSTS',
+    'HW_REG_GPR_ALLOC',
+    'HW_REG_LDS_ALLOC',
+    'HW_REG_IB_STS',
+    'HW_REG_SQ_SHADER_TBA_LO',
+    'HW_REG_SQ_SHADER_TBA_HI',
+}
 
 
 def zero(x: Scalar) -> Scalar:
@@ -61,6 +107,7 @@ def branch(ins: Instr, kernel: Any) -> Closure:
         if taken.all():
             return target
         return Divergence(np.where(taken, target, after)) if taken.any() else None
+
     return f
 
 
@@ -77,6 +124,7 @@ def jump(ins: Instr, kernel: Any) -> Closure:
         def call(w: Batch) -> int:
             wr(w, here)
             return target
+
         return call
     src = rs64(o[-1])
     save = ws64(o[0]) if op == 's_swappc_b64' else None
@@ -89,15 +137,20 @@ def jump(ins: Instr, kernel: Any) -> Closure:
         if np.any(np.asarray(pcs) >= len(module.instrs)):
             raise ExecError(f'`{ins.text}` jumps to {np.ravel(to)[0]:#x}, which is no instruction')
         return pcs if type(pcs) is int else Divergence(pcs.astype(np.int64))
+
     return f
 
 
 def cbranch_fork(ins: Instr) -> Closure:
-    raise UnsupportedError(f'`{ins.text}`: s_cbranch_i_fork and s_cbranch_g_fork do not exist on gfx940 and later')
+    raise UnsupportedError(
+        f'`{ins.text}`: s_cbranch_i_fork and s_cbranch_g_fork do not exist on gfx940 and later'
+    )
 
 
 def wait_counts(arg: str) -> tuple[int | None, int | None]:
-    """`vmcnt(3) lgkmcnt(0)` or the plain immediate -> (vmcnt, lgkmcnt), None when not waited for."""
+    """`vmcnt(3) lgkmcnt(0)` or the plain immediate -> (vmcnt, lgkmcnt), None when not waited
+    for.
+    """
     counts = {k: int(v) for k, v in re.findall(r'(\w+)\((\d+)\)', arg)}
     if not counts:
         x = int(arg, 0)
@@ -114,7 +167,10 @@ def wait(ins: Instr) -> Closure:
         if vm is not None:
             w.wait(w.vm, vm)
         if lgkm is not None and (not lgkm or not any(p.smem for p in w.lgkm)):
-            w.wait(w.lgkm, lgkm)        # scalar loads return out of order: with one in flight only lgkmcnt(0) is a promise
+            w.wait(
+                w.lgkm, lgkm
+            )  # scalar loads return out of order: with one in flight only lgkmcnt(0) is a promise
+
     return f
 
 
@@ -132,9 +188,10 @@ def get_register(ins: Instr) -> Closure:
 
     def f(w: Batch) -> None:
         x = w.mode if name == 'HW_REG_MODE' else 0
-        if name == 'HW_REG_XCC_ID':                  # workgroups go round the 8 XCCs in order of their linear id
+        if name == 'HW_REG_XCC_ID':  # workgroups go round the 8 XCCs in order of their linear id
             x = each(lambda k: k % 8, w.group.scalar(w, w.group.linear))
         wr(w, each(lambda v: v >> off & ((1 << size) - 1), x))
+
     return f
 
 
@@ -142,18 +199,22 @@ def set_register(ins: Instr) -> Closure:
     name, off, size = register_field(ins.ops[0].text, ins)
     value, field = rs32(ins.ops[1]), ((1 << size) - 1) << off
 
-    def f(w: Batch) -> None:                    # every other register steers traps and caches, not results
+    def f(w: Batch) -> None:  # every other register steers traps and caches, not results
         if name == 'HW_REG_MODE':
             w.mode = each(lambda m, v: (m & ~field) | (v << off & field), w.mode, value(w))
+
     return f
 
 
 def gpr_index(ins: Instr) -> Closure:
-    """s_set_gpr_idx_on / _idx: M0[7:0] = index; which operands are indexed is known when decoding (machine.py)."""
+    """s_set_gpr_idx_on / _idx: M0[7:0] = index; which operands are indexed is known when decoding
+    (machine.py).
+    """
     a = rs32(ins.ops[0])
 
     def f(w: Batch) -> None:
         w.s[M0] = each(lambda m, x: (m & 0xFFFFFF00) | (x & 255), w.s[M0], a(w))
+
     return f
 
 
@@ -165,9 +226,12 @@ def relative_move(ins: Instr) -> Closure:
     def f(w: Batch) -> None:
         k = w.s[M0]
         if type(k) is not int:
-            raise ExecError(f'`{ins.text}`: waves of one batch disagree on M0; run with batch_waves=1')
+            raise ExecError(
+                f'`{ins.text}`: waves of one batch disagree on M0; run with batch_waves=1'
+            )
         for j in range(n):
             w.s[d + j + (k if to else 0)] = w.s[s + j + (0 if to else k)]
+
     return f
 
 
@@ -180,6 +244,7 @@ def clock(ins: Instr) -> Closure:
 def trap(ins: Instr) -> Closure:
     def f(w: Batch) -> None:
         raise ExecError(f'`{ins.text}` reached: the kernel gives up on purpose')
+
     return f
 
 
@@ -194,7 +259,7 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
     if op == 's_barrier':
         return lambda w: BARRIER
     if op == 's_sleep':
-        return lambda w: YIELD                  # a spinning wave gives the others a turn
+        return lambda w: YIELD  # a spinning wave gives the others a turn
     if op == 's_waitcnt':
         return wait(ins)
     if op in NO_EFFECT:

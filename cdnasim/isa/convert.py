@@ -1,10 +1,13 @@
-"""Conversions with small floats: v_cvt_[pk_|sr_]{f32,fp8,bf8} and v_cvt_scalef32_* (CDNA4 ISA 12.9-12.12).
+"""Conversions with small floats: v_cvt_[pk_|sr_]{f32,fp8,bf8} and v_cvt_scalef32_* (CDNA4 ISA
+12.9-12.12).
 
-Scales are the exponent field of an f32 operand (E8M0 in place). Packing divides by the scale, unpacking multiplies.
-Stochastic rounding adds the random word, as a fraction of the last kept bit, to the magnitude and truncates. (The
-manual's text for V_CVT_SR_FP8_F32 then rounds to nearest and lets the mantissa wrap, which would be biased by half a
-unit; public hardware tests find it unbiased.) Each further element of a packed form uses the next v_prng_b32 of the word.
+Scales are the exponent field of an f32 operand (E8M0 in place). Packing divides by the scale,
+unpacking multiplies. Stochastic rounding adds the random word, as a fraction of the last kept bit,
+to the magnitude and truncates. (The manual's text for V_CVT_SR_FP8_F32 then rounds to nearest and
+lets the mantissa wrap, which would be biased by half a unit; public hardware tests find it
+unbiased.) Each further element of a packed form uses the next v_prng_b32 of the word.
 """
+
 from __future__ import annotations
 
 import re
@@ -41,7 +44,7 @@ def fp16_overflow_saturates(w: Batch) -> bool:
 
 def fraction(word: Any, bits: int = 32) -> Any:
     """Random word -> [0, 1), from its top bits."""
-    return (word >> u32(32 - bits)).astype(f64) / 2.0 ** bits
+    return (word >> u32(32 - bits)).astype(f64) / 2.0**bits
 
 
 def random_words(rand: Read | None, w: Batch, n: int) -> list[Any]:
@@ -64,7 +67,10 @@ def op_sel(ins: Instr) -> list[int]:
 
 
 WIDEN: dict[str, Callable[[Any], Any]] = {
-    'f32': lambda x: x.astype(f32).view(u32), 'f16': nm.f16_bits, 'bf16': lambda x: nm.f32_to_bf16(x.astype(f32))}
+    'f32': lambda x: x.astype(f32).view(u32),
+    'f16': nm.f16_bits,
+    'bf16': lambda x: nm.f32_to_bf16(x.astype(f32)),
+}
 
 
 def pack_pair(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
@@ -75,6 +81,7 @@ def pack_pair(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
     def f(w: Batch) -> None:
         s = fp16_overflow_saturates(w)
         w.put(i, place(w.v[i], fmt.encode(a(w), s) | (fmt.encode(b(w), s) << u32(8)), bit, 16))
+
     return f
 
 
@@ -87,6 +94,7 @@ def pack_stochastic(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
     def f(w: Batch) -> None:
         code = fmt.encode(a(w), fp16_overflow_saturates(w), fraction(rand(w), dropped))
         w.put(i, place(w.v[i], code, bit, 8))
+
     return f
 
 
@@ -95,7 +103,9 @@ def fmt_bits(name: str) -> int:
 
 
 def unpack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
-    """v_cvt_[pk_]f32_fp8: op_sel[0] names the half of a pair, op_sel (or SDWA) the byte of a single value."""
+    """v_cvt_[pk_]f32_fp8: op_sel[0] names the half of a pair, op_sel (or SDWA) the byte of a single
+    value.
+    """
     fmt, rd, sel, i = nm.minifloat(m.group(2), arch), rv32(ins.ops[1]), op_sel(ins), ins.ops[0].idx
     if ins.sdwa:
         rd = sdwa_read(rd, ins.mods.get('src0_sel', 'DWORD'), False)
@@ -112,11 +122,14 @@ def unpack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
         lo, hi = fmt.table[x & byte], fmt.table[(x >> u32(8)) & byte]
         w.put(i, np.asarray(lo).view(u32))
         w.put(i + 1, np.asarray(hi).view(u32))
+
     return two if m.group(1) else one
 
 
 def scaled_pack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
-    """v_cvt_scalef32_[sr_]{pk_,}{fp8,bf8,fp4}_{f32,f16,bf16}: operands src[, src1][, random], scale."""
+    """v_cvt_scalef32_[sr_]{pk_,}{fp8,bf8,fp4}_{f32,f16,bf16}: operands src[, src1][, random],
+    scale.
+    """
     stochastic, paired, name, src = m.group(1), m.group(2), m.group(3), m.group(4)
     fmt, o, i, sel = nm.minifloat(name, arch), ins.ops, ins.ops[0].idx, op_sel(ins)
     scale, rand = rv32(o[-1]), rv32(o[-2]) if stochastic else None
@@ -126,14 +139,19 @@ def scaled_pack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
     if name == 'fp4' or not paired:
         bit = 8 * (sel[2] + 2 * sel[3])
     else:
-        bit = 16 * (given[-1] if given else 0)       # the half of the destination is the last op_sel entry
+        bit = 16 * (
+            given[-1] if given else 0
+        )  # the half of the destination is the last op_sel entry
 
     def f(w: Batch) -> None:
         s, sat, code = scale_of(scale(w)), fp16_overflow_saturates(w), u32(0)
-        for k, (get, word) in enumerate(zip(values, random_words(rand, w, len(values)), strict=True)):
+        for k, (get, word) in enumerate(
+            zip(values, random_words(rand, w, len(values)), strict=True)
+        ):
             noise = None if word is None else fraction(word)
             code = code | (fmt.encode(get(w).astype(f64) / s, sat, noise) << u32(width * k))
         w.put(i, place(w.v[i], code, bit, width * len(values)))
+
     return f
 
 
@@ -144,12 +162,12 @@ def elements(ins: Instr, src: str, paired: bool, stochastic: bool) -> list[Read]
         first = source(ins, 1, 'f', 0)
         if not paired:
             return [first]
-        if stochastic:                       # one 64-bit operand holds both floats
+        if stochastic:  # one 64-bit operand holds both floats
             i = o[1].idx
             return [lambda w: w.v[i].view(f32), lambda w: w.v[i + 1].view(f32)]
         return [first, source(ins, 2, 'f', 1)]
     rd, conv = rv32(o[1]), TYPED['h' if src == 'f16' else 'b']
-    low = lambda w: conv(rd(w) & u32(0xFFFF))                          # noqa: E731
+    low = lambda w: conv(rd(w) & u32(0xFFFF))  # noqa: E731
     if paired:
         return [low, lambda w: conv(rd(w) >> u32(16))]
     return [(lambda w: conv(rd(w) >> u32(16)))] if op_sel(ins)[0] else [low]
@@ -175,13 +193,14 @@ def scaled_unpack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
             w.put(i + 1, hi)
         else:
             w.put(i, lo | (hi << u32(16)))
+
     return f
 
 
 def stack_rows(w: Batch, first: int, n: int) -> Array:
     """n registers -> uint32 (waves, 64, n)."""
     out = np.empty((*w.shape, n), u32)
-    for k, row in enumerate(w.v[first:first + n]):
+    for k, row in enumerate(w.v[first : first + n]):
         out[..., k] = row
     return out
 
@@ -193,17 +212,26 @@ def put_rows(w: Batch, first: int, rows: Array) -> None:
 
 def unpack32(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
     """v_cvt_scalef32_pk32_{f32,f16,bf16}_{fp6,bf6}: 6 registers -> 32 wide values."""
-    dst, fmt, scale, i, first = m.group(1), nm.BY_NAME[m.group(2)], rv32(ins.ops[2]), ins.ops[0].idx, ins.ops[1].idx
+    dst, fmt, scale, i, first = (
+        m.group(1),
+        nm.BY_NAME[m.group(2)],
+        rv32(ins.ops[2]),
+        ins.ops[0].idx,
+        ins.ops[1].idx,
+    )
 
     def f(w: Batch) -> None:
         s = np.broadcast_to(scale_of(scale(w)), w.shape)[..., None]
         x = WIDEN[dst](fmt.table64[nm.unpack_bits(stack_rows(w, first, 6).view(u8), 6)] * s)
         put_rows(w, i, x if dst == 'f32' else x[..., 0::2] | (x[..., 1::2] << u32(16)))
+
     return f
 
 
 def pack32(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
-    """v_cvt_scalef32_[sr_]pk32_{fp6,bf6}_{f32,f16,bf16} and 2xpk16 (two operands, interleaved): 32 values -> 6 registers."""
+    """v_cvt_scalef32_[sr_]pk32_{fp6,bf6}_{f32,f16,bf16} and 2xpk16 (two operands, interleaved): 32
+    values -> 6 registers.
+    """
     stochastic, two, name, src = m.group(1), m.group(2) == '2xpk16', m.group(3), m.group(4)
     o, fmt = ins.ops, nm.BY_NAME[name]
     scale, rand, i, first = rv32(o[-1]), rv32(o[-2]) if stochastic else None, o[0].idx, o[1].idx
@@ -219,8 +247,11 @@ def pack32(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
     def f(w: Batch) -> None:
         s, noise = np.broadcast_to(scale_of(scale(w)), w.shape)[..., None], None
         if rand:
-            noise = np.stack([fraction(np.broadcast_to(x, w.shape)) for x in random_words(rand, w, 32)], -1)
+            noise = np.stack(
+                [fraction(np.broadcast_to(x, w.shape)) for x in random_words(rand, w, 32)], -1
+            )
         put_rows(w, i, nm.pack_bits(fmt.encode(values(w).astype(f64) / s, noise=noise), 6))
+
     return f
 
 
@@ -231,7 +262,8 @@ FORMS: list[tuple[re.Pattern[str], Callable[[Instr, str, re.Match[str]], Closure
     (re.compile(r'^v_cvt_scalef32_(sr_)?(pk_)?(fp8|bf8|fp4)_(f32|f16|bf16)$'), scaled_pack),
     (re.compile(r'^v_cvt_scalef32_(pk_)?(f32|f16|bf16)_(fp8|bf8|fp4)$'), scaled_unpack),
     (re.compile(r'^v_cvt_scalef32_pk32_(f32|f16|bf16)_(fp6|bf6)$'), unpack32),
-    (re.compile(r'^v_cvt_scalef32_(sr_)?(pk32|2xpk16)_(fp6|bf6)_(f32|f16|bf16)$'), pack32)]
+    (re.compile(r'^v_cvt_scalef32_(sr_)?(pk32|2xpk16)_(fp6|bf6)_(f32|f16|bf16)$'), pack32),
+]
 
 
 def decode(ins: Instr, arch: str) -> Closure | None:

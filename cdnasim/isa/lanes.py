@@ -1,4 +1,7 @@
-"""Vector instructions that are no lane-wise function: carries, lane moves, selects, division helpers (CDNA3 ISA 12.8-12.12)."""
+"""Vector instructions that are no lane-wise function: carries, lane moves, selects, division
+helpers (CDNA3 ISA 12.8-12.12).
+"""
+
 from __future__ import annotations
 
 import re
@@ -20,11 +23,16 @@ FULL = Operand('s', VCC, 2, text='vcc')
 
 
 def carry(ins: Instr) -> Closure:
-    """v_add_co_u32 and relatives: dst, carry-out, a, b [, carry-in]. The carry of an inactive lane is 0."""
+    """v_add_co_u32 and relatives: dst, carry-out, a, b [, carry-in]. The carry of an inactive lane
+    is 0.
+    """
     op, o = ins.base, ins.ops
     rd, wr, put_carry = [rv32(x) for x in o[2:4]], wv32(o[0]), write_mask(o[1])
     if ins.sdwa:
-        rd = [sdwa_read(r, ins.mods.get(f'src{k}_sel', 'DWORD'), o[2 + k].sext) for k, r in enumerate(rd)]
+        rd = [
+            sdwa_read(r, ins.mods.get(f'src{k}_sel', 'DWORD'), o[2 + k].sext)
+            for k, r in enumerate(rd)
+        ]
     if ins.dpp:
         rd[0] = ins.dpp.read(rd[0])
     cin = rs64(o[4]) if len(o) > 4 else None
@@ -47,6 +55,7 @@ def carry(ins: Instr) -> Closure:
         else:
             wr(w, x)
             put_carry(w, over)
+
     return f
 
 
@@ -57,7 +66,13 @@ def cndmask(ins: Instr) -> Closure:
     put = finish(ins, 'u')
 
     def f(w: Batch) -> None:
-        put(w, np.where(mask_to_bool(cond(w), w.n), np.asarray(b(w)).view(u32), np.asarray(a(w)).view(u32)))
+        put(
+            w,
+            np.where(
+                mask_to_bool(cond(w), w.n), np.asarray(b(w)).view(u32), np.asarray(a(w)).view(u32)
+            ),
+        )
+
     return f
 
 
@@ -69,6 +84,7 @@ def first_lane(ins: Instr) -> Closure:
         x = np.broadcast_to(a(w), w.shape)
         col = x[:, 0] if w.full else x[np.arange(w.n), np.argmax(w.m, axis=1)]
         wr(w, norm(col.astype(u64)))
+
     return f
 
 
@@ -80,6 +96,7 @@ def read_lane(ins: Instr) -> Closure:
         row = w.v[i]
         col = row[:, k] if type(k) is int else row[np.arange(w.n), k.astype(i64)]
         wr(w, norm(col.astype(u64)))
+
     return f
 
 
@@ -89,8 +106,9 @@ def write_lane(ins: Instr) -> Closure:
 
     def f(w: Batch) -> None:
         k = lane(w)
-        here = LANES == ((k & 63) if type(k) is int else (k.astype(i64) & 63)[:, None])
+        here = ((k & 63) if type(k) is int else (k.astype(i64) & 63)[:, None]) == LANES
         w.put_masked(i, val(w), here)
+
     return f
 
 
@@ -101,12 +119,14 @@ def swap(ins: Instr) -> Closure:
         a, b = w.v[i], w.v[j]
         w.put(i, b)
         w.put(j, a)
+
     return f
 
 
 def permlane_swap(ins: Instr) -> Closure:
-    """v_permlane32_swap d, s: d[32..63] <-> s[0..31]; v_permlane16_swap: odd rows of 16 of d <-> even rows of s.
-    All lanes take part, whatever EXEC says (CDNA4 ISA, pseudo-code of V_PERMLANE16_SWAP_B32)."""
+    """v_permlane32_swap d, s: d[32..63] <-> s[0..31]; v_permlane16_swap: odd rows of 16 of d <->
+    even rows of s. All lanes take part, whatever EXEC says (CDNA4 ISA, pseudo-code of
+    V_PERMLANE16_SWAP_B32)."""
     d, s, half = ins.ops[0].idx, ins.ops[1].idx, 32 if '32_swap' in ins.base else 16
     lo = LANES[(LANES & half) == 0]
 
@@ -114,6 +134,7 @@ def permlane_swap(ins: Instr) -> Closure:
         x, y = np.array(w.v[d]), np.array(w.v[s])
         x[:, lo + half], y[:, lo] = y[:, lo].copy(), x[:, lo + half].copy()
         w.v[d], w.v[s] = x, y
+
     return f
 
 
@@ -130,13 +151,18 @@ def bitop3(ins: Instr) -> Closure:
         x = [r(w) for r in rd]
         out = u32(0)
         for k in terms:
-            out = out | ((x[0] if k & 4 else ~x[0]) & (x[1] if k & 2 else ~x[1]) & (x[2] if k & 1 else ~x[2]))
+            out = out | (
+                (x[0] if k & 4 else ~x[0]) & (x[1] if k & 2 else ~x[1]) & (x[2] if k & 1 else ~x[2])
+            )
         wr(w, out & keep)
+
     return f
 
 
 def mad64(ins: Instr) -> Closure:
-    """v_mad_u64_u32, v_mad_i64_i32: 32 x 32 + 64; the mask gets bit 64 of the sum (CDNA3 ISA, V_MAD_U64_U32)."""
+    """v_mad_u64_u32, v_mad_i64_i32: 32 x 32 + 64; the mask gets bit 64 of the sum (CDNA3 ISA,
+    V_MAD_U64_U32).
+    """
     o = ins.ops
     a, b, c, wr, put_carry = rv32(o[2]), rv32(o[3]), rv64(o[4]), wv64(o[0]), write_mask(o[1])
     is_signed = ins.base == 'v_mad_i64_i32'
@@ -147,18 +173,21 @@ def mad64(ins: Instr) -> Closure:
             p = (x.view(i32).astype(i64) * y.view(i32).astype(i64)).view(u64)
             r = p + z
             wraps = (~(p ^ z) & (p ^ r)) >> u64(63)
-            over = (r >> u64(63)) ^ wraps != 0                 # bit 64 of the 65-bit sum, its sign
+            over = (r >> u64(63)) ^ wraps != 0  # bit 64 of the 65-bit sum, its sign
         else:
             p = x.astype(u64) * y.astype(u64)
             r = p + z
             over = r < p
         wr(w, r)
         put_carry(w, over)
+
     return f
 
 
 def gpr_index_move(ins: Instr, index: set[str]) -> Closure:
-    """v_mov_b32 between s_set_gpr_idx_on and _off: M0[7:0] is added to the register number of SRC0 or DST."""
+    """v_mov_b32 between s_set_gpr_idx_on and _off: M0[7:0] is added to the register number of SRC0
+    or DST.
+    """
     src, dst = ins.ops[1], ins.ops[0].idx
     rd = rv32(src)
 
@@ -169,16 +198,22 @@ def gpr_index_move(ins: Instr, index: set[str]) -> Closure:
             here = w.m if type(k) is int else w.m & (k == shift)[:, None]
             x = w.v[src.idx + shift] if 'SRC0' in index and src.kind == 'v' else rd(w)
             w.put_masked(dst + (shift if 'DST' in index else 0), x, here)
+
     return f
 
 
-# ---- division: v_div_scale, v_div_fmas (LLVM lowers fdiv to these; CDNA3 ISA, V_DIV_SCALE_F32) ------------------------
-LAYOUT: dict[str, tuple[Any, int, int, int, int]] = {      # type: (float, exponent bits' shift, mask, scale, small exponent)
-    'f': (f32, 23, 255, 64, 23), 'D': (f64, 52, 2047, 128, 53)}
+# ---- division: v_div_scale, v_div_fmas (LLVM lowers fdiv to these; CDNA3 ISA, V_DIV_SCALE_F32)
+# type: (float, exponent bits' shift, mask, scale, small exponent)
+LAYOUT: dict[str, tuple[Any, int, int, int, int]] = {
+    'f': (f32, 23, 255, 64, 23),
+    'D': (f64, 52, 2047, 128, 53),
+}
 
 
 def div_scale(ins: Instr) -> Closure:
-    """Scale numerator or denominator so that the Newton steps stay in range; the mask tells v_div_fmas to undo it."""
+    """Scale numerator or denominator so that the Newton steps stay in range; the mask tells
+    v_div_fmas to undo it.
+    """
     ty = 'D' if ins.base.endswith('f64') else 'f'
     fl, shift, field, by, small = LAYOUT[ty]
     far = 96 if ty == 'f' else 768
@@ -195,16 +230,36 @@ def div_scale(ins: Instr) -> Closure:
         up, down = np.ldexp(s0, by).astype(fl), np.ldexp(s0, -by).astype(fl)
         den, num = s0 == s1, s0 == s2
         rcp, q = 1 / s1.astype(np.longdouble), s2.astype(np.longdouble) / s1
-        inv_small, q_small = (np.abs(rcp) < tiny) & (rcp != 0), (np.abs(q) < tiny) & (q != 0)     # denormal results
-        conditions = [(s2 == 0) | (s1 == 0), exponent(s2) - exponent(s1) >= far, (np.abs(s1) < tiny) & (s1 != 0),
-                      inv_small & q_small, inv_small, q_small, exponent(s2) <= small]
-        # Fourth case: the manual's text says 2^+64, which overflows the large denominators it is for; only 2^-64 makes
-        # LLVM's fdiv correctly rounded (tests/test_llvm.py).
-        values = [np.full(w.shape, np.nan, fl), np.where(den, up, s0), up, np.where(den, down, s0), down,
-                  np.where(num, up, s0), up]
-        flags = np.select(conditions, [np.full(w.shape, k, bool) for k in (0, 1, 0, 1, 0, 1, 0)], False)
+        inv_small, q_small = (
+            (np.abs(rcp) < tiny) & (rcp != 0),
+            (np.abs(q) < tiny) & (q != 0),
+        )  # denormal results
+        conditions = [
+            (s2 == 0) | (s1 == 0),
+            exponent(s2) - exponent(s1) >= far,
+            (np.abs(s1) < tiny) & (s1 != 0),
+            inv_small & q_small,
+            inv_small,
+            q_small,
+            exponent(s2) <= small,
+        ]
+        # Fourth case: the manual's text says 2^+64, which overflows the large denominators it is
+        # for; only 2^-64 makes LLVM's fdiv correctly rounded (tests/test_llvm.py).
+        values = [
+            np.full(w.shape, np.nan, fl),
+            np.where(den, up, s0),
+            up,
+            np.where(den, down, s0),
+            down,
+            np.where(num, up, s0),
+            up,
+        ]
+        flags = np.select(
+            conditions, [np.full(w.shape, k, bool) for k in (0, 1, 0, 1, 0, 1, 0)], False
+        )
         put(w, np.select(conditions, values, s0).astype(fl))
         put_mask(w, flags)
+
     return f
 
 
@@ -215,7 +270,9 @@ def finish_plain(ins: Instr, ty: str) -> Callable[[Batch, Any], None]:
 
 
 def div_fmas(ins: Instr) -> Closure:
-    """fma, then times 2^64 (f64: 2^128) in lanes of VCC, towards whichever end of the range is near."""
+    """fma, then times 2^64 (f64: 2^128) in lanes of VCC, towards whichever end of the range is
+    near.
+    """
     ty = 'D' if ins.base.endswith('f64') else 'f'
     fl, shift, field, by, _ = LAYOUT[ty]
     a, b, c = (source(ins, k, ty, k - 1) for k in (1, 2, 3))
@@ -223,13 +280,12 @@ def div_fmas(ins: Instr) -> Closure:
 
     def f(w: Batch) -> None:
         x, y, z = a(w), b(w), c(w)
-        if ty == 'f':                            # kept in f64, where the scaling below cannot overflow
-            r = np.asarray(x).astype(f64) * y + z
-        else:
-            r = fma64(x, y, z)
+        # f32 stays in f64, where the scaling below cannot overflow
+        r = np.asarray(x).astype(f64) * y + z if ty == 'f' else fma64(x, y, z)
         e = (np.asarray(z).view(bits) >> bits(shift)) & bits(field)
         up = np.where(e > field // 2, by, -by)
         put(w, np.ldexp(r, np.where(mask_to_bool(w.vcc64(), w.n), up, 0)).astype(fl))
+
     return f
 
 
@@ -248,30 +304,53 @@ def constant_mad_f16(ins: Instr) -> Closure:
 
     def half(x: Any) -> Any:
         return TYPED['h'](x & u32(0xFFFF))
+
     return lambda w: wr(w, RAW['h'](fma16(half(a(w)), half(b(w)), half(c(w)))))
 
 
 def mqsad_u32(ins: Instr) -> Closure:
     """Four masked SADs of a sliding window into four registers."""
     from .valu_int import sad, wrap
+
     d, c, wide, ref = ins.ops[0].idx, ins.ops[3].idx, rv64(ins.ops[1]), rv32(ins.ops[2])
 
     def f(w: Batch) -> None:
         x, r = wide(w), ref(w)
-        rows: list[Row] = [wrap(sad(lo32(x >> u64(8 * k)), r, w.v[c + k], masked=True)) for k in range(4)]
+        rows: list[Row] = [
+            wrap(sad(lo32(x >> u64(8 * k)), r, w.v[c + k], masked=True)) for k in range(4)
+        ]
         for k, row in enumerate(rows):
             w.put(d + k, row)
+
     return f
 
 
 NAMED: dict[str, Callable[[Instr], Closure]] = {
-    'v_nop': lambda ins: lambda w: None, 'v_clrexcp': lambda ins: lambda w: None, 'v_cndmask_b32': cndmask,
-    'v_readfirstlane_b32': first_lane, 'v_readlane_b32': read_lane, 'v_writelane_b32': write_lane, 'v_swap_b32': swap,
-    'v_permlane32_swap_b32': permlane_swap, 'v_permlane16_swap_b32': permlane_swap, 'v_bitop3_b32': bitop3,
-    'v_bitop3_b16': bitop3, 'v_mad_u64_u32': mad64, 'v_mad_i64_i32': mad64, 'v_div_scale_f32': div_scale,
-    'v_div_scale_f64': div_scale, 'v_div_fmas_f32': div_fmas, 'v_div_fmas_f64': div_fmas, 'v_fmamk_f32': constant_fma,
-    'v_fmaak_f32': constant_fma, 'v_madmk_f32': constant_fma, 'v_madak_f32': constant_fma, 'v_madmk_f16': constant_mad_f16,
-    'v_madak_f16': constant_mad_f16, 'v_mqsad_u32_u8': mqsad_u32}
+    'v_nop': lambda ins: lambda w: None,
+    'v_clrexcp': lambda ins: lambda w: None,
+    'v_cndmask_b32': cndmask,
+    'v_readfirstlane_b32': first_lane,
+    'v_readlane_b32': read_lane,
+    'v_writelane_b32': write_lane,
+    'v_swap_b32': swap,
+    'v_permlane32_swap_b32': permlane_swap,
+    'v_permlane16_swap_b32': permlane_swap,
+    'v_bitop3_b32': bitop3,
+    'v_bitop3_b16': bitop3,
+    'v_mad_u64_u32': mad64,
+    'v_mad_i64_i32': mad64,
+    'v_div_scale_f32': div_scale,
+    'v_div_scale_f64': div_scale,
+    'v_div_fmas_f32': div_fmas,
+    'v_div_fmas_f64': div_fmas,
+    'v_fmamk_f32': constant_fma,
+    'v_fmaak_f32': constant_fma,
+    'v_madmk_f32': constant_fma,
+    'v_madak_f32': constant_fma,
+    'v_madmk_f16': constant_mad_f16,
+    'v_madak_f16': constant_mad_f16,
+    'v_mqsad_u32_u8': mqsad_u32,
+}
 
 
 def decode(ins: Instr) -> Closure | None:
@@ -279,5 +358,3 @@ def decode(ins: Instr) -> Closure | None:
         return carry(ins)
     build = NAMED.get(ins.base)
     return build(ins) if build else None
-
-

@@ -1,4 +1,7 @@
-"""LDS: ds_* loads, stores and atomics, transposed reads, and the lane permutes that use its crossbar (CDNA3 ISA chapter 11)."""
+"""LDS: ds_* loads, stores and atomics, transposed reads, and the lane permutes that use its
+crossbar (CDNA3 ISA chapter 11).
+"""
+
 from __future__ import annotations
 
 import re
@@ -28,14 +31,53 @@ from .memop import (
 )
 
 Closure = Callable[[Batch], Any]
-READ = {'u8': (1, 'u'), 'i8': (1, 's'), 'u16': (2, 'u'), 'i16': (2, 's'), 'b32': (4, 'w'), 'b64': (8, 'w'), 'b96': (12, 'w'),
-        'b128': (16, 'w'), 'u8_d16': (1, 'lo'), 'u8_d16_hi': (1, 'hi'), 'i8_d16': (1, 'slo'), 'i8_d16_hi': (1, 'shi'),
-        'u16_d16': (2, 'lo'), 'u16_d16_hi': (2, 'hi')}
-WRITE = {'b8': (1, 0), 'b16': (2, 0), 'b8_d16_hi': (1, 16), 'b16_d16_hi': (2, 16), 'b32': (4, 0), 'b64': (8, 0),
-         'b96': (12, 0), 'b128': (16, 0)}
-INTEGER_ATOMIC = {'add': 'add', 'sub': 'sub', 'rsub': 'rsub', 'inc': 'inc', 'dec': 'dec', 'and': 'and', 'or': 'or',
-                  'xor': 'xor', 'wrxchg': 'swap'}
-FLOAT_ATOMIC = ('add_f32', 'add_f64', 'max_f32', 'min_f32', 'max_f64', 'min_f64', 'pk_add_f16', 'pk_add_bf16')
+READ = {
+    'u8': (1, 'u'),
+    'i8': (1, 's'),
+    'u16': (2, 'u'),
+    'i16': (2, 's'),
+    'b32': (4, 'w'),
+    'b64': (8, 'w'),
+    'b96': (12, 'w'),
+    'b128': (16, 'w'),
+    'u8_d16': (1, 'lo'),
+    'u8_d16_hi': (1, 'hi'),
+    'i8_d16': (1, 'slo'),
+    'i8_d16_hi': (1, 'shi'),
+    'u16_d16': (2, 'lo'),
+    'u16_d16_hi': (2, 'hi'),
+}
+WRITE = {
+    'b8': (1, 0),
+    'b16': (2, 0),
+    'b8_d16_hi': (1, 16),
+    'b16_d16_hi': (2, 16),
+    'b32': (4, 0),
+    'b64': (8, 0),
+    'b96': (12, 0),
+    'b128': (16, 0),
+}
+INTEGER_ATOMIC = {
+    'add': 'add',
+    'sub': 'sub',
+    'rsub': 'rsub',
+    'inc': 'inc',
+    'dec': 'dec',
+    'and': 'and',
+    'or': 'or',
+    'xor': 'xor',
+    'wrxchg': 'swap',
+}
+FLOAT_ATOMIC = (
+    'add_f32',
+    'add_f64',
+    'max_f32',
+    'min_f32',
+    'max_f64',
+    'min_f64',
+    'pk_add_f16',
+    'pk_add_bf16',
+)
 
 
 def mask_or(n: int) -> AtomicFn:
@@ -57,11 +99,15 @@ def conditional_exchange(old: Array, new: Array) -> Array:
 
 def swapped_compare(n: int, float_ty: Any = None) -> AtomicFn:
     """ds_cmpst: `new` carries [compare | value] (the opposite order of global cmpswap)."""
+
     def fn(old: Array, new: Array) -> Array:
         same = (old == new[:, :n]).all(-1, keepdims=True)
         if float_ty is not None:
-            same = np.ascontiguousarray(old).view(float_ty) == np.ascontiguousarray(new[:, :n]).view(float_ty)
+            same = np.ascontiguousarray(old).view(float_ty) == np.ascontiguousarray(
+                new[:, :n]
+            ).view(float_ty)
         return np.where(same, new[:, n:], old)
+
     return fn
 
 
@@ -89,10 +135,14 @@ TABLE = atomic_table()
 
 
 def addresses(ins: Instr, k: int) -> Callable[[Batch], Array]:
-    if 'addtid' in ins.op:                                   # M0 + 4 * lane, no address operand
+    if 'addtid' in ins.op:  # M0 + 4 * lane, no address operand
+
         def by_lane(w: Batch) -> Array:
             m0 = w.s[M0]
-            return np.broadcast_to((m0 if type(m0) is int else m0.astype(i64)[:, None]) + 4 * LANES, w.shape)
+            return np.broadcast_to(
+                (m0 if type(m0) is int else m0.astype(i64)[:, None]) + 4 * LANES, w.shape
+            )
+
         return by_lane
     a = rv32(ins.ops[k])
     return lambda w: a(w).astype(i64)
@@ -125,6 +175,7 @@ def read(ins: Instr, mode: str | None, kind: str) -> Closure:
         if w.hazard and how in 'uws':
             poison(w, d, each * len(offs))
         issue(w, w.lgkm, op)
+
     return f
 
 
@@ -153,6 +204,7 @@ def write(ins: Instr, mode: str | None, kind: str) -> Closure:
             flat, ids = pick(base, rows), every_row(w, rows)
             for x, s in zip(offs, src, strict=True):
                 w.group.lds_store(w, flat + x, ids, from_rows(w, s, n, shift, rows), ins)
+
     return f
 
 
@@ -164,8 +216,15 @@ def atomic(ins: Instr, n: int, sources: int, fn: AtomicFn, ret: bool) -> Closure
         rows = Masked.rows(mask)
         ids = every_row(w, rows)
         new = data.reshape(-1, n * sources)[ids]
-        old = do_atomic(lambda a, r: w.group.lds_load(w, a, r, n, ins, True),
-                        lambda a, r, x: w.group.lds_store(w, a, r, x, ins, True), pick(base, rows) + off, ids, new, n, fn)
+        old = do_atomic(
+            lambda a, r: w.group.lds_load(w, a, r, n, ins, True),
+            lambda a, r, x: w.group.lds_store(w, a, r, x, ins, True),
+            pick(base, rows) + off,
+            ids,
+            new,
+            n,
+            fn,
+        )
         if ret and len(ids):
             put_loaded(w, d, to_rows(old, w, rows, 'w', d))
 
@@ -177,6 +236,7 @@ def atomic(ins: Instr, n: int, sources: int, fn: AtomicFn, ret: bool) -> Closure
         if w.hazard and ret:
             poison(w, d, n // 4)
         issue(w, w.lgkm, op)
+
     return f
 
 
@@ -199,18 +259,21 @@ def exchange2(ins: Instr, mode: str, n: int) -> Closure:
         if w.hazard:
             poison(w, d, 2 * each)
         issue(w, w.lgkm, op)
+
     return f
 
 
 def transpose_read(ins: Instr, n: int, width: int) -> Closure:
-    """ds_read_b*_tr_b<width> (gfx950): each 16 lanes read a tile of 16 columns, row-major over the lanes in order;
-    lane i of the group gets column i, one element per tile row."""
+    """ds_read_b*_tr_b<width> (gfx950): each 16 lanes read a tile of 16 columns, row-major over the
+    lanes in order; lane i of the group gets column i, one element per tile row."""
     off, d, pc, per = ins.mods.get('offset', 0), ins.ops[0].idx, ins.pc, 8 * n // width
     where = addresses(ins, 1)
 
     def land(w: Batch, base: Array) -> None:
-        data = w.group.lds_load(w, base.reshape(-1) + off, np.arange(w.n * 64), n, ins).reshape(w.n, 64, n)
-        el = unpack_bits(data, width)                                           # (waves, 64, per)
+        data = w.group.lds_load(w, base.reshape(-1) + off, np.arange(w.n * 64), n, ins).reshape(
+            w.n, 64, n
+        )
+        el = unpack_bits(data, width)  # (waves, 64, per)
         col = el.reshape(w.n, 4, per, 16).transpose(0, 1, 3, 2).reshape(w.n, 64, per)
         if width >= 8:
             words = np.ascontiguousarray(col).view(u32)
@@ -227,15 +290,19 @@ def transpose_read(ins: Instr, n: int, width: int) -> Closure:
         if w.hazard:
             poison(w, d, n // 4)
         issue(w, w.lgkm, Pending(land, (base,), pc, (d, d + n // 4)))
+
     return f
 
 
-# ---- lane permutes ---------------------------------------------------------------------------------------------------
+# ---- lane permutes
+
 
 def deferred(w: Batch, d: int, value: Array, pc: int) -> None:
     """A permute result arrives with lgkmcnt like any LDS read."""
+
     def land(w: Batch, value: Array, mask: Any) -> None:
         w.v[d] = value if mask is None else np.where(mask, value, w.v[d])
+
     mask = Masked.keep(w)
     if w.hazard:
         poison(w, d, 1)
@@ -243,8 +310,15 @@ def deferred(w: Batch, d: int, value: Array, pc: int) -> None:
 
 
 def permute(ins: Instr) -> Closure:
-    """ds_bpermute: lane reads from lane address/4; ds_permute: lane sends there, the highest sender wins."""
-    pull, off, d, pc = ins.op == 'ds_bpermute_b32', u32(ins.mods.get('offset', 0)), ins.ops[0].idx, ins.pc
+    """ds_bpermute: lane reads from lane address/4; ds_permute: lane sends there, the highest sender
+    wins.
+    """
+    pull, off, d, pc = (
+        ins.op == 'ds_bpermute_b32',
+        u32(ins.mods.get('offset', 0)),
+        ins.ops[0].idx,
+        ins.pc,
+    )
     a, data = rv32(ins.ops[1]), rv32(ins.ops[2])
 
     def f(w: Batch) -> None:
@@ -260,6 +334,7 @@ def permute(ins: Instr) -> Closure:
             v[wave, lane[wave, src]] = x[wave, src]
         w.group.counters.lds_cycles += 2 * w.n
         deferred(w, d, v, pc)
+
     return f
 
 
@@ -279,7 +354,7 @@ def swizzle_pattern(v: Any) -> int:
         return a | o << 5 | x << 10
     if mode in ('SWAP', 'REVERSE'):
         return 0x1F | (int(arg) - (mode == 'REVERSE')) << 10
-    size, lane = (int(t) for t in arg.split(','))       # BROADCAST
+    size, lane = (int(t) for t in arg.split(','))  # BROADCAST
     return (32 - size) | lane << 5
 
 
@@ -291,11 +366,17 @@ def swizzle_lanes(pattern: int) -> Array:
 
 
 def swizzle(ins: Instr) -> Closure:
-    lane, src, d, pc = swizzle_lanes(swizzle_pattern(ins.mods.get('offset', 0))), ins.ops[1].idx, ins.ops[0].idx, ins.pc
+    lane, src, d, pc = (
+        swizzle_lanes(swizzle_pattern(ins.mods.get('offset', 0))),
+        ins.ops[1].idx,
+        ins.ops[0].idx,
+        ins.pc,
+    )
 
     def f(w: Batch) -> None:
         x = w.v[src][:, lane]
         deferred(w, d, x if w.full else np.where(w.m[:, lane], x, u32(0)), pc)
+
     return f
 
 

@@ -1,4 +1,7 @@
-"""What all vector memory instructions share: widths, registers <-> bytes, atomics, issue and landing."""
+"""What all vector memory instructions share: widths, registers <-> bytes, atomics, issue and
+landing.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,17 +13,41 @@ from .. import numerics as nm
 from ..batch import POISON, Batch, Pending
 from ..numerics import Array, f16, f32, f64, i32, i64, u8, u16, u32, u64
 
-# kind -> (bytes in memory, how it lands: w whole dwords, u/s extended, lo/hi one half of the register, sign if 's' first)
-LOAD = {'ubyte': (1, 'u'), 'sbyte': (1, 's'), 'ushort': (2, 'u'), 'sshort': (2, 's'), 'dword': (4, 'w'), 'dwordx2': (8, 'w'),
-        'dwordx3': (12, 'w'), 'dwordx4': (16, 'w'), 'ubyte_d16': (1, 'lo'), 'ubyte_d16_hi': (1, 'hi'), 'sbyte_d16': (1, 'slo'),
-        'sbyte_d16_hi': (1, 'shi'), 'short_d16': (2, 'lo'), 'short_d16_hi': (2, 'hi')}
-STORE = {'byte': (1, 0), 'short': (2, 0), 'byte_d16_hi': (1, 16), 'short_d16_hi': (2, 16), 'dword': (4, 0), 'dwordx2': (8, 0),
-         'dwordx3': (12, 0), 'dwordx4': (16, 0)}
+# kind -> (bytes in memory, how it lands: w whole dwords, u/s extended, lo/hi one half of the
+# register, sign if 's' first)
+LOAD = {
+    'ubyte': (1, 'u'),
+    'sbyte': (1, 's'),
+    'ushort': (2, 'u'),
+    'sshort': (2, 's'),
+    'dword': (4, 'w'),
+    'dwordx2': (8, 'w'),
+    'dwordx3': (12, 'w'),
+    'dwordx4': (16, 'w'),
+    'ubyte_d16': (1, 'lo'),
+    'ubyte_d16_hi': (1, 'hi'),
+    'sbyte_d16': (1, 'slo'),
+    'sbyte_d16_hi': (1, 'shi'),
+    'short_d16': (2, 'lo'),
+    'short_d16_hi': (2, 'hi'),
+}
+STORE = {
+    'byte': (1, 0),
+    'short': (2, 0),
+    'byte_d16_hi': (1, 16),
+    'short_d16_hi': (2, 16),
+    'dword': (4, 0),
+    'dwordx2': (8, 0),
+    'dwordx3': (12, 0),
+    'dwordx4': (16, 0),
+}
 MIXED_HALVES = ('lo', 'hi', 'slo', 'shi')
 
 
 def to_rows(data: Array, w: Batch, rows: Array | None, how: str, first: int) -> list[Array]:
-    """uint8[k, n] of the active lanes -> register values (waves, 64); `rows` None: every lane of every wave."""
+    """uint8[k, n] of the active lanes -> register values (waves, 64); `rows` None: every lane of
+    every wave.
+    """
     n = data.shape[1]
     if how == 'w':
         words = data.view(u32)
@@ -32,8 +59,16 @@ def to_rows(data: Array, w: Batch, rows: Array | None, how: str, first: int) -> 
         x = (x ^ u32(1 << (8 * n - 1))) - u32(1 << (8 * n - 1))
     old = w.v[first]
     if how in MIXED_HALVES:
-        kept = np.ascontiguousarray(old).reshape(-1) if rows is None else np.ascontiguousarray(old).reshape(-1)[rows]
-        x = (kept & u32(0xFFFF0000)) | (x & u32(0xFFFF)) if how[-2:] == 'lo' else (kept & u32(0xFFFF)) | (x << u32(16))
+        kept = (
+            np.ascontiguousarray(old).reshape(-1)
+            if rows is None
+            else np.ascontiguousarray(old).reshape(-1)[rows]
+        )
+        x = (
+            (kept & u32(0xFFFF0000)) | (x & u32(0xFFFF))
+            if how[-2:] == 'lo'
+            else (kept & u32(0xFFFF)) | (x << u32(16))
+        )
     return [x.reshape(w.shape) if rows is None else spread(x, w, rows, old)]
 
 
@@ -47,7 +82,7 @@ def from_rows(w: Batch, first: int, n: int, shift: int, rows: Array | None) -> A
     """Registers -> uint8[k, n] to store, k active lanes."""
     if n >= 4:
         words = np.empty((*w.shape, n // 4), u32)
-        for k, row in enumerate(w.v[first:first + n // 4]):
+        for k, row in enumerate(w.v[first : first + n // 4]):
             words[..., k] = row
         words = words.reshape(-1, n // 4)
         return (words if rows is None else words[rows]).view(u8)
@@ -72,11 +107,12 @@ def every_row(w: Batch, rows: Array | None) -> Array:
 
 
 def put_loaded(w: Batch, first: int, rows: list[Array]) -> None:
-    w.v[first:first + len(rows)] = rows
+    w.v[first : first + len(rows)] = rows
 
 
 class Masked:
     """EXEC of the moment an operation issued, in a form that follows a split of the batch."""
+
     @staticmethod
     def keep(w: Batch) -> Array | None:
         return None if w.full else w.m
@@ -101,7 +137,7 @@ def poison(w: Batch, first: int, n: int) -> None:
         w.v[k] = np.array(row) if w.full else np.where(w.m, POISON, w.v[k])
 
 
-# ---- atomics: fn(old uint8[k, n], new uint8[k, m]) -> uint8[k, n] ----------------------------------------------------
+# ---- atomics: fn(old uint8[k, n], new uint8[k, m]) -> uint8[k, n]
 AtomicFn = Callable[[Array, Array], Array]
 
 
@@ -109,11 +145,14 @@ def typed(ty: Any, fn: Callable[[Any, Any], Any]) -> AtomicFn:
     def apply(a: Array, b: Array) -> Array:
         x, y = np.ascontiguousarray(a).view(ty), np.ascontiguousarray(b).view(ty)
         return np.ascontiguousarray(fn(x, y).astype(ty)).view(u8)
+
     return apply
 
 
 def bf16_add(a: Array, b: Array) -> Array:
-    x = nm.bf16_to_f32(np.ascontiguousarray(a).view(u16)) + nm.bf16_to_f32(np.ascontiguousarray(b).view(u16))
+    x = nm.bf16_to_f32(np.ascontiguousarray(a).view(u16)) + nm.bf16_to_f32(
+        np.ascontiguousarray(b).view(u16)
+    )
     return np.ascontiguousarray(nm.f32_to_bf16(x).astype(u16)).view(u8)
 
 
@@ -123,29 +162,64 @@ def compare_swap(n: int) -> AtomicFn:
 
 
 ATOMIC: dict[str, tuple[int, AtomicFn]] = {
-    'add_f32': (4, typed(f32, np.add)), 'add_f64': (8, typed(f64, np.add)), 'pk_add_f16': (4, typed(f16, np.add)),
-    'pk_add_bf16': (4, bf16_add), 'max_f64': (8, typed(f64, np.fmax)), 'min_f64': (8, typed(f64, np.fmin)),
-    'max_f32': (4, typed(f32, np.fmax)), 'min_f32': (4, typed(f32, np.fmin)),
-    'cmpswap': (4, compare_swap(4)), 'cmpswap_x2': (8, compare_swap(8))}
+    'add_f32': (4, typed(f32, np.add)),
+    'add_f64': (8, typed(f64, np.add)),
+    'pk_add_f16': (4, typed(f16, np.add)),
+    'pk_add_bf16': (4, bf16_add),
+    'max_f64': (8, typed(f64, np.fmax)),
+    'min_f64': (8, typed(f64, np.fmin)),
+    'max_f32': (4, typed(f32, np.fmax)),
+    'min_f32': (4, typed(f32, np.fmin)),
+    'cmpswap': (4, compare_swap(4)),
+    'cmpswap_x2': (8, compare_swap(8)),
+}
 for suffix, signed_ty, unsigned_ty in (('', i32, u32), ('_x2', i64, u64)):
     size = 8 if suffix else 4
     one = unsigned_ty(1)
-    ATOMIC.update({name + suffix: (size, typed(ty, fn)) for name, ty, fn in (
-        ('add', unsigned_ty, np.add), ('sub', unsigned_ty, np.subtract), ('rsub', unsigned_ty, lambda a, b: b - a),
-        ('and', unsigned_ty, np.bitwise_and), ('or', unsigned_ty, np.bitwise_or), ('xor', unsigned_ty, np.bitwise_xor),
-        ('smax', signed_ty, np.maximum), ('smin', signed_ty, np.minimum), ('umax', unsigned_ty, np.maximum),
-        ('umin', unsigned_ty, np.minimum), ('swap', unsigned_ty, lambda a, b: b),
-        ('inc', unsigned_ty, lambda a, b, one=one: np.where(a >= b, 0, a + one)),
-        ('dec', unsigned_ty, lambda a, b, one=one: np.where((a == 0) | (a > b), b, a - one)))})
+    ATOMIC.update(
+        {
+            name + suffix: (size, typed(ty, fn))
+            for name, ty, fn in (
+                ('add', unsigned_ty, np.add),
+                ('sub', unsigned_ty, np.subtract),
+                ('rsub', unsigned_ty, lambda a, b: b - a),
+                ('and', unsigned_ty, np.bitwise_and),
+                ('or', unsigned_ty, np.bitwise_or),
+                ('xor', unsigned_ty, np.bitwise_xor),
+                ('smax', signed_ty, np.maximum),
+                ('smin', signed_ty, np.minimum),
+                ('umax', unsigned_ty, np.maximum),
+                ('umin', unsigned_ty, np.minimum),
+                ('swap', unsigned_ty, lambda a, b: b),
+                ('inc', unsigned_ty, lambda a, b, one=one: np.where(a >= b, 0, a + one)),
+                (
+                    'dec',
+                    unsigned_ty,
+                    lambda a, b, one=one: np.where((a == 0) | (a > b), b, a - one),
+                ),
+            )
+        }
+    )
 
 
-def do_atomic(load: Callable[[Array, Array], Array], store: Callable[[Array, Array, Array], None], addr: Array, rows: Array,
-              data: Array, n: int, fn: AtomicFn) -> Array:
-    """Perform in order of wave and lane. Lanes that share an address go one round after another -> old values."""
+def do_atomic(
+    load: Callable[[Array, Array], Array],
+    store: Callable[[Array, Array, Array], None],
+    addr: Array,
+    rows: Array,
+    data: Array,
+    n: int,
+    fn: AtomicFn,
+) -> Array:
+    """Perform in order of wave and lane. Lanes that share an address go one round after another ->
+    old values.
+    """
     old = np.empty((len(addr), n), u8)
     order = np.argsort(addr, kind='stable')
     ranked = addr[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(addr) else np.zeros(0, i64)
+    starts = (
+        np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(addr) else np.zeros(0, i64)
+    )
     rank = np.arange(len(addr)) - np.repeat(starts, np.diff(np.r_[starts, len(addr)]))
     for k in range(int(rank.max()) + 1 if len(addr) else 0):
         sel = order[rank == k]

@@ -1,15 +1,24 @@
-"""Matrix instructions v_mfma_*, v_mfma_scale_* and v_smfmac_*: parsing, register <-> matrix maps, execution.
+"""Matrix instructions v_mfma_*, v_mfma_scale_* and v_smfmac_*: parsing, register <-> matrix maps,
+execution.
 
-Maps (CDNA3 ISA 7.1.4 and 7.4; l = lane, e = element in register order low bits first, B = blocks, M = rows of A):
+Maps (CDNA3 ISA 7.1.4 and 7.4; l = lane, e = element in register order low bits first, B = blocks, M
+= rows of A):
   A, B   row (column) i = l % M, block = l // M % B, k = kper * (l // (M * B)) + e
-         fp8/bf8 operand of *_f8f6f4: k = (e // 16) * (K / 2) + 16 * (l // M) + e % 16, two 16-byte chunks per lane
-  C, D   column l % N; 32x32: row 8 * (r // 4) + 4 * (l // 32) + r % 4; 16x16: row 4 * (l // 16) + r;
-         4x4: row r, block l // 4; f64 16x16: row 4 * r + l // 16; f64 4x4: row l // 16, block l // 4 % 4
-  scales lane l holds the E8M0 byte of row l % M, K-block l // M (32 logical k each); the byte of the register is
+         fp8/bf8 operand of *_f8f6f4: k = (e // 16) * (K / 2) + 16 * (l // M) + e % 16, two 16-byte
+         chunks per lane
+  C, D   column l % N; 32x32: row 8 * (r // 4) + 4 * (l // 32) + r % 4; 16x16: row 4 * (l // 16) +
+  r;
+         4x4: row r, block l // 4; f64 16x16: row 4 * r + l // 16; f64 4x4: row l // 16, block l //
+         4 % 4
+  scales lane l holds the E8M0 byte of row l % M, K-block l // M (32 logical k each); the byte of
+  the register is
          op_sel + 2 * op_sel_hi of that operand.
-  sparse A holds K/2 values; two of every four k are kept, their positions are 2-bit fields of the index register.
-The sum is taken in f64 and rounded once; the hardware's order of additions is not published. EXEC is ignored.
+  sparse A holds K/2 values; two of every four k are kept, their positions are 2-bit fields of the
+  index register.
+The sum is taken in f64 and rounded once; the hardware's order of additions is not published. EXEC
+is ignored.
 """
+
 from __future__ import annotations
 
 import re
@@ -27,15 +36,41 @@ from ..operands import const_bits
 from .convert import stack_rows
 
 Closure = Callable[[Batch], Any]
-NAME = re.compile(r'^v_(s?)mf(?:ma|mac)_(scale_)?(f32|i32|f64)_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?(\w+?)(_1k)?$')
-FP4_PAIR = np.ascontiguousarray(np.stack([nm.FP4.table64[np.arange(256) & 15], nm.FP4.table64[np.arange(256) >> 4]], -1)
-                                ).view(np.complex128)[:, 0]            # byte -> two values, moved as one 16-byte item
+NAME = re.compile(
+    r'^v_(s?)mf(?:ma|mac)_(scale_)?(f32|i32|f64)_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?(\w+?)(_1k)?$'
+)
+FP4_PAIR = np.ascontiguousarray(
+    np.stack([nm.FP4.table64[np.arange(256) & 15], nm.FP4.table64[np.arange(256) >> 4]], -1)
+).view(np.complex128)[:, 0]  # byte -> two values, moved as one 16-byte item
 F16_TABLE = np.arange(1 << 16, dtype=u16).view(f16).astype(f64)
-CACHE_LIMIT = 96                # decoded operands kept per batch: a GEMM tile reuses each of its fragments 2 to 16 times
+CACHE_LIMIT = (
+    96  # decoded operands kept per batch: a GEMM tile reuses each of its fragments 2 to 16 times
+)
 # FLOP per cycle and CU, whole chip peak / (CUs * clock): AMD CDNA3 and CDNA4 white papers
-RATE = {'gfx942': {'f32': 64, 'xf32': 256, 'f64': 64, 'f16': 512, 'bf16': 512, 'i8': 1024, 'fp8': 1024, 'bf8': 1024},
-        'gfx950': {'f32': 64, 'f64': 32, 'f16': 1024, 'bf16': 1024, 'i8': 2048, 'fp8': 2048, 'bf8': 2048, 'fp6': 4096,
-                   'bf6': 4096, 'fp4': 4096}}
+RATE = {
+    'gfx942': {
+        'f32': 64,
+        'xf32': 256,
+        'f64': 64,
+        'f16': 512,
+        'bf16': 512,
+        'i8': 1024,
+        'fp8': 1024,
+        'bf8': 1024,
+    },
+    'gfx950': {
+        'f32': 64,
+        'f64': 32,
+        'f16': 1024,
+        'bf16': 1024,
+        'i8': 2048,
+        'fp8': 2048,
+        'bf8': 2048,
+        'fp6': 4096,
+        'bf6': 4096,
+        'fp4': 4096,
+    },
+}
 
 
 class Shape:
@@ -65,7 +100,9 @@ class Shape:
         return 2 * self.M * self.N * self.K * self.blocks
 
     def cycles(self, arch: str) -> int:
-        """Duration from peak rates, 4 cycles a pass. gfx950 keeps the CDNA3 duration of the CDNA3 shapes."""
+        """Duration from peak rates, 4 cycles a pass. gfx950 keeps the CDNA3 duration of the CDNA3
+        shapes.
+        """
         rate = dict(RATE[arch])
         small = {(16, 16), (32, 8)} if self.types[0] in ('f16', 'bf16') else {(16, 32), (32, 16)}
         if arch == 'gfx950' and not self.sparse and (self.M, self.K) in small and not self.f8f6f4:
@@ -91,19 +128,28 @@ def elements(w: Batch, first: int, nregs: int, ty: str, arch: str) -> Array:
         return raw.view(np.int8).astype(f64)
     if ty == 'f64':
         return raw.view(f64)
-    if ty == 'xf32':                                  # 10 mantissa bits are kept
+    if ty == 'xf32':  # 10 mantissa bits are kept
         raw = (raw + u32(0x1000)) & u32(0xFFFFE000)
     return raw.view(f32).astype(f64)
 
 
 class Side:
-    """Operand A or B: decodes registers into (waves, blocks, rows, K), and remembers the result while the rows stay."""
+    """Operand A or B: decodes registers into (waves, blocks, rows, K), and remembers the result
+    while the rows stay.
+    """
 
     def __init__(self, ins: Instr, shape: Shape, which: int, arch: str):
         o = ins.ops[1 + which]
         if o.kind != 'v':
             raise UnsupportedError(f'`{ins.text}`: matrix operand {o.text!r} is no vector register')
-        self.first, self.nregs, self.ty, self.arch, self.shape, self.which = o.idx, o.n, shape.types[which], arch, shape, which
+        self.first, self.nregs, self.ty, self.arch, self.shape, self.which = (
+            o.idx,
+            o.n,
+            shape.types[which],
+            arch,
+            shape,
+            which,
+        )
         self.rows = shape.M if which == 0 else shape.N
         self.split = shape.f8f6f4 and self.ty in ('fp8', 'bf8')
         if shape.f8f6f4:
@@ -113,14 +159,29 @@ class Side:
         if shape.scaled:
             sel, sel_hi = ins.mods.get('op_sel', [0, 0, 0]), ins.mods.get('op_sel_hi', [0, 0, 0])
             self.scale, self.bit = ins.ops[4 + which], 8 * (sel[which] + 2 * sel_hi[which])
-        self.key = (which, self.first, self.nregs, self.ty, self.rows, shape.blocks, shape.cbsz, shape.abid, shape.blgp,
-                    self.scale and self.scale.text, self.bit)
+        self.key = (
+            which,
+            self.first,
+            self.nregs,
+            self.ty,
+            self.rows,
+            shape.blocks,
+            shape.cbsz,
+            shape.abid,
+            shape.blgp,
+            self.scale and self.scale.text,
+            self.bit,
+        )
 
     def read(self, w: Batch) -> Array:
-        rows = w.v[self.first:self.first + self.nregs]
+        rows = w.v[self.first : self.first + self.nregs]
         sc = w.v[self.scale.idx] if self.scale is not None and self.scale.kind == 'v' else None
         hit = w.decoded.get(self.key)
-        if hit is not None and hit[1] is sc and all(a is b for a, b in zip(hit[0], rows, strict=True)):
+        if (
+            hit is not None
+            and hit[1] is sc
+            and all(a is b for a, b in zip(hit[0], rows, strict=True))
+        ):
             return hit[2]
         if len(w.decoded) >= CACHE_LIMIT:
             w.decoded.clear()
@@ -161,29 +222,40 @@ class Side:
 
 
 def blgp_lanes(blgp: int) -> Array:
-    """Lane group pattern of B (CDNA3 ISA 7.1.3): 1, 2 broadcast a half, 3 rotates by 16 lanes, 4-7 broadcast a quarter."""
+    """Lane group pattern of B (CDNA3 ISA 7.1.3): 1, 2 broadcast a half, 3 rotates by 16 lanes, 4-7
+    broadcast a quarter.
+    """
     lane = np.arange(64)
     if blgp in (1, 2):
         return lane % 32 + 32 * (blgp - 1)
     return (lane + 16) % 64 if blgp == 3 else lane % 16 + 16 * (blgp - 4)
 
 
-# ---- accumulators: register order <-> matrix order, as views -------------------------------------------------------
+# ---- accumulators: register order <-> matrix order, as views
+
 
 def as_registers(x: Array, s: Shape) -> Array:
-    """(waves, blocks, M, N) -> view (registers..., waves, lane parts...) in the order of the map of D."""
+    """(waves, blocks, M, N) -> view (registers..., waves, lane parts...) in the order of the map of
+    D.
+    """
     n, b = x.shape[0], s.blocks
     if s.M == 32:
         return x.reshape(n, b, 4, 2, 4, 32).transpose(1, 2, 4, 0, 3, 5)
     if s.out == 'f64':
-        return x.reshape(n, 4, 4, 16).transpose(1, 0, 2, 3) if s.M == 16 else x.transpose(0, 2, 1, 3)[None]
+        return (
+            x.reshape(n, 4, 4, 16).transpose(1, 0, 2, 3)
+            if s.M == 16
+            else x.transpose(0, 2, 1, 3)[None]
+        )
     if s.M == 16:
         return x.reshape(n, b, 4, 4, 16).transpose(1, 3, 0, 2, 4)
     return x.transpose(2, 0, 1, 3)
 
 
 class Accumulator:
-    """Reader and writer of C and D. A block written by one instruction is read back whole by the next."""
+    """Reader and writer of C and D. A block written by one instruction is read back whole by the
+    next.
+    """
 
     def __init__(self, ins: Instr, s: Shape, c: Operand):
         self.d, self.n = ins.ops[0].idx, ins.ops[0].n
@@ -198,7 +270,7 @@ class Accumulator:
         """C in register order, viewed with the same axes as `as_registers` gives."""
         if self.const is not None:
             return self.const
-        rows = w.v[self.c.idx:self.c.idx + self.n]
+        rows = w.v[self.c.idx : self.c.idx + self.n]
         hit = w.decoded.get(('acc', self.c.idx, self.n))
         if hit is not None and all(a is b for a, b in zip(hit[0], rows, strict=True)):
             block = hit[1]
@@ -216,7 +288,7 @@ class Accumulator:
             block = np.ascontiguousarray(words.transpose(0, 3, 1, 2)).reshape(self.n, w.n, 64)
         block = block.view(u32)
         rows = list(block)
-        w.v[self.d:self.d + self.n] = rows
+        w.v[self.d : self.d + self.n] = rows
         w.decoded['acc', self.d, self.n] = (rows, block)
 
 
@@ -228,6 +300,7 @@ def dense(ins: Instr, s: Shape, arch: str) -> Closure:
         prod = as_registers(np.matmul(a.read(w), b.read(w).swapaxes(-1, -2)), s)
         c = acc.read(w, prod.shape)
         acc.write(w, accumulate(prod, -c if neg_c else c, s))
+
     return f
 
 
@@ -239,9 +312,10 @@ def accumulate(prod: Array, c: Any, s: Shape) -> Array:
 
 
 def sparse(ins: Instr, s: Shape, arch: str) -> Closure:
-    """v_smfmac: D += A * B with A 4:2 sparse. 16-bit data takes 2 bits x 4 (gfx950 double-K: 8) from the index register,
-    8-bit data twice as many; ABID picks the set when CBSZ is 0 (CDNA3 ISA 7.4)."""
-    kept = s.K // 2 // s.groups                         # A elements per lane
+    """v_smfmac: D += A * B with A 4:2 sparse. 16-bit data takes 2 bits x 4 (gfx950 double-K: 8)
+    from the index register, 8-bit data twice as many; ABID picks the set when CBSZ is 0 (CDNA3 ISA
+    7.4)."""
+    kept = s.K // 2 // s.groups  # A elements per lane
     s_a = Shape(ins, arch)
     a, b = Side(ins, s_a, 0, arch), Side(ins, s_a, 1, arch)
     acc, index = Accumulator(ins, s, ins.ops[0]), ins.ops[3].idx
@@ -251,13 +325,18 @@ def sparse(ins: Instr, s: Shape, arch: str) -> Closure:
 
     def f(w: Batch) -> None:
         field = (w.v[index][..., None] >> (shift + 2 * np.arange(kept)).astype(u32)) & u32(3)
-        k = base + field.astype(i64)                                         # (waves, lane, kept), inside the lane's 2 * kept
+        k = base + field.astype(i64)  # (waves, lane, kept), inside the lane's 2 * kept
         wide = np.zeros((w.n, 64, 2 * kept))
         packed = elements(w, a.first, a.nregs, a.ty, arch)
         np.put_along_axis(wide, k, packed, -1)
-        x = wide.reshape(w.n, s.groups, s.M, 2 * kept).transpose(0, 2, 1, 3).reshape(w.n, 1, s.M, s.K)
+        x = (
+            wide.reshape(w.n, s.groups, s.M, 2 * kept)
+            .transpose(0, 2, 1, 3)
+            .reshape(w.n, 1, s.M, s.K)
+        )
         prod = as_registers(np.matmul(x, b.read(w).swapaxes(-1, -2)), s)
         acc.write(w, accumulate(prod, acc.read(w, prod.shape), s))
+
     return f
 
 

@@ -1,4 +1,5 @@
 """VOP3P: packed 16-bit and packed f32 arithmetic, and the mixed-precision fma (CDNA3 ISA 12.13)."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,23 +17,48 @@ from .valu_int import max3, min3
 from .vop import RANGE, Closure, Fn
 
 PK16: dict[str, tuple[str, Fn]] = {
-    'add_f16': ('h', lambda a, b: a + b), 'mul_f16': ('h', lambda a, b: a * b), 'min_f16': ('h', np.fmin),
-    'max_f16': ('h', np.fmax), 'fma_f16': ('h', fma16), 'fmac_f16': ('h', fma16), 'minimum3_f16': ('h', min3),
-    'maximum3_f16': ('h', max3), 'add_u16': ('H', lambda a, b: a + b), 'sub_u16': ('H', lambda a, b: a - b),
-    'mul_lo_u16': ('H', lambda a, b: a * b), 'mad_u16': ('H', lambda a, b, c: a * b + c),
-    'mad_i16': ('s', lambda a, b, c: a * b + c), 'add_i16': ('s', lambda a, b: a + b), 'sub_i16': ('s', lambda a, b: a - b),
-    'min_u16': ('H', np.minimum), 'max_u16': ('H', np.maximum), 'min_i16': ('s', np.minimum), 'max_i16': ('s', np.maximum),
-    'lshlrev_b16': ('H', lambda a, b: b << (a & u16(15))), 'lshrrev_b16': ('H', lambda a, b: b >> (a & u16(15))),
-    'ashrrev_i16': ('s', lambda a, b: b >> (a & i16(15)))}
-PK32: dict[str, Fn] = {'add_f32': lambda a, b: a + b, 'mul_f32': lambda a, b: a * b, 'fma_f32': fma32}
-MIX = {'v_fma_mix_f32': 'f32', 'v_fma_mixlo_f16': 'lo', 'v_fma_mixhi_f16': 'hi',
-       'v_mad_mix_f32': 'f32', 'v_mad_mixlo_f16': 'lo', 'v_mad_mixhi_f16': 'hi'}
+    'add_f16': ('h', lambda a, b: a + b),
+    'mul_f16': ('h', lambda a, b: a * b),
+    'min_f16': ('h', np.fmin),
+    'max_f16': ('h', np.fmax),
+    'fma_f16': ('h', fma16),
+    'fmac_f16': ('h', fma16),
+    'minimum3_f16': ('h', min3),
+    'maximum3_f16': ('h', max3),
+    'add_u16': ('H', lambda a, b: a + b),
+    'sub_u16': ('H', lambda a, b: a - b),
+    'mul_lo_u16': ('H', lambda a, b: a * b),
+    'mad_u16': ('H', lambda a, b, c: a * b + c),
+    'mad_i16': ('s', lambda a, b, c: a * b + c),
+    'add_i16': ('s', lambda a, b: a + b),
+    'sub_i16': ('s', lambda a, b: a - b),
+    'min_u16': ('H', np.minimum),
+    'max_u16': ('H', np.maximum),
+    'min_i16': ('s', np.minimum),
+    'max_i16': ('s', np.maximum),
+    'lshlrev_b16': ('H', lambda a, b: b << (a & u16(15))),
+    'lshrrev_b16': ('H', lambda a, b: b >> (a & u16(15))),
+    'ashrrev_i16': ('s', lambda a, b: b >> (a & i16(15))),
+}
+PK32: dict[str, Fn] = {
+    'add_f32': lambda a, b: a + b,
+    'mul_f32': lambda a, b: a * b,
+    'fma_f32': fma32,
+}
+MIX = {
+    'v_fma_mix_f32': 'f32',
+    'v_fma_mixlo_f16': 'lo',
+    'v_fma_mixhi_f16': 'hi',
+    'v_mad_mix_f32': 'f32',
+    'v_mad_mixlo_f16': 'lo',
+    'v_mad_mixhi_f16': 'hi',
+}
 
 
 def dwords(o: Operand) -> list[Read]:
     """Readers of the low and the high dword of a 64-bit operand; a constant serves both."""
     if o.kind == 'v':
-        return [lambda w, i=o.idx + k: w.v[i] for k in (0, 1)]        # type: ignore[misc]
+        return [lambda w, i=o.idx + k: w.v[i] for k in (0, 1)]  # type: ignore[misc]
     if o.kind == 's':
         return [rv32(Operand('s', o.idx + k)) for k in (0, 1)]
     return [rv32(o, 'f')] * 2
@@ -42,7 +68,10 @@ class Selection:
     """op_sel, op_sel_hi, neg_lo and neg_hi with their defaults."""
 
     def __init__(self, ins: Instr, n: int, hi_default: int):
-        self.lo, self.hi = ins.mods.get('op_sel', [0] * n), ins.mods.get('op_sel_hi', [hi_default] * n)
+        self.lo, self.hi = (
+            ins.mods.get('op_sel', [0] * n),
+            ins.mods.get('op_sel_hi', [hi_default] * n),
+        )
         self.neg_lo, self.neg_hi = ins.mods.get('neg_lo', [0] * n), ins.mods.get('neg_hi', [0] * n)
 
 
@@ -50,10 +79,12 @@ def packed_f32(ins: Instr, name: str, n: int) -> Closure:
     sel, rd, i = Selection(ins, n, 1), [dwords(o) for o in ins.ops[1:]], ins.ops[0].idx
     clamp = 'clamp' in ins.flags
     if name == 'mov_b32':
+
         def move(w: Batch) -> None:
             lo, hi = rd[0][sel.lo[0]](w), rd[1][sel.lo[1]](w)
             w.put(i, lo)
             w.put(i + 1, hi)
+
         return move
     fn = PK32[name]
 
@@ -66,6 +97,7 @@ def packed_f32(ins: Instr, name: str, n: int) -> Closure:
         lo, hi = half(w, sel.lo, sel.neg_lo), half(w, sel.hi, sel.neg_hi)
         w.put(i, lo)
         w.put(i + 1, hi)
+
     return f
 
 
@@ -91,6 +123,7 @@ def packed_16(ins: Instr, name: str) -> Closure:
     def f(w: Batch) -> None:
         lo, hi = np.asarray(half(w, sel.lo, sel.neg_lo)), np.asarray(half(w, sel.hi, sel.neg_hi))
         wr(w, raw(lo) | (raw(hi) << u32(16)))
+
     return f
 
 
@@ -105,10 +138,16 @@ def mixed(ins: Instr) -> Closure:
 
         def get(w: Batch) -> Any:
             x = rd(w)
-            x = (x >> u32(16) if high else x & u32(0xFFFF)).astype(u16).view(f16).astype(f32) if is_half else x.view(f32)
+            x = (
+                (x >> u32(16) if high else x & u32(0xFFFF)).astype(u16).view(f16).astype(f32)
+                if is_half
+                else x.view(f32)
+            )
             x = np.abs(x) if ab else x
             return -x if neg else x
+
         return get
+
     get = [operand(k) for k in range(3)]
 
     def f(w: Batch) -> None:
@@ -120,6 +159,7 @@ def mixed(ins: Instr) -> Closure:
             w.put(i, (w.v[i] & u32(0xFFFF0000)) | nm.f16_bits(r))
         else:
             w.put(i, (w.v[i] & u32(0xFFFF)) | (nm.f16_bits(r) << u32(16)))
+
     return f
 
 

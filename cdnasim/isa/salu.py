@@ -1,4 +1,7 @@
-"""Scalar ALU: SOP1, SOP2, SOPK, SOPC (CDNA3 ISA chapter 5 and 12.1-12.5). Semantics are functions of Python ints."""
+"""Scalar ALU: SOP1, SOP2, SOPK, SOPC (CDNA3 ISA chapter 5 and 12.1-12.5). Semantics are functions
+of Python ints.
+"""
+
 from __future__ import annotations
 
 import re
@@ -59,17 +62,26 @@ def sat_i32_overflow(a: Any, b: Any, r: Any) -> Any:
     return ((a ^ r) & (b ^ r)) >> 31 & 1
 
 
-# name -> (dst bits, s0 bits, s1 bits, function, SCC rule); a function in VECTORISED also takes uint64 arrays
+# name -> (dst bits, s0 bits, s1 bits, function, SCC rule); a function in VECTORISED also takes
+# uint64 arrays
 NZ = 'nonzero'
 BIN: dict[str, tuple[int, int, int, Callable[..., Any], Any]] = {}
 VECTORISED: set[str] = set()
 LOGIC: dict[str, Callable[..., Any]] = {
-    'and': lambda a, b: a & b, 'or': lambda a, b: a | b, 'xor': lambda a, b: a ^ b, 'andn2': lambda a, b: a & ~b,
-    'orn2': lambda a, b: a | ~b, 'nand': lambda a, b: ~(a & b), 'nor': lambda a, b: ~(a | b),
-    'xnor': lambda a, b: ~(a ^ b)}
+    'and': lambda a, b: a & b,
+    'or': lambda a, b: a | b,
+    'xor': lambda a, b: a ^ b,
+    'andn2': lambda a, b: a & ~b,
+    'orn2': lambda a, b: a | ~b,
+    'nand': lambda a, b: ~(a & b),
+    'nor': lambda a, b: ~(a | b),
+    'xnor': lambda a, b: ~(a ^ b),
+}
 
 
-def binary(bits: tuple[int, int, int], rule: Any, vectorised: bool = False, **fns: Callable[..., Any]) -> None:
+def binary(
+    bits: tuple[int, int, int], rule: Any, vectorised: bool = False, **fns: Callable[..., Any]
+) -> None:
     for name, fn in fns.items():
         BIN['s_' + name] = (*bits, fn, rule)
         if vectorised:
@@ -79,43 +91,91 @@ def binary(bits: tuple[int, int, int], rule: Any, vectorised: bool = False, **fn
 for logic_name, logic_fn in LOGIC.items():
     binary((32, 32, 32), NZ, True, **{logic_name + '_b32': logic_fn})
     binary((64, 64, 64), NZ, True, **{logic_name + '_b64': logic_fn})
-binary((32, 32, 32), NZ, True, lshl_b32=lambda a, b: a << (b & 31), lshr_b32=lambda a, b: a >> (b & 31))
-binary((64, 64, 32), NZ, True, lshl_b64=lambda a, b: a << (b & 63), lshr_b64=lambda a, b: a >> (b & 63))
-binary((32, 32, 32), NZ, ashr_i32=lambda a, b: sx(a) >> (b & 31), absdiff_i32=lambda a, b: abs(sx(a) - sx(b)),
-       bfe_u32=lambda a, b: bfe(a, b, 32, False), bfe_i32=lambda a, b: bfe(a, b, 32, True))
-binary((64, 64, 32), NZ, ashr_i64=lambda a, b: sx(a, 64) >> (b & 63), bfe_u64=lambda a, b: bfe(a, b, 64, False),
-       bfe_i64=lambda a, b: bfe(a, b, 64, True))
-binary((32, 32, 32), None, True, mul_i32=lambda a, b: a * b, mul_hi_u32=lambda a, b: (a * b) >> 32,
-       pack_ll_b32_b16=lambda a, b: (a & 0xFFFF) | (b & 0xFFFF) << 16,
-       pack_lh_b32_b16=lambda a, b: (a & 0xFFFF) | (b & 0xFFFF0000),
-       pack_hh_b32_b16=lambda a, b: a >> 16 | (b & 0xFFFF0000))
-binary((32, 32, 32), None, mul_hi_i32=lambda a, b: (sx(a) * sx(b)) >> 32,
-       bfm_b32=lambda a, b: ((1 << (a & 31)) - 1) << (b & 31))
+binary(
+    (32, 32, 32), NZ, True, lshl_b32=lambda a, b: a << (b & 31), lshr_b32=lambda a, b: a >> (b & 31)
+)
+binary(
+    (64, 64, 32), NZ, True, lshl_b64=lambda a, b: a << (b & 63), lshr_b64=lambda a, b: a >> (b & 63)
+)
+binary(
+    (32, 32, 32),
+    NZ,
+    ashr_i32=lambda a, b: sx(a) >> (b & 31),
+    absdiff_i32=lambda a, b: abs(sx(a) - sx(b)),
+    bfe_u32=lambda a, b: bfe(a, b, 32, False),
+    bfe_i32=lambda a, b: bfe(a, b, 32, True),
+)
+binary(
+    (64, 64, 32),
+    NZ,
+    ashr_i64=lambda a, b: sx(a, 64) >> (b & 63),
+    bfe_u64=lambda a, b: bfe(a, b, 64, False),
+    bfe_i64=lambda a, b: bfe(a, b, 64, True),
+)
+binary(
+    (32, 32, 32),
+    None,
+    True,
+    mul_i32=lambda a, b: a * b,
+    mul_hi_u32=lambda a, b: (a * b) >> 32,
+    pack_ll_b32_b16=lambda a, b: (a & 0xFFFF) | (b & 0xFFFF) << 16,
+    pack_lh_b32_b16=lambda a, b: (a & 0xFFFF) | (b & 0xFFFF0000),
+    pack_hh_b32_b16=lambda a, b: a >> 16 | (b & 0xFFFF0000),
+)
+binary(
+    (32, 32, 32),
+    None,
+    mul_hi_i32=lambda a, b: (sx(a) * sx(b)) >> 32,
+    bfm_b32=lambda a, b: ((1 << (a & 31)) - 1) << (b & 31),
+)
 binary((64, 32, 32), None, bfm_b64=lambda a, b: ((1 << (a & 63)) - 1) << (b & 63))
 binary((32, 32, 32), lambda a, b, r: r >> 32, True, add_u32=lambda a, b: a + b)
 binary((32, 32, 32), lambda a, b, r: b > a, True, sub_u32=lambda a, b: a - b)
-binary((32, 32, 32), lambda a, b, r: sat_i32_overflow(a, b, r & M32), True, add_i32=lambda a, b: a + b)
-binary((32, 32, 32), lambda a, b, r: ((a ^ b) & (a ^ (r & M32))) >> 31 & 1, True, sub_i32=lambda a, b: a - b)
+binary(
+    (32, 32, 32), lambda a, b, r: sat_i32_overflow(a, b, r & M32), True, add_i32=lambda a, b: a + b
+)
+binary(
+    (32, 32, 32),
+    lambda a, b, r: ((a ^ b) & (a ^ (r & M32))) >> 31 & 1,
+    True,
+    sub_i32=lambda a, b: a - b,
+)
 binary((32, 32, 32), lambda a, b, r: int(a < b), min_u32=min)
 binary((32, 32, 32), lambda a, b, r: int(a > b), max_u32=max)
 binary((32, 32, 32), lambda a, b, r: int(sx(a) < sx(b)), min_i32=lambda a, b: min(sx(a), sx(b)))
 binary((32, 32, 32), lambda a, b, r: int(sx(a) > sx(b)), max_i32=lambda a, b: max(sx(a), sx(b)))
 for shift in (1, 2, 3, 4):
-    binary((32, 32, 32), lambda a, b, r: (r >> 32) > 0, True,
-           **{f'lshl{shift}_add_u32': lambda a, b, k=shift: (a << k) + b})
+    binary(
+        (32, 32, 32),
+        lambda a, b, r: (r >> 32) > 0,
+        True,
+        **{f'lshl{shift}_add_u32': lambda a, b, k=shift: (a << k) + b},
+    )
 
-UN: dict[str, tuple[int, int, Callable[[int], int], Any]] = {      # name -> (dst bits, source bits, function, SCC rule)
-    's_not_b32': (32, 32, lambda a: ~a, NZ), 's_not_b64': (64, 64, lambda a: ~a, NZ),
-    's_mov_b32': (32, 32, lambda a: a, None), 's_mov_b64': (64, 64, lambda a: a, None),
-    's_wqm_b32': (32, 32, lambda a: wqm(a) & M32, NZ), 's_wqm_b64': (64, 64, wqm, NZ),
-    's_quadmask_b32': (32, 32, quadmask, NZ), 's_quadmask_b64': (64, 64, quadmask, NZ),
+UN: dict[
+    str, tuple[int, int, Callable[[int], int], Any]
+] = {  # name -> (dst bits, source bits, function, SCC rule)
+    's_not_b32': (32, 32, lambda a: ~a, NZ),
+    's_not_b64': (64, 64, lambda a: ~a, NZ),
+    's_mov_b32': (32, 32, lambda a: a, None),
+    's_mov_b64': (64, 64, lambda a: a, None),
+    's_wqm_b32': (32, 32, lambda a: wqm(a) & M32, NZ),
+    's_wqm_b64': (64, 64, wqm, NZ),
+    's_quadmask_b32': (32, 32, quadmask, NZ),
+    's_quadmask_b64': (64, 64, quadmask, NZ),
     's_bitreplicate_b64_b32': (64, 32, bitreplicate, None),
-    's_brev_b32': (32, 32, lambda a: brev(a, 32), None), 's_brev_b64': (64, 64, lambda a: brev(a, 64), None),
-    's_bcnt0_i32_b32': (32, 32, lambda a: 32 - a.bit_count(), NZ), 's_bcnt1_i32_b32': (32, 32, int.bit_count, NZ),
-    's_bcnt0_i32_b64': (32, 64, lambda a: 64 - a.bit_count(), NZ), 's_bcnt1_i32_b64': (32, 64, int.bit_count, NZ),
-    's_ff0_i32_b32': (32, 32, lambda a: ffs(~a & M32), None), 's_ff1_i32_b32': (32, 32, ffs, None),
-    's_ff0_i32_b64': (32, 64, lambda a: ffs(~a & ALL), None), 's_ff1_i32_b64': (32, 64, ffs, None),
-    's_flbit_i32_b32': (32, 32, lambda a: flbit(a, 32), None), 's_flbit_i32_b64': (32, 64, lambda a: flbit(a, 64), None),
+    's_brev_b32': (32, 32, lambda a: brev(a, 32), None),
+    's_brev_b64': (64, 64, lambda a: brev(a, 64), None),
+    's_bcnt0_i32_b32': (32, 32, lambda a: 32 - a.bit_count(), NZ),
+    's_bcnt1_i32_b32': (32, 32, int.bit_count, NZ),
+    's_bcnt0_i32_b64': (32, 64, lambda a: 64 - a.bit_count(), NZ),
+    's_bcnt1_i32_b64': (32, 64, int.bit_count, NZ),
+    's_ff0_i32_b32': (32, 32, lambda a: ffs(~a & M32), None),
+    's_ff1_i32_b32': (32, 32, ffs, None),
+    's_ff0_i32_b64': (32, 64, lambda a: ffs(~a & ALL), None),
+    's_ff1_i32_b64': (32, 64, ffs, None),
+    's_flbit_i32_b32': (32, 32, lambda a: flbit(a, 32), None),
+    's_flbit_i32_b64': (32, 64, lambda a: flbit(a, 64), None),
     's_flbit_i32': (32, 32, lambda a: flbit_signed(a, 32), None),
     's_flbit_i32_i64': (32, 64, lambda a: flbit_signed(a, 64), None),
     's_sext_i32_i8': (32, 32, lambda a: sx(a & 0xFF, 8), None),
@@ -123,12 +183,25 @@ UN: dict[str, tuple[int, int, Callable[[int], int], Any]] = {      # name -> (ds
     's_abs_i32': (32, 32, lambda a: abs(sx(a)), NZ),
 }
 CMP: dict[str, Callable[..., Any]] = {
-    'eq': lambda a, b: a == b, 'lg': lambda a, b: a != b, 'lt': lambda a, b: a < b, 'le': lambda a, b: a <= b,
-    'gt': lambda a, b: a > b, 'ge': lambda a, b: a >= b}
-SAVEEXEC: dict[str, Callable[..., Any]] = {       # new EXEC from (source, old EXEC)
-    'and': lambda s, e: s & e, 'or': lambda s, e: s | e, 'xor': lambda s, e: s ^ e, 'andn2': lambda s, e: s & ~e,
-    'orn2': lambda s, e: s | ~e, 'nand': lambda s, e: ~(s & e), 'nor': lambda s, e: ~(s | e),
-    'xnor': lambda s, e: ~(s ^ e), 'andn1': lambda s, e: ~s & e, 'orn1': lambda s, e: ~s | e}
+    'eq': lambda a, b: a == b,
+    'lg': lambda a, b: a != b,
+    'lt': lambda a, b: a < b,
+    'le': lambda a, b: a <= b,
+    'gt': lambda a, b: a > b,
+    'ge': lambda a, b: a >= b,
+}
+SAVEEXEC: dict[str, Callable[..., Any]] = {  # new EXEC from (source, old EXEC)
+    'and': lambda s, e: s & e,
+    'or': lambda s, e: s | e,
+    'xor': lambda s, e: s ^ e,
+    'andn2': lambda s, e: s & ~e,
+    'orn2': lambda s, e: s | ~e,
+    'nand': lambda s, e: ~(s & e),
+    'nor': lambda s, e: ~(s | e),
+    'xnor': lambda s, e: ~(s ^ e),
+    'andn1': lambda s, e: ~s & e,
+    'orn1': lambda s, e: ~s | e,
+}
 COMPARE = re.compile(r'^s_cmp(k?)_(eq|lg|lt|le|gt|ge)_([ui])(32|64)$')
 
 
@@ -172,6 +245,7 @@ def two_sources(ins: Instr) -> Closure:
             w.scc = as_flag(rule(wide(x), wide(y), r))
         else:
             w.scc = each(lambda p, q: int(rule(p, q, 0)), x, y)
+
     return plain if rule is NZ or rule is None else with_rule
 
 
@@ -187,12 +261,17 @@ def carry(ins: Instr) -> Closure:
         r = x - y - c if sub else x + y + c
         w.scc = as_flag((y + c > x) if sub else (r > M32))
         wr(w, r & M32)
+
     return f
 
 
 def one_source(ins: Instr) -> Closure:
     db, ab, fn, rule = UN[ins.op]
-    a, wr, dm = (rs32 if ab == 32 else rs64)(ins.ops[1]), (ws32 if db == 32 else ws64)(ins.ops[0]), mask_of(db)
+    a, wr, dm = (
+        (rs32 if ab == 32 else rs64)(ins.ops[1]),
+        (ws32 if db == 32 else ws64)(ins.ops[0]),
+        mask_of(db),
+    )
     if ins.op in ('s_mov_b32', 's_mov_b64'):
         return lambda w: wr(w, a(w))
 
@@ -201,6 +280,7 @@ def one_source(ins: Instr) -> Closure:
         wr(w, r)
         if rule:
             w.scc = as_flag(r != 0)
+
     return f
 
 
@@ -215,6 +295,7 @@ def select(ins: Instr) -> Closure:
             wr(w, a(w) if w.scc else b(w))
         else:
             wr(w, norm(np.where(w.scc != 0, wide(a(w)), wide(b(w)))))
+
     return f
 
 
@@ -225,11 +306,12 @@ def compare(ins: Instr, m: re.Match[str]) -> Closure:
     if m.group(1):
         k = int(ins.ops[1].val)
         k = sx(k & 0xFFFF, 16) & M32 if is_signed else k & 0xFFFF
-        b = lambda w: k                                # noqa: E731
-    flip = 1 << (bits - 1) if is_signed else 0         # maps signed order to unsigned order
+        b = lambda w: k  # noqa: E731
+    flip = 1 << (bits - 1) if is_signed else 0  # maps signed order to unsigned order
 
     def f(w: Batch) -> None:
         w.scc = as_flag(fn(a(w) ^ flip, b(w) ^ flip))
+
     return f
 
 
@@ -240,6 +322,7 @@ def bit_compare(ins: Instr) -> Closure:
 
     def f(w: Batch) -> None:
         w.scc = each(lambda x, y: int((x >> (y & width) & 1) == want), a(w), b(w))
+
     return f
 
 
@@ -250,6 +333,7 @@ def bit_set(ins: Instr) -> Closure:
 
     def fn(x: int, y: int) -> int:
         return y | 1 << (x & width) if one else y & ~(1 << (x & width))
+
     return lambda w: wr(w, each(fn, a(w), d(w)))
 
 
@@ -268,6 +352,7 @@ def immediate(ins: Instr) -> Closure:
         x = d(w)
         w.scc = each(lambda x: int(not -1 << 31 <= sx(x) + k < 1 << 31), x)
         wr(w, each(lambda x: (x + k) & M32, x))
+
     return add
 
 
@@ -277,9 +362,14 @@ def save_exec(ins: Instr, kind: str) -> Closure:
     def f(w: Batch) -> None:
         src, old = a(w), w.exec64()
         wr(w, old)
-        r = (fn(src, old) if type(src) is int and type(old) is int else norm(fn(wide(src), wide(old)))) & ALL
+        r = (
+            fn(src, old)
+            if type(src) is int and type(old) is int
+            else norm(fn(wide(src), wide(old)))
+        ) & ALL
         w.set_exec(r)
         w.scc = as_flag(r != 0)
+
     return f
 
 
@@ -292,6 +382,7 @@ def write_exec(ins: Instr, kind: str) -> Closure:
         w.set_exec(r)
         wr(w, r)
         w.scc = as_flag(r != 0)
+
     return f
 
 
@@ -299,8 +390,8 @@ RELOCATION = re.compile(r'^(.+?)@(rel32|gotpcrel32)@(lo|hi)\+\d+$')
 
 
 def symbol_offset(ins: Instr, kernel: Any) -> None:
-    """Rewrite `sym@rel32@lo+4` or `sym@gotpcrel32@lo+4` (S + A - P, or G + GOT + A - P) into the constant that
-    completes an s_getpc address."""
+    """Rewrite `sym@rel32@lo+4` or `sym@gotpcrel32@lo+4` (S + A - P, or G + GOT + A - P) into the
+    constant that completes an s_getpc address."""
     for o in ins.ops[1:]:
         m = RELOCATION.match(o.val) if o.kind == 'sym' else None
         if not m:

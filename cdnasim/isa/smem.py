@@ -1,4 +1,5 @@
 """Scalar memory: s_load, s_buffer_load, s_store, scalar atomics (CDNA3 ISA chapter 7)."""
+
 from __future__ import annotations
 
 import re
@@ -24,7 +25,9 @@ def address(ins: Instr, buffer: bool) -> Callable[[Batch], tuple[Scalar, Scalar,
     imm = ins.mods.get('offset', 0)
     off = rs32(o[2]) if len(o) > 2 else None
     signed_imm = len(o) > 2 and o[2].kind == 'imm' and not buffer
-    const = int(o[2].val) if signed_imm else 0           # immediate offsets are signed 21 bits, registers unsigned
+    const = (
+        int(o[2].val) if signed_imm else 0
+    )  # immediate offsets are signed 21 bits, registers unsigned
 
     def f(w: Batch) -> tuple[Scalar, Scalar, Scalar]:
         k = const if signed_imm else off(w) if off else 0
@@ -35,6 +38,7 @@ def address(ins: Instr, buffer: bool) -> Callable[[Batch], tuple[Scalar, Scalar,
             return (start + k) & ~3, k, w.s[base + 2] if buffer else None
         at = np.asarray(start).astype(i64) + np.asarray(k).astype(i64)
         return np.broadcast_to(at & ~3, w.n), k, w.s[base + 2] if buffer else None
+
     return f
 
 
@@ -43,42 +47,61 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
     if not m:
         return None
     if m.group(1) == 'scratch_':
-        raise UnsupportedError(f'`{ins.text}`: scalar scratch access does not exist on gfx940 and later')
+        raise UnsupportedError(
+            f'`{ins.text}`: scalar scratch access does not exist on gfx940 and later'
+        )
     n, buffer, store = int(m.group(3) or 1), m.group(1) == 'buffer_', m.group(2) == 'store'
     where, d, pc = address(ins, buffer), ins.ops[0].idx, ins.pc
 
     def land_load(w: Batch, at: Any, k: Any, limit: Any) -> None:
         mem = w.group.memory
         if type(at) is int:
-            words = mem.read_bytes(at, 4 * n, w).view(u32).tolist() if limit is None else [
-                int(mem.read_bytes(at + 4 * j, 4, w).view(u32)[0]) if k + 4 * j + 4 <= limit else 0 for j in range(n)]
-            w.s[d:d + n] = words
+            words = (
+                mem.read_bytes(at, 4 * n, w).view(u32).tolist()
+                if limit is None
+                else [
+                    int(mem.read_bytes(at + 4 * j, 4, w).view(u32)[0])
+                    if k + 4 * j + 4 <= limit
+                    else 0
+                    for j in range(n)
+                ]
+            )
+            w.s[d : d + n] = words
             return
         rows = np.arange(w.n)
         for j in range(n):
             if limit is None:
                 w.s[d + j] = norm(mem.load(at + 4 * j, rows * 64, 4).view(u32)[:, 0].astype(u64))
             else:
-                w.s[d + j] = each(lambda a, o, lim: int(mem.read_bytes(a, 4, w).view(u32)[0]) if o + 4 <= lim else 0,
-                                  (at + 4 * j).astype(u64), k + 4 * j, limit)
+                w.s[d + j] = each(
+                    lambda a, o, lim: (
+                        int(mem.read_bytes(a, 4, w).view(u32)[0]) if o + 4 <= lim else 0
+                    ),
+                    (at + 4 * j).astype(u64),
+                    k + 4 * j,
+                    limit,
+                )
 
     def land_store(w: Batch, at: Any, data: Any) -> None:
         ats = np.broadcast_to(np.asarray(at, i64), w.n)
         for j in range(n):
             words = np.broadcast_to(np.asarray(data[j], u64), w.n).astype(u32)
-            w.group.memory.store(ats + 4 * j, np.arange(w.n) * 64, words.view(np.uint8).reshape(w.n, 4))
+            w.group.memory.store(
+                ats + 4 * j, np.arange(w.n) * 64, words.view(np.uint8).reshape(w.n, 4)
+            )
 
     def f(w: Batch) -> None:
         at, k, limit = where(w)
         w.group.counters.smem_bytes += 4 * n * w.n
         if store:
-            op = Pending(land_store, (at, list(w.s[d:d + n])), pc, smem=True)
+            op = Pending(land_store, (at, list(w.s[d : d + n])), pc, smem=True)
         else:
             op = Pending(land_load, (at, k, limit), pc, sgprs=(d, d + n), smem=True)
         if w.hazard:
             if not store:
-                w.s[d:d + n] = [POISON_SGPR] * n
+                w.s[d : d + n] = [POISON_SGPR] * n
             w.lgkm.append(op)
         else:
             op.land(w, *op.args)
+
     return f

@@ -1,4 +1,5 @@
 """Vector ALU: which family an instruction belongs to."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +17,7 @@ def prepare(ins: Instr) -> None:
     ins.base, ins.sdwa, ins.dpp = ins.op, False, None
     for suffix in SUFFIXES:
         if ins.op.endswith(suffix):
-            ins.base = ins.op[:-len(suffix)]
+            ins.base = ins.op[: -len(suffix)]
             ins.sdwa = suffix == '_sdwa'
             ins.dpp = Dpp(ins) if suffix.endswith('_dpp') else None
             return
@@ -28,7 +29,7 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
     prepare(ins)
     base = ins.base
     if base.startswith('v_ashr_pk') or base in ('v_cvt_sr_f16_f32', 'v_cvt_sr_bf16_f32'):
-        ins.mods.setdefault('op_sel', [0] * len(ins.ops))         # they write one half and keep the other
+        ins.mods.setdefault('op_sel', [0] * len(ins.ops))  # they write one half and keep the other
     if base == 'v_mov_b32' and ins.pc in kernel.indexed:
         return lanes.gpr_index_move(ins, kernel.indexed[ins.pc])
     for family in (compare, packed, lanes):

@@ -1,4 +1,7 @@
-"""Integer vector ALU: 32-bit, 24-bit, 64-bit and 16-bit arithmetic, shifts, bit fields, SAD (CDNA3 ISA 12.8-12.12)."""
+"""Integer vector ALU: 32-bit, 24-bit, 64-bit and 16-bit arithmetic, shifts, bit fields, SAD (CDNA3
+ISA 12.8-12.12).
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -50,7 +53,13 @@ def cls32(x: Any) -> Any:
 
 
 def bitrev32(x: Any) -> Any:
-    for step, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):
+    for step, mask in (
+        (1, 0x55555555),
+        (2, 0x33333333),
+        (4, 0x0F0F0F0F),
+        (8, 0x00FF00FF),
+        (16, 0x0000FFFF),
+    ):
         x = ((x >> u32(step)) & u32(mask)) | ((x & u32(mask)) << u32(step))
     return x
 
@@ -107,6 +116,7 @@ def dot_fn(width: int, is_signed: bool) -> Any:
     def fn(a: Any, b: Any, c: Any) -> Any:
         total = dot(a.astype(u32), b.astype(u32), c, width, is_signed)
         return wrap(total).view(i32 if is_signed else u32) if c.dtype != i64 else total
+
     return fn
 
 
@@ -123,12 +133,16 @@ def ashr_pk(lo: int, hi: int) -> Any:
         n = (c & WORD).view(i32)
         x, y = np.clip(a.view(i32) >> n, lo, hi), np.clip(b.view(i32) >> n, lo, hi)
         return ((x.astype(u32) & u32(255)) | ((y.astype(u32) & u32(255)) << u32(8))).astype(u16)
+
     return fn
 
 
 def lerp(a: Any, b: Any, c: Any) -> Any:
     rows = zip(parts(a, 8), parts(b, 8), parts(c, 8), strict=True)
-    return sum((((x + y + (z & 1)) >> 1).astype(u32) << u32(8 * k) for k, (x, y, z) in enumerate(rows)), u32(0))
+    return sum(
+        (((x + y + (z & 1)) >> 1).astype(u32) << u32(8 * k) for k, (x, y, z) in enumerate(rows)),
+        u32(0),
+    )
 
 
 def med3(a: Any, b: Any, c: Any) -> Any:
@@ -147,61 +161,169 @@ MB_LO = np.array([(1 << min(k, 32)) - 1 for k in LANES.tolist()], u64).astype(u3
 MB_HI = np.array([(1 << max(k - 32, 0)) - 1 for k in LANES.tolist()], u64).astype(u32)
 
 ACC_MOVES = [f'accvgpr_{x}{y}' for x in ('read', 'write', 'mov') for y in ('', '_b32')]
-add('u u', mov_b32=lambda a: a, not_b32=lambda a: ~a, bfrev_b32=bitrev32, ffbh_u32=clz32, ffbl_b32=ctz32, ffbh_i32=cls32,
+add(
+    'u u',
+    mov_b32=lambda a: a,
+    not_b32=lambda a: ~a,
+    bfrev_b32=bitrev32,
+    ffbh_u32=clz32,
+    ffbl_b32=ctz32,
+    ffbh_i32=cls32,
     prng_b32=lambda a: (a << u32(1)) ^ np.where(a >> WORD, u32(197), u32(0)),
-    **{k: (lambda a: a) for k in ACC_MOVES})
+    **{k: (lambda a: a) for k in ACC_MOVES},
+)
 add('U U', mov_b64=lambda a: a)
-add('u u u', add_u32=lambda a, b: a + b, sub_u32=lambda a, b: a - b, subrev_u32=lambda a, b: b - a,
-    and_b32=lambda a, b: a & b, or_b32=lambda a, b: a | b, xor_b32=lambda a, b: a ^ b, xnor_b32=lambda a, b: ~(a ^ b),
-    min_u32=np.minimum, max_u32=np.maximum, lshlrev_b32=lambda a, b: b << (a & WORD),
-    lshrrev_b32=lambda a, b: b >> (a & WORD), mul_lo_u32=lambda a, b: a * b,
+add(
+    'u u u',
+    add_u32=lambda a, b: a + b,
+    sub_u32=lambda a, b: a - b,
+    subrev_u32=lambda a, b: b - a,
+    and_b32=lambda a, b: a & b,
+    or_b32=lambda a, b: a | b,
+    xor_b32=lambda a, b: a ^ b,
+    xnor_b32=lambda a, b: ~(a ^ b),
+    min_u32=np.minimum,
+    max_u32=np.maximum,
+    lshlrev_b32=lambda a, b: b << (a & WORD),
+    lshrrev_b32=lambda a, b: b >> (a & WORD),
+    mul_lo_u32=lambda a, b: a * b,
     mul_hi_u32=lambda a, b: ((a.astype(u64) * b.astype(u64)) >> u64(32)).astype(u32),
-    mul_u32_u24=lambda a, b: lo32(u24(a) * u24(b)), mul_hi_u32_u24=lambda a, b: (u24(a) * u24(b) >> u64(32)).astype(u32),
-    bfm_b32=lambda a, b: ((u32(1) << (a & WORD)) - u32(1)) << (b & WORD), bcnt_u32_b32=lambda a, b: popc32(a) + b,
-    mbcnt_lo_u32_b32=lambda a, b: popc32(a & MB_LO) + b, mbcnt_hi_u32_b32=lambda a, b: popc32(a & MB_HI) + b,
-    pack_b32_f16=pack16, cvt_pk_u16_u32=lambda a, b: pack16(np.minimum(a, u32(65535)), np.minimum(b, u32(65535))))
-add('i i i', add_i32=lambda a, b: a + b, sub_i32=lambda a, b: a - b, min_i32=np.minimum, max_i32=np.maximum,
+    mul_u32_u24=lambda a, b: lo32(u24(a) * u24(b)),
+    mul_hi_u32_u24=lambda a, b: (u24(a) * u24(b) >> u64(32)).astype(u32),
+    bfm_b32=lambda a, b: ((u32(1) << (a & WORD)) - u32(1)) << (b & WORD),
+    bcnt_u32_b32=lambda a, b: popc32(a) + b,
+    mbcnt_lo_u32_b32=lambda a, b: popc32(a & MB_LO) + b,
+    mbcnt_hi_u32_b32=lambda a, b: popc32(a & MB_HI) + b,
+    pack_b32_f16=pack16,
+    cvt_pk_u16_u32=lambda a, b: pack16(np.minimum(a, u32(65535)), np.minimum(b, u32(65535))),
+)
+add(
+    'i i i',
+    add_i32=lambda a, b: a + b,
+    sub_i32=lambda a, b: a - b,
+    min_i32=np.minimum,
+    max_i32=np.maximum,
     mul_i32_i24=lambda a, b: (s24(a) * s24(b)).astype(i32),
     mul_hi_i32_i24=lambda a, b: ((s24(a) * s24(b)) >> 32).astype(i32),
-    mul_hi_i32=lambda a, b: ((a.astype(i64) * b.astype(i64)) >> 32).astype(i32))
+    mul_hi_i32=lambda a, b: ((a.astype(i64) * b.astype(i64)) >> 32).astype(i32),
+)
 add('i u i', ashrrev_i32=lambda a, b: b >> (a & WORD).view(i32))
-add('u i i', cvt_pk_i16_i32=lambda a, b: pack16(sat(a, -32768, 32767, i16).view(u16), sat(b, -32768, 32767, i16).view(u16)))
-add('U u U', lshlrev_b64=lambda a, b: b << (a & u32(63)).astype(u64), lshrrev_b64=lambda a, b: b >> (a & u32(63)).astype(u64))
+add(
+    'u i i',
+    cvt_pk_i16_i32=lambda a, b: pack16(
+        sat(a, -32768, 32767, i16).view(u16), sat(b, -32768, 32767, i16).view(u16)
+    ),
+)
+add(
+    'U u U',
+    lshlrev_b64=lambda a, b: b << (a & u32(63)).astype(u64),
+    lshrrev_b64=lambda a, b: b >> (a & u32(63)).astype(u64),
+)
 add('I u I', ashrrev_i64=lambda a, b: b >> (a & u32(63)).astype(i64))
-add('u u u u', lshl_add_u32=lambda a, b, c: (a << (b & WORD)) + c, add_lshl_u32=lambda a, b, c: (a + b) << (c & WORD),
-    add3_u32=lambda a, b, c: a + b + c, lshl_or_b32=lambda a, b, c: (a << (b & WORD)) | c,
-    and_or_b32=lambda a, b, c: (a & b) | c, or3_b32=lambda a, b, c: a | b | c, xad_u32=lambda a, b, c: (a ^ b) + c,
-    bfe_u32=bfe_u, bfe_i32=bfe_i, bfi_b32=lambda a, b, c: (a & b) | (~a & c), perm_b32=v_perm,
-    alignbit_b32=lambda a, b, c: funnel(a, b, c & WORD), alignbyte_b32=lambda a, b, c: funnel(a, b, (c & u32(3)) * u32(8)),
-    mad_u32_u24=lambda a, b, c: (u24(a) * u24(b)).astype(c.dtype) + c, min3_u32=min3, max3_u32=max3, med3_u32=med3,
-    sad_u32=lambda a, b, c: np.where(a > b, a - b, b - a) + c, lerp_u8=lerp,
-    sad_u8=lambda a, b, c: wrap(sad(a, b, c)), sad_hi_u8=lambda a, b, c: wrap(sad(a, b, c * c.dtype.type(0)) << 16) + c,
-    sad_u16=lambda a, b, c: wrap(sad(a, b, c, 16)), msad_u8=lambda a, b, c: wrap(sad(a, b, c, masked=True)),
-    dot2_u32_u16=dot_fn(16, False), dot4_u32_u8=dot_fn(8, False), dot8_u32_u4=dot_fn(4, False))
-add('i u u i', dot2_i32_i16=dot_fn(16, True), dot4_i32_i8=dot_fn(8, True), dot8_i32_i4=dot_fn(4, True))
-add('i u u i', acc=True, dot2c_i32_i16=dot_fn(16, True), dot4c_i32_i8=dot_fn(8, True), dot8c_i32_i4=dot_fn(4, True))
+add(
+    'u u u u',
+    lshl_add_u32=lambda a, b, c: (a << (b & WORD)) + c,
+    add_lshl_u32=lambda a, b, c: (a + b) << (c & WORD),
+    add3_u32=lambda a, b, c: a + b + c,
+    lshl_or_b32=lambda a, b, c: (a << (b & WORD)) | c,
+    and_or_b32=lambda a, b, c: (a & b) | c,
+    or3_b32=lambda a, b, c: a | b | c,
+    xad_u32=lambda a, b, c: (a ^ b) + c,
+    bfe_u32=bfe_u,
+    bfe_i32=bfe_i,
+    bfi_b32=lambda a, b, c: (a & b) | (~a & c),
+    perm_b32=v_perm,
+    alignbit_b32=lambda a, b, c: funnel(a, b, c & WORD),
+    alignbyte_b32=lambda a, b, c: funnel(a, b, (c & u32(3)) * u32(8)),
+    mad_u32_u24=lambda a, b, c: (u24(a) * u24(b)).astype(c.dtype) + c,
+    min3_u32=min3,
+    max3_u32=max3,
+    med3_u32=med3,
+    sad_u32=lambda a, b, c: np.where(a > b, a - b, b - a) + c,
+    lerp_u8=lerp,
+    sad_u8=lambda a, b, c: wrap(sad(a, b, c)),
+    sad_hi_u8=lambda a, b, c: wrap(sad(a, b, c * c.dtype.type(0)) << 16) + c,
+    sad_u16=lambda a, b, c: wrap(sad(a, b, c, 16)),
+    msad_u8=lambda a, b, c: wrap(sad(a, b, c, masked=True)),
+    dot2_u32_u16=dot_fn(16, False),
+    dot4_u32_u8=dot_fn(8, False),
+    dot8_u32_u4=dot_fn(4, False),
+)
+add(
+    'i u u i',
+    dot2_i32_i16=dot_fn(16, True),
+    dot4_i32_i8=dot_fn(8, True),
+    dot8_i32_i4=dot_fn(4, True),
+)
+add(
+    'i u u i',
+    acc=True,
+    dot2c_i32_i16=dot_fn(16, True),
+    dot4c_i32_i8=dot_fn(8, True),
+    dot8c_i32_i4=dot_fn(4, True),
+)
 add('H u u u', ashr_pk_i8_i32=ashr_pk(-128, 127), ashr_pk_u8_i32=ashr_pk(0, 255))
-add('i i i i', mad_i32_i24=lambda a, b, c: (s24(a) * s24(b)).astype(c.dtype) + c, med3_i32=med3, min3_i32=min3, max3_i32=max3)
+add(
+    'i i i i',
+    mad_i32_i24=lambda a, b, c: (s24(a) * s24(b)).astype(c.dtype) + c,
+    med3_i32=med3,
+    min3_i32=min3,
+    max3_i32=max3,
+)
 add('i s s i', mad_i32_i16=lambda a, b, c: a.astype(c.dtype) * b.astype(c.dtype) + c)
 add('u H H u', mad_u32_u16=lambda a, b, c: a.astype(c.dtype) * b.astype(c.dtype) + c)
 add('U U u U', lshl_add_u64=lambda a, b, c: (a << (b & u32(7)).astype(u64)) + c)
 
 # 16 bits
-add('H H H', add_u16=lambda a, b: a + b, sub_u16=lambda a, b: a - b, subrev_u16=lambda a, b: b - a,
-    mul_lo_u16=lambda a, b: a * b, min_u16=np.minimum, max_u16=np.maximum,
-    lshlrev_b16=lambda a, b: b << (a & u16(15)), lshrrev_b16=lambda a, b: b >> (a & u16(15)))
-add('s s s', min_i16=np.minimum, max_i16=np.maximum, add_i16=lambda a, b: a + b, sub_i16=lambda a, b: a - b,
-    ashrrev_i16=lambda a, b: b >> (a & i16(15)))
-add('H H H H', mad_u16=lambda a, b, c: a * b + c, mad_legacy_u16=lambda a, b, c: a * b + c, min3_u16=min3, max3_u16=max3,
-    med3_u16=med3)
-add('s s s s', mad_i16=lambda a, b, c: a * b + c, mad_legacy_i16=lambda a, b, c: a * b + c, min3_i16=min3, max3_i16=max3,
-    med3_i16=med3)
-add('u u', sat_pk_u8_i16=lambda a: sum((np.clip(p, 0, 255).astype(u32) << u32(8 * k)
-                                        for k, p in enumerate(parts(a, 16, True))), u32(0)))
+add(
+    'H H H',
+    add_u16=lambda a, b: a + b,
+    sub_u16=lambda a, b: a - b,
+    subrev_u16=lambda a, b: b - a,
+    mul_lo_u16=lambda a, b: a * b,
+    min_u16=np.minimum,
+    max_u16=np.maximum,
+    lshlrev_b16=lambda a, b: b << (a & u16(15)),
+    lshrrev_b16=lambda a, b: b >> (a & u16(15)),
+)
+add(
+    's s s',
+    min_i16=np.minimum,
+    max_i16=np.maximum,
+    add_i16=lambda a, b: a + b,
+    sub_i16=lambda a, b: a - b,
+    ashrrev_i16=lambda a, b: b >> (a & i16(15)),
+)
+add(
+    'H H H H',
+    mad_u16=lambda a, b, c: a * b + c,
+    mad_legacy_u16=lambda a, b, c: a * b + c,
+    min3_u16=min3,
+    max3_u16=max3,
+    med3_u16=med3,
+)
+add(
+    's s s s',
+    mad_i16=lambda a, b, c: a * b + c,
+    mad_legacy_i16=lambda a, b, c: a * b + c,
+    min3_i16=min3,
+    max3_i16=max3,
+    med3_i16=med3,
+)
+add(
+    'u u',
+    sat_pk_u8_i16=lambda a: sum(
+        (np.clip(p, 0, 255).astype(u32) << u32(8 * k) for k, p in enumerate(parts(a, 16, True))),
+        u32(0),
+    ),
+)
 
 
 def quad_sad(masked: bool) -> Any:
-    """Four SADs of a sliding window: bytes k..k+3 of S0 against S1, added to the 16-bit fields of S2."""
+    """Four SADs of a sliding window: bytes k..k+3 of S0 against S1, added to the 16-bit fields of
+    S2.
+    """
+
     def fn(a: Any, b: Any, c: Any) -> Any:
         out = u64(0)
         for k in range(4):
@@ -209,6 +331,7 @@ def quad_sad(masked: bool) -> Any:
             s = np.minimum(sad(lo32(a >> u64(8 * k)), b, acc, masked=masked), 0xFFFF)
             out = out | (s.astype(u64) << u64(16 * k))
         return out
+
     return fn
 
 

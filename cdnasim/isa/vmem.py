@@ -1,4 +1,7 @@
-"""Vector memory: global, flat, scratch and buffer loads, stores and atomics, and loads straight into LDS (CDNA3 ISA chapters 9, 10)."""
+"""Vector memory: global, flat, scratch and buffer loads, stores and atomics, and loads straight
+into LDS (CDNA3 ISA chapters 9, 10).
+"""
+
 from __future__ import annotations
 
 import re
@@ -28,9 +31,17 @@ from .memop import (
 )
 
 Closure = Callable[[Batch], Any]
-Address = Callable[[Batch], tuple[Array, Any]]        # -> byte addresses (waves, 64), in range (waves, 64, parts) or None
+Address = Callable[
+    [Batch], tuple[Array, Any]
+]  # -> byte addresses (waves, 64), in range (waves, 64, parts) or None
 NAME = re.compile(r'^(global|flat|buffer|scratch)_(load|store|atomic)_(.*)$')
-CACHE_CONTROL = {'buffer_wbl2', 'buffer_inv', 'buffer_wbinvl1', 'buffer_wbinvl1_vol', 'buffer_gl0_inv'}
+CACHE_CONTROL = {
+    'buffer_wbl2',
+    'buffer_inv',
+    'buffer_wbinvl1',
+    'buffer_wbinvl1_vol',
+    'buffer_gl0_inv',
+}
 APERTURE = 1 << 32
 
 
@@ -49,13 +60,16 @@ def flat_address(ins: Instr, vaddr: Operand, saddr: Operand | None) -> Address:
             base = column(w.s[i]) + (column(w.s[i + 1]) << 32) + off
             at = lo(w).astype(i64) + base if lo else base
             return at if np.shape(at) == w.shape else np.broadcast_to(at, w.shape), None
+
         return from_scalar
     rd = rv64(vaddr)
     return lambda w: (rd(w).view(i64) + off, None)
 
 
 class Descriptor:
-    """A buffer resource of four SGPRs (CDNA3 ISA 9.1.5). `stride` 0: raw buffer, num_records in bytes."""
+    """A buffer resource of four SGPRs (CDNA3 ISA 9.1.5). `stride` 0: raw buffer, num_records in
+    bytes.
+    """
 
     def __init__(self, w: Batch, r: int):
         w1, w3 = w.s[r + 1], w.s[r + 3]
@@ -69,7 +83,9 @@ class Descriptor:
 
 
 def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n: int) -> Address:
-    """Address and range check of a buffer access (CDNA3 ISA 9.1.5.3 and 9.1.5.4); a part is a dword of a wide access."""
+    """Address and range check of a buffer access (CDNA3 ISA 9.1.5.3 and 9.1.5.4); a part is a dword
+    of a wide access.
+    """
     r, so, imm = srsrc.idx, rs32(soff), ins.mods.get('offset', 0)
     offen, idxen = 'offen' in ins.flags, 'idxen' in ins.flags
     parts = 4 * np.arange(max(1, n // 4))
@@ -83,13 +99,19 @@ def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n:
         if d.add_tid:
             index = index + np.arange(64)
         structured = np.any(d.stride) and (idxen or d.add_tid)
-        if structured:                      # structured: the record number and the place inside the record are checked
+        if structured:  # structured: the record number and the place inside the record are checked
             ok = ((index < d.num) & (off + n <= d.stride)) if not d.swizzle else index < d.num
             ok = np.broadcast_to(ok, w.shape)[..., None]
-        elif type(d.num) is int and int(np.max(off)) + (s if type(s) is int else int(s.max())) + n <= d.num:
-            ok = None                                   # the common case: every lane is inside
+        elif (
+            type(d.num) is int
+            and int(np.max(off)) + (s if type(s) is int else int(s.max())) + n <= d.num
+        ):
+            ok = None  # the common case: every lane is inside
         else:
-            ok = np.broadcast_to(off + s, w.shape)[..., None] + parts + size <= np.broadcast_to(d.num, (w.n, 1))[..., None]
+            ok = (
+                np.broadcast_to(off + s, w.shape)[..., None] + parts + size
+                <= np.broadcast_to(d.num, (w.n, 1))[..., None]
+            )
         if d.swizzle and structured:
             off = swizzled(index, off, d)
         else:
@@ -97,11 +119,14 @@ def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n:
         at = off + (d.base + s)
         at = at if np.shape(at) == w.shape else np.broadcast_to(at, w.shape)
         return at, None if ok is None or ok.all() else np.broadcast_to(ok, (*w.shape, len(parts)))
+
     return f
 
 
 def swizzled(index: Any, off: Any, d: Descriptor) -> Any:
-    """Array-of-structures swizzle: index_stride records interleave element by element (CDNA3 ISA 9.1.5.3)."""
+    """Array-of-structures swizzle: index_stride records interleave element by element (CDNA3 ISA
+    9.1.5.3).
+    """
     group, lane = index // d.index_stride, index % d.index_stride
     element, inside = off // d.element, off % d.element
     return (group * d.stride + element * d.element) * d.index_stride + lane * d.element + inside
@@ -121,7 +146,7 @@ def fetch(w: Batch, addr: Array, ok: Any, rows: Array | None, n: int, pc: int) -
     for p in range(good.shape[1]):
         part = good[:, p] & ~whole
         if part.any():
-            out[part, 4 * p:4 * p + 4] = mem.load(flat[part] + 4 * p, ids[part], min(n, 4))
+            out[part, 4 * p : 4 * p + 4] = mem.load(flat[part] + 4 * p, ids[part], min(n, 4))
     return out
 
 
@@ -137,10 +162,11 @@ def put(w: Batch, addr: Array, ok: Any, rows: Array | None, data: Array, pc: int
     for p in range(good.shape[1]):
         sel, size = good[:, p], min(n, 4)
         if sel.any():
-            mem.store(flat[sel] + size * p, ids[sel], data[sel, size * p:size * p + size])
+            mem.store(flat[sel] + size * p, ids[sel], data[sel, size * p : size * p + size])
 
 
-# ---- flat: the address says whether it is global, LDS or scratch -----------------------------------------------------
+# ---- flat: the address says whether it is global, LDS or scratch
+
 
 def in_aperture(addr: Array) -> Any:
     """Which lanes address LDS; None when none does."""
@@ -171,10 +197,13 @@ def flat_store(w: Batch, addr: Array, rows: Array | None, data: Array, ins: Inst
     w.group.memory.store(flat[~shared], ids[~shared], data[~shared])
 
 
-# ---- instructions ----------------------------------------------------------------------------------------------------
+# ---- instructions
+
 
 def address_of(ins: Instr, space: str, ops: list[Operand], n: int) -> Address:
-    """ops: the address operands, in text order (buffer: vaddr, resource, soffset; else vaddr [, saddr])."""
+    """ops: the address operands, in text order (buffer: vaddr, resource, soffset; else vaddr [,
+    saddr]).
+    """
     if space == 'buffer':
         return buffer_address(ins, ops[0], ops[1], ops[2], n)
     return flat_address(ins, ops[0], ops[1] if len(ops) > 1 else None)
@@ -200,6 +229,7 @@ def load(ins: Instr, space: str, kind: str) -> Closure:
         issue(w, w.vm, op)
         if flat and w.hazard:
             w.lgkm.append(Pending(nothing, (), pc, (d, d + count)))
+
     return f
 
 
@@ -208,7 +238,9 @@ def nothing(w: Batch) -> None:
 
 
 def load_to_lds(ins: Instr, space: str, kind: str) -> Closure:
-    """LDS address = M0 + instruction offset + lane * max(4, n): contiguous by lane (LLVM AMDGPUUsage, buffer.load.lds)."""
+    """LDS address = M0 + instruction offset + lane * max(4, n): contiguous by lane (LLVM
+    AMDGPUUsage, buffer.load.lds).
+    """
     n, pc = LOAD[kind][0], ins.pc
     where, step, imm = address_of(ins, space, ins.ops, n), max(4, n), ins.mods.get('offset', 0)
 
@@ -228,26 +260,32 @@ def load_to_lds(ins: Instr, space: str, kind: str) -> Closure:
         w.group.counters.lds_dma_bytes += step * (w.n * 64 if w.full else len(w.lanes()))
         w.group.note_dma(w, base, step, pc)
         issue(w, w.vm, Pending(land, (addr, ok, Masked.keep(w), base), pc))
+
     return f
 
 
 def store(ins: Instr, space: str, kind: str) -> Closure:
     n, shift = STORE[kind]
     o, pc, flat = ins.ops, ins.pc, space == 'flat'
-    where, src = (address_of(ins, space, o[1:], n), o[0].idx) if space == 'buffer' else (
-        address_of(ins, space, [o[0], *o[2:]], n), o[1].idx)
+    where, src = (
+        (address_of(ins, space, o[1:], n), o[0].idx)
+        if space == 'buffer'
+        else (address_of(ins, space, [o[0], *o[2:]], n), o[1].idx)
+    )
 
     def land(w: Batch, addr: Array, ok: Any, mask: Any, data: Array) -> None:
         rows = Masked.rows(mask)
         flat_data = data.reshape(-1, data.shape[-1])
         flat_data = flat_data if rows is None else flat_data[rows]
         if len(flat_data):
-            flat_store(w, addr, rows, flat_data, ins) if flat else put(w, addr, ok, rows, flat_data, pc)
+            flat_store(w, addr, rows, flat_data, ins) if flat else put(
+                w, addr, ok, rows, flat_data, pc
+            )
 
     def f(w: Batch) -> None:
         addr, ok = where(w)
         w.group.count_global(w, pc, addr, n, 'global_store_bytes')
-        if w.hazard:                     # data is read at issue; kept per wave so that it follows a split
+        if w.hazard:  # data is read at issue; kept per wave so that it follows a split
             data = from_rows(w, src, n, shift, None).reshape(w.n, 64, n)
             w.vm.append(Pending(land, (addr, ok, Masked.keep(w), data), pc))
             return
@@ -255,6 +293,7 @@ def store(ins: Instr, space: str, kind: str) -> Closure:
         if rows is None or len(rows):
             data = from_rows(w, src, n, shift, rows)
             flat_store(w, addr, rows, data, ins) if flat else put(w, addr, ok, rows, data, pc)
+
     return f
 
 
@@ -265,11 +304,15 @@ def atomic(ins: Instr, space: str, kind: str) -> Closure:
     if space == 'buffer':
         where, src, dst = address_of(ins, space, o[1:], n), o[0].idx, o[0].idx
     else:
-        where, src, dst = address_of(ins, space, [o[ret], *o[ret + 2:]], n), o[ret + 1].idx, o[0].idx
+        where, src, dst = (
+            address_of(ins, space, [o[ret], *o[ret + 2 :]], n),
+            o[ret + 1].idx,
+            o[0].idx,
+        )
 
     def land(w: Batch, addr: Array, ok: Any, mask: Any, data: Array) -> None:
         rows = Masked.rows(mask)
-        if ok is not None:                                   # lanes outside the descriptor do nothing
+        if ok is not None:  # lanes outside the descriptor do nothing
             good = ok.all(-1) if mask is None else ok.all(-1) & mask
             rows = np.flatnonzero(good)
         ids = every_row(w, rows)
@@ -288,10 +331,13 @@ def atomic(ins: Instr, space: str, kind: str) -> Closure:
         w.group.count_global(w, pc, addr, n, 'global_atomic_bytes')
         w.group.counters.atomics += w.n * 64 if w.full else len(w.lanes())
         data = from_rows(w, src, wide, 0, None).reshape(w.n, 64, wide)
-        op = Pending(land, (addr, ok, Masked.keep(w), data), pc, (dst, dst + n // 4) if ret else (0, 0))
+        op = Pending(
+            land, (addr, ok, Masked.keep(w), data), pc, (dst, dst + n // 4) if ret else (0, 0)
+        )
         if w.hazard and ret:
             poison(w, dst, n // 4)
         issue(w, w.vm, op)
+
     return f
 
 
@@ -317,7 +363,13 @@ def scratch(ins: Instr, what: str, kind: str) -> Closure:
         mem = w.group.scratch_of(w)
         idx = pick(at, rows)
         if len(idx) and (idx.min() < 0 or idx.max() + n > mem.shape[-1]):
-            raise MemFault(f'scratch {what} of {n} bytes at {int(idx.max()):#x} is beyond {mem.shape[-1]} bytes', int(idx.max()))
+            raise MemFault(
+                (
+                    f'scratch {what} of {n} bytes at {int(idx.max()):#x} is beyond {mem.shape[-1]} '
+                    f'bytes'
+                ),
+                int(idx.max()),
+            )
         where = w.group.wave_slot(w)[ids // 64], ids % 64
         cells = where[0][:, None], where[1][:, None], idx[:, None] + np.arange(n)
         if is_load:
@@ -331,7 +383,17 @@ def scratch(ins: Instr, what: str, kind: str) -> Closure:
         at = offsets(w)
         if is_load and w.hazard and how in 'uws':
             poison(w, reg, max(1, n // 4))
-        issue(w, w.vm, Pending(land, (at, Masked.keep(w), data), pc, (reg, reg + max(1, n // 4)) if is_load else (0, 0)))
+        issue(
+            w,
+            w.vm,
+            Pending(
+                land,
+                (at, Masked.keep(w), data),
+                pc,
+                (reg, reg + max(1, n // 4)) if is_load else (0, 0),
+            ),
+        )
+
     return f
 
 

@@ -1,9 +1,11 @@
-"""Vector ALU, the general part: a table row `name -> (signature, function)` becomes a closure with operand modifiers
-(neg, abs, op_sel), DPP, SDWA, output modifiers, clamp and EXEC around the function.
+"""Vector ALU, the general part: a table row `name -> (signature, function)` becomes a closure with
+operand modifiers (neg, abs, op_sel), DPP, SDWA, output modifiers, clamp and EXEC around the
+function.
 
-Signature: destination type then source types, see operands.py (`'f f f'` is v_add_f32). The functions get arrays that
-broadcast to (waves, 64) and return the typed result.
+Signature: destination type then source types, see operands.py (`'f f f'` is v_add_f32). The
+functions get arrays that broadcast to (waves, 64) and return the typed result.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +25,9 @@ FLOAT, HALF, WIDE = set('fhDb'), set('hHsb'), set('UID')
 
 
 class Table(dict[str, tuple[list[str], Fn]]):
-    """Rows of one instruction family. `acc` marks instructions that read their destination as the last source."""
+    """Rows of one instruction family. `acc` marks instructions that read their destination as the
+    last source.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +40,8 @@ class Table(dict[str, tuple[list[str], Fn]]):
                 self.acc.add('v_' + name)
 
 
-# ---- DPP: which lane a lane reads (CDNA3 ISA 6.4.2 / table of DPP_CTRL) -----------------------------------------------
+# ---- DPP: which lane a lane reads (CDNA3 ISA 6.4.2 / table of DPP_CTRL)
+
 
 def dpp_source(mods: dict[str, Any], flags: set[str]) -> tuple[Array, Array]:
     """-> (source lane, inside the row) per lane."""
@@ -55,9 +60,13 @@ def dpp_source(mods: dict[str, Any], flags: set[str]) -> tuple[Array, Array]:
     if 'row_bcast' in mods:
         return (row - 1, LANES >= 16) if mods['row_bcast'] == 15 else (np.full(64, 31), LANES >= 32)
     named: dict[str, tuple[Array, Array]] = {
-        'row_mirror': (row + 15 - pos, ok), 'row_half_mirror': ((LANES & ~7) + 7 - (LANES & 7), ok),
-        'wave_shl': (LANES + 1, LANES < 63), 'wave_shr': (LANES - 1, LANES > 0),
-        'wave_rol': ((LANES + 1) & 63, ok), 'wave_ror': ((LANES - 1) & 63, ok)}
+        'row_mirror': (row + 15 - pos, ok),
+        'row_half_mirror': ((LANES & ~7) + 7 - (LANES & 7), ok),
+        'wave_shl': (LANES + 1, LANES < 63),
+        'wave_shr': (LANES - 1, LANES > 0),
+        'wave_rol': ((LANES + 1) & 63, ok),
+        'wave_ror': ((LANES - 1) & 63, ok),
+    }
     for key, value in named.items():
         if key in flags or key in mods:
             return value
@@ -71,8 +80,10 @@ class Dpp:
         src, self.inside = dpp_source(ins.mods, ins.flags)
         self.src = np.where(self.inside, src, 0)
         rows, banks = ins.mods.get('row_mask', 15), ins.mods.get('bank_mask', 15)
-        self.enabled = ((rows >> (LANES >> 4)) & 1).astype(bool) & ((banks >> ((LANES >> 2) & 3)) & 1).astype(bool)
-        self.zero = ins.mods.get('bound_ctrl') in (0, 1)       # LLVM prints either for BOUND_CTRL = 1
+        self.enabled = ((rows >> (LANES >> 4)) & 1).astype(bool) & (
+            (banks >> ((LANES >> 2) & 3)) & 1
+        ).astype(bool)
+        self.zero = ins.mods.get('bound_ctrl') in (0, 1)  # LLVM prints either for BOUND_CTRL = 1
 
     def read(self, rd: Read) -> Read:
         src, inside, whole = self.src, self.inside, bool(self.inside.all())
@@ -82,6 +93,7 @@ class Dpp:
             if w.full:
                 return x if whole else np.where(inside, x, u32(0))
             return np.where(inside & w.m[:, src], x, u32(0))
+
         return get
 
     def mask(self, w: Batch) -> Array:
@@ -90,9 +102,16 @@ class Dpp:
         return m if self.zero else m & self.inside & w.m[:, self.src]
 
 
-# ---- SDWA (CDNA3 ISA 6.4.1) ------------------------------------------------------------------------------------------
-SEL = {'BYTE_0': (0, 8), 'BYTE_1': (8, 8), 'BYTE_2': (16, 8), 'BYTE_3': (24, 8), 'WORD_0': (0, 16), 'WORD_1': (16, 16),
-       'DWORD': (0, 32)}
+# ---- SDWA (CDNA3 ISA 6.4.1)
+SEL = {
+    'BYTE_0': (0, 8),
+    'BYTE_1': (8, 8),
+    'BYTE_2': (16, 8),
+    'BYTE_3': (24, 8),
+    'WORD_0': (0, 16),
+    'WORD_1': (16, 16),
+    'DWORD': (0, 32),
+}
 
 
 def sdwa_read(rd: Read, sel: str, sext: bool) -> Read:
@@ -120,7 +139,8 @@ def sdwa_write(old: Row, x: Row, sel: str, unused: str) -> Row:
     return x << u32(off)
 
 
-# ---- operands --------------------------------------------------------------------------------------------------------
+# ---- operands
+
 
 def raw_reader(o: Operand, ty: str) -> Read:
     if ty in WIDE:
@@ -164,22 +184,33 @@ def with_modifiers(rd: Read, o: Operand, ty: str, ins: Instr) -> Read:
         x = conv(rd(w))
         x = np.abs(x) if ab else x
         return -x if neg else x
+
     return get
 
 
 def post_steps(ins: Instr, ty: str) -> list[Fn]:
-    """Output modifiers mul:2, mul:4, div:2 and the float clamp to [0, 1] (NaN gives 0, DX10_CLAMP)."""
+    """Output modifiers mul:2, mul:4, div:2 and the float clamp to [0, 1] (NaN gives 0,
+    DX10_CLAMP).
+    """
     steps: list[Fn] = []
-    scale = {2: 2.0, 4: 4.0}.get(ins.mods.get('mul', 0)) or (0.5 if ins.mods.get('div') == 2 else None)
+    scale = {2: 2.0, 4: 4.0}.get(ins.mods.get('mul', 0)) or (
+        0.5 if ins.mods.get('div') == 2 else None
+    )
     if scale:
         steps.append(lambda x: x * x.dtype.type(scale))
     if 'clamp' in ins.flags and ty in FLOAT:
-        steps.append(lambda x: np.where(np.isnan(x), x.dtype.type(0), np.clip(x, x.dtype.type(0), x.dtype.type(1))))
+        steps.append(
+            lambda x: np.where(
+                np.isnan(x), x.dtype.type(0), np.clip(x, x.dtype.type(0), x.dtype.type(1))
+            )
+        )
     return steps
 
 
 def finish(ins: Instr, ty: str) -> Callable[[Batch, Any], None]:
-    """Writer of a typed result. 16-bit results clear the upper half unless op_sel names a half (CDNA3 ISA 6.2.4)."""
+    """Writer of a typed result. 16-bit results clear the upper half unless op_sel names a half
+    (CDNA3 ISA 6.2.4).
+    """
     o, mods, raw, wide = ins.ops[0], ins.mods, RAW[ty], ty in WIDE
     wr, i, post = wv64(o) if wide else wv32(o), o.idx, post_steps(ins, ty)
     sel = mods.get('op_sel', [])
@@ -205,11 +236,16 @@ def finish(ins: Instr, ty: str) -> Callable[[Batch, Any], None]:
             w.put_masked(i, x, ins.dpp.mask(w))
         else:
             wr(w, x)
+
     return put
 
 
-RANGE: dict[str, tuple[int, int, Any]] = {'u': (0, M32, u32), 'i': (-2 ** 31, 2 ** 31 - 1, i32), 'H': (0, 65535, u16),
-                                          's': (-32768, 32767, np.int16)}
+RANGE: dict[str, tuple[int, int, Any]] = {
+    'u': (0, M32, u32),
+    'i': (-(2**31), 2**31 - 1, i32),
+    'H': (0, 65535, u16),
+    's': (-32768, 32767, np.int16),
+}
 
 
 CLAMPED = ('add', 'sub', 'subrev', 'mad', 'dot2', 'dot4', 'dot8', 'dot2c', 'dot4c', 'dot8c')
@@ -219,10 +255,11 @@ def saturating(ins: Instr, fn: Fn, ty: str) -> Fn:
     """Integer clamp: the exact result, limited to the destination's range (CDNA3 ISA 6.2.5)."""
     lo, hi, dtype = RANGE[ty]
     if ins.base.split('_')[1] not in CLAMPED:
-        return fn                              # no result of the others can leave the range: clamp changes nothing
+        return fn  # no result of the others can leave the range: clamp changes nothing
 
     def clamped(*xs: Any) -> Any:
         return np.clip(fn(*[wide_int(x) for x in xs]), lo, hi).astype(dtype)
+
     return clamped
 
 
@@ -249,4 +286,3 @@ def generic(ins: Instr, sig: list[str], fn: Fn, acc: bool = False) -> Closure:
         a, b = get
         return lambda w: put(w, fn(a(w), b(w)))
     return lambda w: put(w, fn(*[g(w) for g in get]))
-

@@ -1,4 +1,5 @@
 """The instruction list is LLVM's; nothing in it is missing, and what is left out says why."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,10 +21,14 @@ def test_list_is_what_llvm_says(gpu: str) -> None:
     """The shipped file equals what the installed LLVM disassembles (needs llvm-mc)."""
     found = isa_list.examples(gpu)
     names = {isa_list.base_name(t.split()[0]) for t in found.values()}
-    shipped = {isa_list.base_name(t.split()[0]) for t in (DATA / f'{gpu}.txt').read_text().splitlines()}
+    shipped = {
+        isa_list.base_name(t.split()[0]) for t in (DATA / f'{gpu}.txt').read_text().splitlines()
+    }
     assert names == shipped
 
 
 def test_unknown_names_are_found() -> None:
     assert try_decode('v_frobnicate_b32 v1, v2', 'gfx950') == 'unknown name'
-    assert 'gfx950 only' in try_decode('v_mfma_f32_16x16x128_f8f6f4 v[0:3], v[4:11], v[12:19], v[0:3]', 'gfx942')
+    assert 'gfx950 only' in try_decode(
+        'v_mfma_f32_16x16x128_f8f6f4 v[0:3], v[4:11], v[12:19], v[0:3]', 'gfx942'
+    )

@@ -1,4 +1,7 @@
-"""Three bugs that cdnasim found in public kernels, as small programs of our own: each is caught, and its fix is clean."""
+"""Three bugs that cdnasim found in public kernels, as small programs of our own: each is caught,
+and its fix is clean.
+"""
+
 from __future__ import annotations
 
 import re
@@ -13,12 +16,18 @@ FOLDER = Path(cdnasim.__file__).parent / 'examples' / 'findings'
 
 
 def text(name: str, fixed: bool) -> str:
-    """The program; a line marked `FIX: instruction` (or a commented instruction with `FIX:`) is replaced when fixed."""
+    """The program; a line marked `FIX: instruction` (or a commented instruction with `FIX:`) is
+    replaced when fixed.
+    """
     out = []
     for line in (FOLDER / f'{name}.s').read_text().splitlines():
         if fixed and 'FIX:' in line:
             fix = line.split('FIX:')[1].strip()
-            line = '\t' + fix if re.match(r'^s_\w+ ', fix) else line.replace('; s_barrier', 's_barrier')
+            line = (
+                '\t' + fix
+                if re.match(r'^s_\w+ ', fix)
+                else line.replace('; s_barrier', 's_barrier')
+            )
         out.append(line)
     return '\n'.join(out)
 
@@ -33,8 +42,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize('fixed', (False, True))
 @pytest.mark.parametrize('schedule', ('lockstep', 'serial', 'random'))
 def test_softmax_reduce(schedule: str, fixed: bool) -> None:
-    x, y = np.random.default_rng(0).standard_normal(256).astype(np.float32), np.zeros(256, np.float32)
-    report = cdnasim.load(text('softmax_reduce', fixed)).launch(1, 256, [x, y], schedule=schedule, races=True, hazard=True)
+    x, y = (
+        np.random.default_rng(0).standard_normal(256).astype(np.float32),
+        np.zeros(256, np.float32),
+    )
+    report = cdnasim.load(text('softmax_reduce', fixed)).launch(
+        1, 256, [x, y], schedule=schedule, races=True, hazard=True
+    )
     right = np.allclose(y, softmax(x), rtol=1e-5)
     assert report.ok == fixed and bool(report.kinds['race']) != fixed
     assert right == (fixed or schedule == 'lockstep') or schedule == 'random'
@@ -43,10 +57,12 @@ def test_softmax_reduce(schedule: str, fixed: bool) -> None:
 @pytest.mark.parametrize('fixed', (False, True))
 def test_wait_count(fixed: bool) -> None:
     x, y = np.arange(768, dtype=np.uint32), np.zeros(64, np.uint32)
-    report = cdnasim.load(text('wait_count', fixed)).launch(1, 64, [x, y], hazard=True, uninitialised=True)
+    report = cdnasim.load(text('wait_count', fixed)).launch(
+        1, 64, [x, y], hazard=True, uninitialised=True
+    )
     assert (y == x[:64] + x[256:320]).all() == fixed
     assert report.ok == fixed
-    y[:] = 0                                     # memory that answers at once hides it
+    y[:] = 0  # memory that answers at once hides it
     cdnasim.load(text('wait_count', False)).launch(1, 64, [x, y])
     assert (y == x[:64] + x[256:320]).all()
 
@@ -54,7 +70,9 @@ def test_wait_count(fixed: bool) -> None:
 @pytest.mark.parametrize('fixed', (False, True))
 def test_lds_rows(fixed: bool) -> None:
     x, y = np.arange(512, dtype=np.uint32), np.zeros(256, np.uint32)
-    report = cdnasim.load(text('lds_rows', fixed)).launch(1, 64, [x, y], hazard=True, uninitialised=True)
+    report = cdnasim.load(text('lds_rows', fixed)).launch(
+        1, 64, [x, y], hazard=True, uninitialised=True
+    )
     want = x.reshape(8, 2, 32)[:, 1].reshape(-1)
     assert (y == want).all() == fixed
     assert report.ok == fixed and bool(report.kinds['uninitialised']) != fixed

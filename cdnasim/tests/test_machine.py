@@ -1,4 +1,7 @@
-"""Launches: arguments, memory, control flow, schedules, errors. Batched execution must equal one wave at a time."""
+"""Launches: arguments, memory, control flow, schedules, errors. Batched execution must equal one
+wave at a time.
+"""
+
 from __future__ import annotations
 
 import subprocess
@@ -13,7 +16,8 @@ from cdnasim import Memory
 
 from .support import compile_ir, lanewise, program, run, with_registers
 
-SAXPY = '''define amdgpu_kernel void @saxpy(ptr addrspace(1) %x, ptr addrspace(1) %y, float %a, i32 %n) #0 {
+SAXPY = '''define amdgpu_kernel void @saxpy(ptr addrspace(1) %x, ptr addrspace(1) %y, float %a,
+                                   i32 %n) #0 {
   %t = call i32 @llvm.amdgcn.workitem.id.x()
   %g = call i32 @llvm.amdgcn.workgroup.id.x()
   %h = shl i32 %g, 7
@@ -36,7 +40,8 @@ declare i32 @llvm.amdgcn.workitem.id.x()
 declare i32 @llvm.amdgcn.workgroup.id.x()
 attributes #0 = { "amdgpu-flat-work-group-size"="1,256" }
 '''
-# data-dependent loop: lane i of wave w adds 1 (w * 64 + i) % 7 times; waves of a batch leave the loop at different times
+# data-dependent loop: lane i of wave w adds 1 (w * 64 + i) % 7 times; waves of a batch leave the
+# loop at different times
 COLLATZ = ''' s_lshl_b32 s8, s2, 8
  v_add_u32_e32 v3, s8, v1
  global_load_dword v4, v3, s[4:5]
@@ -71,7 +76,9 @@ def test_saxpy_torch_and_numpy() -> None:
     kernel = cdnasim.load(compile_ir(SAXPY))
     x, y = torch.randn(1000), torch.randn(1000)
     want = y + x * 2.5
-    report = kernel.launch(8, 128, [x, y, 2.5, 1000], hazard=True, races=True, uninitialised=True).check()
+    report = kernel.launch(
+        8, 128, [x, y, 2.5, 1000], hazard=True, races=True, uninitialised=True
+    ).check()
     assert torch.equal(y, want)
     assert report.waves == 16 and report.by_op['global_load_dword'] == 32
     xn, yn = np.arange(1000, dtype=np.float32), np.ones(1000, np.float32)
@@ -102,19 +109,30 @@ def test_schedules_agree_with_barriers(schedule: str) -> None:
  s_waitcnt lgkmcnt(0)
  global_store_dword v1, v2, s[6:7]
 '''
-    out, report = run(body, np.zeros(4), 256, block=256, schedule=schedule, seed=3, hazard=True, races=True)
+    out, report = run(
+        body, np.zeros(4), 256, block=256, schedule=schedule, seed=3, hazard=True, races=True
+    )
     assert (out == (np.arange(256) ^ 0xA9)).all() and report.ok
     if schedule in ('serial', 'reverse'):
-        out, _ = run(body.replace(' s_barrier\n', ''), np.zeros(4), 256, block=256, schedule=schedule)
+        out, _ = run(
+            body.replace(' s_barrier\n', ''), np.zeros(4), 256, block=256, schedule=schedule
+        )
         assert (out != (np.arange(256) ^ 0xA9)).any()
 
 
 def test_random_schedules_differ_and_repeat() -> None:
     """A race whose winner depends on the schedule: the same seed repeats, some seeds differ."""
-    body = ' v_mov_b32_e32 v3, 0\n v_lshrrev_b32_e32 v4, 6, v0\n ds_write_b32 v3, v4\n s_barrier\n ds_read_b32 v2, v3\n global_store_dword v1, v2, s[6:7]\n'
-    winners = [run(body, np.zeros(4), 256, block=256, schedule='random', seed=k)[0][0] for k in range(8)]
+    body = (
+        ' v_mov_b32_e32 v3, 0\n v_lshrrev_b32_e32 v4, 6, v0\n ds_write_b32 v3, v4\n'
+        ' s_barrier\n ds_read_b32 v2, v3\n global_store_dword v1, v2, s[6:7]\n'
+    )
+    winners = [
+        run(body, np.zeros(4), 256, block=256, schedule='random', seed=k)[0][0] for k in range(8)
+    ]
     assert len(set(winners)) > 1
-    assert winners[:3] == [run(body, np.zeros(4), 256, block=256, schedule='random', seed=k)[0][0] for k in range(3)]
+    assert winners[:3] == [
+        run(body, np.zeros(4), 256, block=256, schedule='random', seed=k)[0][0] for k in range(3)
+    ]
 
 
 def test_wave_specialisation() -> None:
@@ -136,20 +154,28 @@ def test_wave_specialisation() -> None:
  global_store_dword v1, v5, s[6:7]
 '''
     for schedule in ('lockstep', 'serial', 'reverse', 'random'):
-        out, report = run(body, np.zeros(4), 128, block=128, schedule=schedule, races=True, hazard=True)
+        out, report = run(
+            body, np.zeros(4), 128, block=128, schedule=schedule, races=True, hazard=True
+        )
         assert (out[64:] == 42).all() and report.ok, schedule
 
 
 def test_atomics_across_workgroups() -> None:
     """Every lane of every wave adds; returned values are a permutation of 0..n-1."""
-    body = ' v_mov_b32_e32 v3, 0\n v_mov_b32_e32 v4, 1\n global_atomic_add v5, v3, v4, s[4:5] sc0\n s_lshl_b32 s8, s2, 9\n v_add_u32_e32 v6, s8, v1\n s_waitcnt vmcnt(0)\n global_store_dword v6, v5, s[6:7]\n'
+    body = (
+        ' v_mov_b32_e32 v3, 0\n v_mov_b32_e32 v4, 1\n'
+        ' global_atomic_add v5, v3, v4, s[4:5] sc0\n s_lshl_b32 s8, s2, 9\n'
+        ' v_add_u32_e32 v6, s8, v1\n s_waitcnt vmcnt(0)\n global_store_dword v6, v5, s[6:7]\n'
+    )
     counter = np.zeros(4, np.uint32)
     out, report = run(body, counter, 128 * 6, grid=6, block=128, races=True)
     assert counter[0] == 128 * 6 and sorted(out) == list(range(128 * 6)) and report.ok
 
 
 def test_function_calls() -> None:
-    """LLVM's calling convention: s_getpc, s_add with a relocation, s_swappc, s_setpc, scratch for the stack."""
+    """LLVM's calling convention: s_getpc, s_add with a relocation, s_swappc, s_setpc, scratch for
+    the stack.
+    """
     ir = '''define float @twice(float %x) #1 {
   %r = fmul float %x, 2.0
   ret float %r
@@ -175,7 +201,9 @@ attributes #1 = { noinline }
 
 
 def test_dynamic_register_index() -> None:
-    """A dynamically indexed vector: s_set_gpr_idx_on or s_movrel, or selects, whatever LLVM picks."""
+    """A dynamically indexed vector: s_set_gpr_idx_on or s_movrel, or selects, whatever LLVM
+    picks.
+    """
     ir = '''define amdgpu_kernel void @k(ptr addrspace(1) %out, ptr addrspace(1) %in, i32 %j) #0 {
   %t = call i32 @llvm.amdgcn.workitem.id.x()
   %p = getelementptr <16 x i32>, ptr addrspace(1) %in, i32 %t
@@ -199,7 +227,10 @@ def test_lds_widths(size: str) -> None:
     regs = np.random.default_rng(1).integers(0, 1 << 32, (n, 64), dtype=np.uint64).astype(np.uint32)
     last = f'v[8:{7 + n}]' if n > 1 else 'v8'
     back = f'v[16:{15 + n}]' if n > 1 else 'v16'
-    body = f' v_mul_u32_u24_e32 v3, {4 * n}, v0\n ds_write_{size} v3, {last}\n s_waitcnt lgkmcnt(0)\n ds_read_{size} {back}, v3\n s_waitcnt lgkmcnt(0)'
+    body = (
+        f' v_mul_u32_u24_e32 v3, {4 * n}, v0\n ds_write_{size} v3, {last}\n'
+        f' s_waitcnt lgkmcnt(0)\n ds_read_{size} {back}, v3\n s_waitcnt lgkmcnt(0)'
+    )
     assert (with_registers(body, regs, list(range(16, 16 + n)), hazard=True) == regs).all()
 
 
@@ -220,7 +251,11 @@ def test_flat_access_to_lds() -> None:
 
 
 def test_scratch() -> None:
-    body = ' scratch_store_dword off, v0, off offset:16\n s_waitcnt vmcnt(0)\n scratch_load_dword v3, off, off offset:16\n s_waitcnt vmcnt(0)\n global_store_dword v1, v3, s[6:7]\n'
+    body = (
+        ' scratch_store_dword off, v0, off offset:16\n s_waitcnt vmcnt(0)\n'
+        ' scratch_load_dword v3, off, off offset:16\n s_waitcnt vmcnt(0)\n'
+        ' global_store_dword v1, v3, s[6:7]\n'
+    )
     out, _ = run(body, np.zeros(4), 128, block=128, hazard=True)
     assert (out[:64] == np.arange(64)).all()
     with pytest.raises(cdnasim.MemFault, match='scratch'):
@@ -229,9 +264,20 @@ def test_scratch() -> None:
 
 def test_swizzled_descriptor() -> None:
     """Array-of-structures swizzle: records of 16 bytes, elements of 4, index stride 8."""
-    setup = ' s_mov_b32 s8, s4\n s_or_b32 s9, s5, 0x80100000\n s_mov_b32 s10, 64\n s_mov_b32 s11, 0x00080000\n'
+    setup = (
+        ' s_mov_b32 s8, s4\n s_or_b32 s9, s5, 0x80100000\n s_mov_b32 s10, 64\n'
+        ' s_mov_b32 s11, 0x00080000\n'
+    )
     data = np.arange(64 * 4, dtype=np.uint32)
-    out, _ = run(setup + ' v_mov_b32_e32 v3, 8\n v_mov_b32_e32 v2, v0\n buffer_load_dword v4, v[2:3], s[8:11], 0 idxen offen\n s_waitcnt vmcnt(0)\n global_store_dword v1, v4, s[6:7]\n', data)
+    out, _ = run(
+        setup
+        + (
+            ' v_mov_b32_e32 v3, 8\n v_mov_b32_e32 v2, v0\n'
+            ' buffer_load_dword v4, v[2:3], s[8:11], 0 idxen offen\n s_waitcnt vmcnt(0)\n'
+            ' global_store_dword v1, v4, s[6:7]\n'
+        ),
+        data,
+    )
     i = np.arange(64)
     assert (out == (i // 8 * 16 + 8 // 4 * 4) * 8 // 4 + i % 8).all()
 
@@ -240,7 +286,14 @@ def test_buffer_range() -> None:
     """Dwords outside num_records read zero and are not written."""
     setup = ' s_mov_b32 s8, s4\n s_mov_b32 s9, s5\n s_mov_b32 s10, 128\n s_mov_b32 s11, 0x27000\n'
     data = np.arange(1, 65, dtype=np.uint32)
-    out, _ = run(setup + ' buffer_load_dword v2, v1, s[8:11], 0 offen\n s_waitcnt vmcnt(0)\n global_store_dword v1, v2, s[6:7]\n', data)
+    out, _ = run(
+        setup
+        + (
+            ' buffer_load_dword v2, v1, s[8:11], 0 offen\n s_waitcnt vmcnt(0)\n'
+            ' global_store_dword v1, v2, s[6:7]\n'
+        ),
+        data,
+    )
     assert (out[:32] == data[:32]).all() and not out[32:].any()
     run(setup + ' v_mov_b32_e32 v2, 0\n buffer_store_dword v2, v1, s[8:11], 0 offen\n', data)
     assert not data[:32].any() and data[32:].all()
@@ -248,16 +301,29 @@ def test_buffer_range() -> None:
 
 @pytest.mark.parametrize('op,shift', [('ds_bpermute_b32', 1), ('ds_permute_b32', -1)])
 def test_permutes(op: str, shift: int) -> None:
-    got = lanewise(f'v_add_u32_e32 v3, 1, v0\n v_and_b32_e32 v3, 63, v3\n v_lshlrev_b32_e32 v3, 2, v3\n {op} v9, v3, v8\n s_waitcnt lgkmcnt(0)',
-                   [np.arange(64, dtype=np.uint32)])
+    got = lanewise(
+        (
+            f'v_add_u32_e32 v3, 1, v0\n v_and_b32_e32 v3, 63, v3\n v_lshlrev_b32_e32 v3, 2, v3\n'
+            f' {op} v9, v3, v8\n s_waitcnt lgkmcnt(0)'
+        ),
+        [np.arange(64, dtype=np.uint32)],
+    )
     assert (got == (np.arange(64) + shift) % 64).all()
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- errors
+
 
 def test_out_of_bounds_names_the_place() -> None:
     with pytest.raises(cdnasim.MemFault) as e:
-        run(' .file 1 "tile.py"\n .loc 1 42 0\n global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n', np.zeros(64, np.uint32), grid=1)
+        run(
+            (
+                ' .file 1 "tile.py"\n .loc 1 42 0\n global_load_dword v2, v1, s[4:5] offset:4\n'
+                ' s_waitcnt vmcnt(0)\n'
+            ),
+            np.zeros(64, np.uint32),
+            grid=1,
+        )
     fault = e.value
     assert fault.lane == 63 and fault.wave == 0 and fault.workgroup == 0
     for word in ('global_load_dword', 'lane 63', 'tile.py:42', 'offset 0x100', 'in k at'):
@@ -272,7 +338,14 @@ def test_lds_bounds() -> None:
 
 def test_lenient_memory_records() -> None:
     memory = Memory(lenient=True)
-    out, report = run(' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n global_store_dword v1, v2, s[6:7]\n', np.ones(64, np.uint32), memory=memory)
+    out, report = run(
+        (
+            ' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n'
+            ' global_store_dword v1, v2, s[6:7]\n'
+        ),
+        np.ones(64, np.uint32),
+        memory=memory,
+    )
     assert out[62] == 1 and out[63] == 0 and len(report.stray_loads) == 1 and not report.ok
 
 
@@ -323,18 +396,40 @@ def test_processes(processes: int) -> None:
     add = ' v_mov_b32_e32 v3, 0\n v_mov_b32_e32 v4, 1\n global_atomic_add v3, v4, s[6:7]\n'
     assert run(add, np.zeros(4), 64, grid=20, batch_waves=2, processes=processes)[0][0] == 64 * 20
     with pytest.raises(cdnasim.MemFault, match='workgroup 0'):
-        run(' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n', np.zeros(64, np.uint32), grid=4, batch_waves=1, processes=processes)
+        run(
+            ' global_load_dword v2, v1, s[4:5] offset:4\n s_waitcnt vmcnt(0)\n',
+            np.zeros(64, np.uint32),
+            grid=4,
+            batch_waves=1,
+            processes=processes,
+        )
 
 
 def test_code_object(tmp_path: Path) -> None:
     """An ELF gives the same launch as the text it was assembled from, function calls included."""
     from cdnasim.toolchain import find_tool, run_tool
+
     source = tmp_path / 'k.s'
     source.write_text(compile_ir(SAXPY))
-    run_tool('llvm-mc', '-triple=amdgcn-amd-amdhsa', '-mcpu=gfx950', '-filetype=obj', str(source), '-o', str(tmp_path / 'k.o'))
-    subprocess.run([find_tool('ld.lld'), '-shared', str(tmp_path / 'k.o'), '-o', str(tmp_path / 'k.hsaco')], check=True)
+    run_tool(
+        'llvm-mc',
+        '-triple=amdgcn-amd-amdhsa',
+        '-mcpu=gfx950',
+        '-filetype=obj',
+        str(source),
+        '-o',
+        str(tmp_path / 'k.o'),
+    )
+    subprocess.run(
+        [find_tool('ld.lld'), '-shared', str(tmp_path / 'k.o'), '-o', str(tmp_path / 'k.hsaco')],
+        check=True,
+    )
     x, y = np.arange(1000, dtype=np.float32), np.ones(1000, np.float32)
-    report = cdnasim.load(tmp_path / 'k.hsaco').launch(8, 128, [x, y, 2.0, 1000], hazard=True).check()
-    assert (y == 2 * x + 1).all() and report.kernel.name == 'saxpy' and report.kernel.arch == 'gfx950'
+    report = (
+        cdnasim.load(tmp_path / 'k.hsaco').launch(8, 128, [x, y, 2.0, 1000], hazard=True).check()
+    )
+    assert (
+        (y == 2 * x + 1).all() and report.kernel.name == 'saxpy' and report.kernel.arch == 'gfx950'
+    )
     with pytest.raises(cdnasim.AsmError, match='no AMDGPU code object'):
         cdnasim.load(find_tool('ld.lld'))
