@@ -309,7 +309,7 @@ def route_many(
     go = options(ids.device)
     count[(chunks,)](
         ids, expert_map, chunk_counts, out.position, R, E, known,
-        CHUNK=CHUNK, EP=ep, num_warps=16, **go,
+        CHUNK=CHUNK, EP=ep, num_warps=16, maxnreg=64, **go,
     )  # fmt: skip
     scan[(-(-E // SCAN_COLUMNS),)](
         chunk_counts, totals, chunks, E, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS, num_warps=8, **go
