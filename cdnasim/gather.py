@@ -22,7 +22,7 @@ def gather(data: Array, off: Array, n: int) -> Array:
     ty = WORDS.get(n)
     if ty is not None and (n == 1 or not (off & (n - 1)).any()):
         whole = len(data) // n * n
-        items = data[:whole].view(ty)
+        items: Array = data[:whole].view(ty)
         if len(data) == whole or not len(off) or int(off.max()) + n <= whole:
             return items.take(off // n if n > 1 else off).view(u8).reshape(len(off), n)
     if n > 4 and n % 4 == 0 and not (off & 3).any():

@@ -66,17 +66,17 @@ def families() -> Iterator[tuple[int, ...]]:
         yield (0xB0000000 | op << 23 | 20 << 16 | 1,)  # SOPK
         yield (0xB0000000 | op << 23 | 20 << 16 | 1, 7)
     for op in range(1024):
-        for tail in vop3_words():
-            yield (0xD0000000 | op << 16 | 0x40, *tail)  # VOP3
-            yield (0xD0000000 | op << 16 | 20 << 8 | 0x40, *tail)  # VOP3b
-            yield (0xD0000000 | op << 16 | 20, *tail)  # VOP3 with SGPR result
+        for regs in vop3_words():
+            yield (0xD0000000 | op << 16 | 0x40, *regs)  # VOP3
+            yield (0xD0000000 | op << 16 | 20 << 8 | 0x40, *regs)  # VOP3b
+            yield (0xD0000000 | op << 16 | 20, *regs)  # VOP3 with SGPR result
     for op in range(128):
-        for tail in vop3_words():
-            yield (0xD3800000 | op << 16 | 0x4040, tail[0] | 3 << 27)  # VOP3P
-            yield (0xD3800000 | op << 16 | 0x0040, tail[0])  # VOP3P-MAI
-    for tail in vop3_words():
+        for regs in vop3_words():
+            yield (0xD3800000 | op << 16 | 0x4040, regs[0] | 3 << 27)  # VOP3P
+            yield (0xD3800000 | op << 16 | 0x0040, regs[0])  # VOP3P-MAI
+    for regs in vop3_words():
         for mfma in (0x2D, 0x2E):  # scaled: ld_scale + MFMA
-            yield (0xD3AC0000, 0x150 | 0x160 << 9, 0xD3800000 | mfma << 16 | 0x840, tail[0])
+            yield (0xD3AC0000, 0x150 | 0x160 << 9, 0xD3800000 | mfma << 16 | 0x840, regs[0])
     for op in range(256):
         for tail in (
             0x40302010,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,9 +294,7 @@ class Launch:
         if n > 1 and not (
             self.checker or self.races or self.memory.lenient or self.kernel.reads_atomics
         ):
-            yield from run_forked(
-                self.memory, [lambda part=part: self.run_group(part) for part in parts], n
-            )  # type: ignore[misc]
+            yield from run_forked(self.memory, [partial(self.run_group, part) for part in parts], n)
         else:
             yield from (self.run_group(part) for part in parts)
 
@@ -420,13 +419,8 @@ def pack_args(
 def plain_layout(args: Sequence[Any]) -> list[Argument]:
     out, at = [], 0
     for v in args:
-        size = (
-            8
-            if hasattr(v, 'shape') and getattr(v, 'ndim', 0)
-            else len(v)
-            if isinstance(v, (bytes, bytearray))
-            else 4
-        )
+        size = 8 if getattr(v, 'ndim', 0) else 4
+        size = len(v) if isinstance(v, (bytes, bytearray)) else size
         at = (at + min(size, 8) - 1) // min(size, 8) * min(size, 8)
         out.append(Argument(at, size))
         at += size

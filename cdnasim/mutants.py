@@ -60,7 +60,7 @@ def raised(text: str) -> str | None:
 
 def record_counts(code: list[Instr]) -> set[int]:
     """SGPRs that hold num_records of a buffer descriptor in use."""
-    out = set()
+    out: set[int] = set()
     for ins in code:
         if ins.op.startswith('buffer_'):
             out.update(o.idx + 2 for o in ins.ops if o.kind == 's' and o.n == 4)

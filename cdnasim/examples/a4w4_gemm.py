@@ -9,6 +9,7 @@ per 32 values along K. A workgroup of 4 waves makes a 32 x 64 tile; A goes throu
 """
 
 import argparse
+from typing import Any
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
@@ -34,7 +35,7 @@ def a4w4_gemm(
     n_tiles: fx.Constexpr[int],
     depth: fx.Constexpr[int],
     stream: fx.Stream = DEFAULT_STREAM,
-):
+) -> None:
     """C (M, N) f32; A (M, K/8), B (N, K/8) i32 words of codes; sA (M, K/128), sB (N, K/128) i32
     words of scale bytes.
     """
@@ -46,7 +47,7 @@ def a4w4_gemm(
         a1: fx.Array[fx.Int32, BLOCK_M * ROW_DWORDS, 16]
 
     @flyc.kernel
-    def kernel(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Tensor):
+    def kernel(C: fx.Tensor, A: fx.Tensor, B: fx.Tensor, sA: fx.Tensor, sB: fx.Tensor) -> None:
         tid = fx.Int32(fx.thread_idx.x)
         bm, bn = fx.block_idx.x, fx.block_idx.y
         wave, lane = tid // 64, tid % 64
@@ -63,19 +64,19 @@ def a4w4_gemm(
         lds = fx.SharedAllocator().allocate(Shared).peek()
         buffers = (lds.a0.ptr, lds.a1.ptr)
 
-        def row_of(tensor, row, width):
+        def row_of(tensor: Any, row: Any, width: Any) -> Any:
             return fx.logical_divide(
                 fx.slice(fx.rocdl.make_buffer_tensor(tensor, max_size=False), (row, None)),
                 fx.make_layout(width, 1),
             )
 
-        def fetch(tensor, row, block):
+        def fetch(tensor: Any, row: Any, block: Any) -> Any:
             """16 bytes of one row -> registers."""
             r = fx.make_rmem_tensor(4, fx.Int32)
             fx.copy(wide, fx.slice(row_of(tensor, row, 4), (None, block)), r)
             return r
 
-        def scale(tensor, row, step):
+        def scale(tensor: Any, row: Any, step: Any) -> Any:
             """The four scale bytes of 128 k; a lane's own block is byte `group`, moved to byte 0
             where the atom reads it.
             """
@@ -83,10 +84,10 @@ def a4w4_gemm(
             fx.copy(word, fx.slice(row_of(tensor, row, 1), (None, step)), r)
             return fx.memref_load(r, 0).shrui(group * 8)
 
-        def place(row, block):
+        def place(row: Any, block: Any) -> Any:
             return row * ROW_DWORDS + (block ^ (row % BLOCKS_PER_ROW)) * 4
 
-        def view(buffer, offset):
+        def view(buffer: Any, offset: Any) -> Any:
             return fx.make_view(fx.add_offset(buffer, offset), fx.make_layout(4, 1))
 
         row, block = tid // BLOCKS_PER_ROW, tid % BLOCKS_PER_ROW

@@ -144,7 +144,8 @@ def scaled_pack(ins: Instr, arch: str, m: re.Match[str]) -> Closure:
         )  # the half of the destination is the last op_sel entry
 
     def f(w: Batch) -> None:
-        s, sat, code = scale_of(scale(w)), fp16_overflow_saturates(w), u32(0)
+        s, sat = scale_of(scale(w)), fp16_overflow_saturates(w)
+        code: Any = u32(0)
         for k, (get, word) in enumerate(
             zip(values, random_words(rand, w, len(values)), strict=True)
         ):

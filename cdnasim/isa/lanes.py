@@ -106,7 +106,7 @@ def write_lane(ins: Instr) -> Closure:
 
     def f(w: Batch) -> None:
         k = lane(w)
-        here = ((k & 63) if type(k) is int else (k.astype(i64) & 63)[:, None]) == LANES
+        here: Any = ((k & 63) if type(k) is int else (k.astype(i64) & 63)[:, None]) == LANES
         w.put_masked(i, val(w), here)
 
     return f
@@ -282,7 +282,8 @@ def div_fmas(ins: Instr) -> Closure:
         x, y, z = a(w), b(w), c(w)
         # f32 stays in f64, where the scaling below cannot overflow
         r = np.asarray(x).astype(f64) * y + z if ty == 'f' else fma64(x, y, z)
-        e = (np.asarray(z).view(bits) >> bits(shift)) & bits(field)
+        raw: Any = np.asarray(z).view(bits)
+        e = (raw >> bits(shift)) & bits(field)
         up = np.where(e > field // 2, by, -by)
         put(w, np.ldexp(r, np.where(mask_to_bool(w.vcc64(), w.n), up, 0)).astype(fl))
 

@@ -81,7 +81,7 @@ def spread(x: Array, w: Batch, rows: Array, old: Array) -> Array:
 def from_rows(w: Batch, first: int, n: int, shift: int, rows: Array | None) -> Array:
     """Registers -> uint8[k, n] to store, k active lanes."""
     if n >= 4:
-        words = np.empty((*w.shape, n // 4), u32)
+        words: Array = np.empty((*w.shape, n // 4), u32)
         for k, row in enumerate(w.v[first : first + n // 4]):
             words[..., k] = row
         words = words.reshape(-1, n // 4)

@@ -90,7 +90,8 @@ class Shape:
         else:
             parts = kind.split('_')
             self.types = (parts[0], parts[-1])
-        self.cbsz, self.abid = (0, 0) if self.f8f6f4 else (mods.get('cbsz', 0), mods.get('abid', 0))
+        self.cbsz: int = 0 if self.f8f6f4 else mods.get('cbsz', 0)
+        self.abid: int = 0 if self.f8f6f4 else mods.get('abid', 0)
         self.blgp = 0 if self.f8f6f4 or self.out == 'f64' else mods.get('blgp', 0)
         self.neg = mods.get('neg', [0, 0, 0])
         self.groups = 64 // (self.M * self.blocks)

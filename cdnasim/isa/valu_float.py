@@ -20,7 +20,7 @@ from .valu_int import max3, min3
 from .vop import Fn, Table
 
 TABLE = Table()
-add = TABLE.add
+add, accumulate = TABLE.add, TABLE.accumulate
 TINY = f32(2.0**-126)
 
 
@@ -220,7 +220,7 @@ add(
         lambda x, y, z, kz, ky: np.where(kz, -y, np.where(ky, np.where(y < 0, -z, z), -y))
     ),
 )
-add('f f f f', acc=True, fmac_f32=fma32, mac_f32=fma32)
+accumulate('f f f f', fmac_f32=fma32, mac_f32=fma32)
 add(
     'f f',
     exp_f32=trans(np.exp2),
@@ -257,7 +257,7 @@ add(
     cvt_off_f32_i4=lambda a: ((((a & u32(15)) ^ u32(8)).astype(i32) - 8) / 16).astype(f32),
 )
 add('u f u u', cvt_pk_u8_f32=insert_u8)
-add('u f u u', acc=True, cvt_pkaccum_u8_f32=insert_u8)
+accumulate('u f u u', cvt_pkaccum_u8_f32=insert_u8)
 add(
     'u f f',
     cvt_pkrtz_f16_f32=lambda a, b: f16_toward_zero(a) | (f16_toward_zero(b) << u32(16)),
@@ -267,7 +267,7 @@ add(
     cvt_pknorm_u16_f32=two(unorm),
 )
 add('f u u f', dot2_f32_f16=dot2(h16), dot2_f32_bf16=dot2(b16))
-add('f u u f', acc=True, dot2c_f32_f16=dot2(h16), dot2c_f32_bf16=dot2(b16))
+accumulate('f u u f', dot2c_f32_f16=dot2(h16), dot2c_f32_bf16=dot2(b16))
 
 # ---- f16 and bf16
 UNARY16: dict[str, Fn] = {
@@ -310,7 +310,7 @@ add(
     **{k: fma16 for k in ('fma_f16', 'mad_f16', 'fma_legacy_f16', 'mad_legacy_f16')},
     **{k: div_fixup for k in ('div_fixup_f16', 'div_fixup_legacy_f16')},
 )
-add('h h h h', acc=True, fmac_f16=fma16, mac_f16=fma16)
+accumulate('h h h h', fmac_f16=fma16, mac_f16=fma16)
 add(
     's h',
     frexp_exp_i16_f16=lambda a: exponent(a).astype(i16),
@@ -368,7 +368,7 @@ def fma64(a: Any, b: Any, c: Any) -> Any:
 
 
 add('D D D D', fma_f64=fma64)
-add('D D D D', acc=True, fmac_f64=fma64)
+accumulate('D D D D', fmac_f64=fma64)
 
 # bits of 2/pi after the binary point, for v_trig_preop_f64 (Payne-Hanek range reduction)
 TWO_OVER_PI_BITS = 1201

@@ -14,7 +14,7 @@ from ..operands import lo32
 from .vop import Table
 
 TABLE = Table()
-add = TABLE.add
+add, accumulate = TABLE.add, TABLE.accumulate
 WORD = u32(31)
 
 
@@ -75,7 +75,7 @@ def funnel(a: Any, b: Any, shift: Any) -> Any:
 def v_perm(a: Any, b: Any, sel: Any) -> Any:
     """Byte select from {a, b}: 0-7 a byte, 8-11 the sign of a word, 12 zero, 13 and above 0xFF."""
     data = (a.astype(u64) << u64(32)) | b.astype(u64)
-    out = u32(0)
+    out: Any = u32(0)
     for k in range(4):
         s = (sel >> u32(8 * k)) & u32(255)
         byte = (data >> (np.minimum(s, u32(7)).astype(u64) * u64(8))) & u64(255)
@@ -255,9 +255,8 @@ add(
     dot4_i32_i8=dot_fn(8, True),
     dot8_i32_i4=dot_fn(4, True),
 )
-add(
+accumulate(
     'i u u i',
-    acc=True,
     dot2c_i32_i16=dot_fn(16, True),
     dot4c_i32_i8=dot_fn(8, True),
     dot8c_i32_i4=dot_fn(4, True),

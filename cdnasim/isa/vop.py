@@ -33,11 +33,14 @@ class Table(dict[str, tuple[list[str], Fn]]):
         super().__init__()
         self.acc: set[str] = set()
 
-    def add(self, sig: str, acc: bool = False, **fns: Fn) -> None:
+    def add(self, sig: str, **fns: Fn) -> None:
         for name, fn in fns.items():
             self['v_' + name] = (sig.split(), fn)
-            if acc:
-                self.acc.add('v_' + name)
+
+    def accumulate(self, sig: str, **fns: Fn) -> None:
+        """Rows whose last source is the destination's old value."""
+        self.add(sig, **fns)
+        self.acc.update('v_' + name for name in fns)
 
 
 # ---- DPP: which lane a lane reads (CDNA3 ISA 6.4.2 / table of DPP_CTRL)
