@@ -26,10 +26,11 @@ from .registry import OURS, Entry, Run
 from .results import Journal, LeftOut, Row
 from .roofs import Roofs, highest
 from .routing import Skew
-from .shapes import SHAPES
+from .shapes import SHAPES, TABLE_TOKENS
 
 AGAIN = 75  # exit status: start me again, the failure is noted
 STEP_LIMIT = 45.0  # seconds for one provider's set-up and first call, JIT compiles included
+BEATEN = 1.5
 SLOW = 1.0  # seconds of set-up worth a line
 WRONG = 0.1  # a worst row error above this is a broken kernel, not an inexact one
 ROOMY = 90 << 30  # bytes; above this the allocator's cache is emptied between cases
@@ -141,10 +142,14 @@ class Worker:
             self._leave_out(entry, "all", 0, reason)
         return reason is None
 
-    def _leave_out(self, entry: Entry, shape: str, tokens: int, reason: str) -> None:
+    def _leave_out(
+        self, entry: Entry, shape: str, tokens: int, reason: str, quiet: bool = False
+    ) -> None:
         item = LeftOut(entry.label, shape, tokens, entry.stage.value, reason)
-        if item not in self.journal.left_out:
-            self.journal.add(item)
+        if item in self.journal.left_out:
+            return
+        self.journal.add(item)
+        if not quiet:
             say(f"left out: {item.provider} {shape} T {tokens} {item.stage}: {reason}")
 
     def _prepare(self, case: Case, stage: Stage, skew: Skew) -> list[Prepared]:
@@ -156,6 +161,10 @@ class Worker:
             if entry.stage is not stage or at in failed or self._done(entry, case, skew):
                 continue
             if entry.provider != OURS and not self.plan.rivals_run(case.tokens):
+                continue
+            if entry.provider != OURS and self._beaten(entry, case, skew):
+                reason = f"over {BEATEN} x the best rival at the neighbouring counts with a goal"
+                self._leave_out(entry, case.shape.name, case.tokens, reason, quiet=True)
                 continue
             begin = time.monotonic()
             reason = "ended the process"
@@ -169,6 +178,29 @@ class Worker:
                 say(f"  {entry.label} {stage.value} T {case.tokens}: set-up took {seconds:.1f} s")
         self.journal.trying(None)
         return prepared
+
+    def _beaten(self, entry: Entry, case: Case, skew: Skew) -> bool:
+        """Whether a rival is far behind the best one at the nearest counts with a goal, below and
+        above, uniform routing: there is no use in spending device time on it between them."""
+        if skew is Skew.UNIFORM and case.tokens in TABLE_TOKENS:
+            return False
+        rivals = [
+            row
+            for row in self.journal.rows
+            if (row.shape, row.stage) == (case.shape.name, entry.stage.value)
+            and row.provider != OURS
+            and (row.routing, row.flush) == (Skew.UNIFORM.value, self.plan.flushes[0])
+            and row.tokens in TABLE_TOKENS
+        ]
+        counts = {row.tokens for row in rivals}
+        below = max((t for t in counts if t <= case.tokens), default=None)
+        above = min((t for t in counts if t >= case.tokens), default=None)
+        behind = []
+        for tokens in {below, above} - {None}:
+            times = {(r.provider, r.recipe): r.us for r in rivals if r.tokens == tokens}
+            mine = times.get((entry.provider, entry.recipe))
+            behind.append(mine is not None and mine > BEATEN * min(times.values()))
+        return bool(behind) and all(behind)
 
     def _fail(self, entry: Entry, case: Case, error: Exception) -> None:
         self._leave_out(entry, case.shape.name, case.tokens, registry.one_line(error))

@@ -1,5 +1,6 @@
 """The benchmark's own arithmetic, on the CPU: a wrong count or a wrong check would lie quietly."""
 
+import inspect
 import itertools
 import math
 import os
@@ -20,10 +21,10 @@ from benchmarks.counts import Cost, Stage, cost, matrix_bytes
 from benchmarks.operands import Operand
 from benchmarks.plan import Plan, shares
 from benchmarks.registry import Run, Shows
-from benchmarks.roofs import Roof, highest
+from benchmarks.roofs import Roof, Roofs, highest, near
 from benchmarks.routing import Skew
 from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS, Shape
-from mixmoe.timing import summarise
+from mixmoe.timing import Flush, summarise
 
 ROOT = Path(__file__).parents[1]
 
@@ -382,3 +383,35 @@ def test_the_glue_between_the_rivals_gemms():
         [sys.executable, "-c", GLUE], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# --- ours
+
+
+def test_our_stages_are_opened_by_names_that_exist():
+    schedule = pytest.importorskip("mixmoe.backends.hopper.schedule")
+    from mixmoe.backends.hopper import prefill_schedule, quantise, stages
+
+    def words(function):
+        return list(inspect.signature(function).parameters)
+
+    decode, prefill = schedule.Decode, prefill_schedule.Prefill
+    assert words(decode.stage1) == ["self", "x", "weights", "routed", "recipe"]
+    assert words(decode.finish) == ["self", "h", "weights", "routed", "recipe", "out"]
+    common = ["self", "x", "weights", "routed", "recipe"]
+    assert words(prefill.stage1) == [*common, "cut", "work"]
+    assert words(prefill.stage2)[1:] == ["h", *common[2:], "out", "work"]
+    assert words(prefill.sorted_rows) == ["self", "h", "routed"]
+    assert words(prefill_schedule.cut_tiles) == ["routed", "recipe"]
+    assert words(quantise.quantise_fp8)[:3] == ["x", "fmt", "rounding"]
+    assert words(stages.schedule_for) == ["recipe", "weights", "problem", "block"]
+    assert prefill_schedule.CHUNK == 8192
+
+
+def test_a_smaller_read_is_no_slower_than_a_larger_one():
+    roofs = Roofs("cpu", {})
+    sizes = [near(n) for n in (8 << 20, 9 << 20)]
+    roofs.reads = {(Flush.CLEAN, sizes[0]): 4.5, (Flush.CLEAN, sizes[1]): 2.7}
+    assert roofs.read_us(Flush.CLEAN, 8 << 20) == 2.7 == roofs.read_us(Flush.CLEAN, 9 << 20)
+    roofs.reads[Flush.DIRTY, sizes[0]] = 5.0
+    assert roofs.read_us(Flush.DIRTY, 8 << 20) == 5.0

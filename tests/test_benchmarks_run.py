@@ -20,7 +20,7 @@ from benchmarks.counts import Stage
 from benchmarks.plan import Plan
 from benchmarks.registry import Run, Shows, Unsupported
 from benchmarks.results import Journal, LeftOut, Row
-from benchmarks.roofs import Roofs, near
+from benchmarks.roofs import near
 from benchmarks.routing import Skew
 from benchmarks.shapes import SHAPES
 from benchmarks.worker import Poisoned, Worker, prepare
@@ -161,13 +161,27 @@ def test_rivals_may_run_at_fewer_token_counts(tmp_path, monkeypatch):
     assert seen == {("right", 9), ("mixmoe", 1), ("mixmoe", 9)}
 
 
-def test_a_smaller_read_is_no_slower_than_a_larger_one():
-    roofs = Roofs("cpu", {})
-    sizes = [near(n) for n in (8 << 20, 9 << 20)]
-    roofs.reads = {(Flush.CLEAN, sizes[0]): 4.5, (Flush.CLEAN, sizes[1]): 2.7}
-    assert roofs.read_us(Flush.CLEAN, 8 << 20) == 2.7 == roofs.read_us(Flush.CLEAN, 9 << 20)
-    roofs.reads[Flush.DIRTY, sizes[0]] = 5.0
-    assert roofs.read_us(Flush.DIRTY, 8 << 20) == 5.0
+def test_a_rival_far_behind_is_left_out_between_the_goals(tmp_path, monkeypatch):
+    worker = make_worker(tmp_path, monkeypatch, {"right": right, "slow": right})
+    for tokens, slow in ((1, 16.0), (8, 16.0), (64, 14.0)):
+        for name, us in (("right", 10.0), ("slow", slow), ("mixmoe", 1.0)):
+            made = row(name, us, tokens, shape="tiny", recipe="a16w16")
+            worker.journal.add(made, f"{name} [a16w16]")
+    quick, slow = worker.entries
+    for tokens, skew, beaten in (
+        (4, Skew.UNIFORM, True),  # 1.6 x the best at 1 and at 8
+        (16, Skew.UNIFORM, False),  # 1.4 x at 64
+        (8, Skew.UNIFORM, False),  # a count with a goal is always measured
+        (8, Skew.ZIPF, True),
+        (128, Skew.UNIFORM, False),
+    ):
+        made = Case.random(Model.random(TINY, "cpu"), tokens, skew)
+        assert worker._beaten(slow, made, skew) is beaten, (tokens, skew)
+        assert not worker._beaten(quick, made, skew)
+    worker.plan = dataclasses.replace(worker.plan, tokens=(4,), skews=("uniform",))
+    worker.run()
+    assert {r.provider for r in worker.journal.rows if r.tokens == 4} == {"right"}
+    assert "1.5 x the best rival" in worker.journal.left_out[0].reason
 
 
 def test_ours_must_keep_its_word_on_determinism(case):
