@@ -75,15 +75,14 @@ class Timing:
     busy: dict[str, float]
     waits: dict[str, float]
     spans: list[Span] = field(default_factory=list)
-    bytes_per_workgroup: float = 0.0
 
-    def launch_seconds(self, workgroups: int) -> float:
-        """The whole grid: rounds of resident workgroups over all CUs, no faster than all its bytes
-        from the L2 allow.
-        """
+    def launch_seconds(self, workgroups: int, hbm_bytes: float = 0.0) -> float:
+        """The whole grid: rounds of resident workgroups over all CUs, no faster than `hbm_bytes`
+        (the bytes that must come from memory once, which the caller knows) stream at the data
+        sheet's rate."""
         a = self.assumptions
         rounds = max(1.0, workgroups / (a.cus * self.resident))
-        return rounds * self.cycles / (a.clock_ghz * 1e9)
+        return max(rounds * self.cycles / (a.clock_ghz * 1e9), hbm_bytes / a.hbm_bytes_per_s)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -271,11 +270,4 @@ def simulate(report: Report, resident: int | None = None) -> Timing:
         cus = DEVICE[report.kernel.arch].cus
         total = report.grid[0] * report.grid[1] * report.grid[2]
         resident = min(report.occupancy.workgroups_per_cu, -(-total // cus))
-    timing = Model(report, max(1, resident)).run()
-    moved = (
-        report.counters.global_load_bytes
-        + report.counters.global_store_bytes
-        + report.counters.global_atomic_bytes
-    )
-    timing.bytes_per_workgroup = moved / max(1, report.workgroups)
-    return timing
+    return Model(report, max(1, resident)).run()

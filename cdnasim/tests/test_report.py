@@ -181,3 +181,12 @@ def test_cli_arguments(tmp_path: Path) -> None:
         and parse_argument('1.5') == 1.5
         and parse_argument(str(tmp_path / 'x.npy')).tolist() == [0, 1, 2]
     )
+
+
+def test_launch_seconds() -> None:
+    """Rounds over 256 CUs, and the memory roof."""
+    _, r = run(mfma_loop(64), np.zeros(4))
+    t = simulate(r, 1)
+    assert t.launch_seconds(256) == pytest.approx(t.cycles / 2.4e9)
+    assert t.launch_seconds(512) == pytest.approx(2 * t.launch_seconds(1))
+    assert t.launch_seconds(1, hbm_bytes=8e9) == pytest.approx(1e-3)
