@@ -25,6 +25,7 @@ from .errors import (
 from .machine import Kernel, Options, load
 from .memory import Memory
 from .report import Report
+from .schedules import Difference, compare_schedules
 
 __all__ = [
     'AsmError',
@@ -32,6 +33,7 @@ __all__ = [
     'CdnaSimError',
     'CheckError',
     'DeadlockError',
+    'Difference',
     'ExecError',
     'Kernel',
     'LaunchError',
@@ -42,6 +44,7 @@ __all__ = [
     'Report',
     'ToolError',
     'UnsupportedError',
+    'compare_schedules',
     'load',
     'parse_asm',
 ]

@@ -134,6 +134,10 @@ class Kernel:
     def visible_args(self) -> list[Argument]:
         return [a for a in self.args if not a.hidden]
 
+    def pack(self, args: Sequence[Any] | bytes, grid: Size, block: Size, memory: Memory) -> bytes:
+        """The argument segment as bytes, buffers mapped into `memory`."""
+        return pack_args(self, args, triple(grid, 'grid'), triple(block, 'block'), memory).tobytes()
+
     def launch(
         self,
         grid: Size,

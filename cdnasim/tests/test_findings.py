@@ -76,3 +76,18 @@ def test_lds_rows(fixed: bool) -> None:
     want = x.reshape(8, 2, 32)[:, 1].reshape(-1)
     assert (y == want).all() == fixed
     assert report.ok == fixed and bool(report.kinds['uninitialised']) != fixed
+
+
+@pytest.mark.parametrize('fixed', (False, True))
+def test_compare_schedules(fixed: bool) -> None:
+    """The race is a result that depends on the schedule; the fixed program gives the same bytes."""
+    x, y = (
+        np.random.default_rng(0).standard_normal(256).astype(np.float32),
+        np.zeros(256, np.float32),
+    )
+    found, report = cdnasim.compare_schedules(
+        cdnasim.load(text('softmax_reduce', fixed)), 1, 256, [x, y]
+    )
+    assert bool(found) != fixed
+    assert np.allclose(y, softmax(x), rtol=1e-5) and report.waves == 4
+    assert fixed or found[0].schedule == {'schedule': 'serial'}
