@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
-from mixmoe.backends.hopper.prefill import Cut, grouped_prefill
+from mixmoe.backends.hopper.prefill import grouped_prefill
 from mixmoe.backends.hopper.route import Placed
-from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
+from mixmoe.backends.hopper.worklist import Cut, Tiles, weight_boxes
 from mixmoe.fold import Fold
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed

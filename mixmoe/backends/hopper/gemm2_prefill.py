@@ -49,7 +49,6 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-REDUCE_REGISTERS = 120  # with 136 for the matrix warps that is a CTA's half of an SM
 
 
 @gluon.jit
@@ -70,16 +69,16 @@ def await_count(ptr, count):
 
 @gluon.jit
 def bulk_stores_done(zero):
-    """All TMA stores of this warp are performed (`tma.store_wait` only waits for their reads)."""
+    """All TMA stores of this warp are visible to it (`tma.store_wait`: only read)."""
     return gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.b32 $0, $1;", "=r,r", [zero],
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [zero],
         dtype=gl.int32, is_pure=False, pack=1,
     )
 
 
 @gluon.jit
 def proxy_fence(zero):
-    """Orders what this thread observed before the TMA stores that it issues after."""
+    """Orders what this thread observed before TMA stores that follow from it."""
     return gl.inline_asm_elementwise(
         "fence.proxy.async; mov.b32 $0, $1;", "=r,r", [zero],
         dtype=gl.int32, is_pure=False, pack=1,
@@ -94,11 +93,14 @@ def segment(at):
 
 @gluon.jit
 def produce(
-    w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty, h_full,
+    w_desc, s_desc, h_desc, list_ptr, reduced_ptr, words, scales, rows, w_full, w_empty, h_full,
     units, slices,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
 ):
-    """Role of the producer warp: the rows of h once, then the weights of every slice."""
+    """Role of the producer warp: the rows of h once, then the weights of every slice.
+
+    A slice's weights are asked for when its slot of the ring is free: who has them may store.
+    """
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     at = mine
     used = 0
@@ -117,6 +119,9 @@ def produce(
     for s in range(slices):
         at = mine
         expert = gl.load(at)
+        if s >= RING:
+            await_count(reduced_ptr + s - RING, gl.num_programs(0))
+            proxy_fence(s)
         while expert >= 0:
             unit = expert * units + s * 4
             at += 4
@@ -183,7 +188,7 @@ def multiply(
     row_scale_ptr, bias_ptr, h_scale_ptr, H, slices,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, WIDE: gl.constexpr,
 ):
-    """Role of the matrix warps: dequantise 64 x K weights once, multiply all rows of the segment."""
+    """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
     )
@@ -245,13 +250,13 @@ def announce(written_ptr, s):
 
 @gluon.jit
 def store(
-    ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows, slices,
+    ring_desc, out, out_full, out_empty, list_ptr, written_ptr, slot_rows, slices,
     ROOM: gl.constexpr, RING: gl.constexpr,
 ):
-    """Role of the storing warp: tiles of `out` to the ring, slices announced, slots awaited.
+    """Role of the storing warp: tiles of `out` to the ring, and slices announced.
 
-    Each wait (for a slice's stores to land, for a slot to be free) comes right after `out` was
-    given back, so that it falls into the time of the next tile.
+    The wait for a slice's stores to land comes right after `out` was given back, so that it falls
+    into the time of the next tile.
     """
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     phase = 0
@@ -282,9 +287,6 @@ def store(
                 b = 0
         if owed == 1:
             announce(written_ptr, s - 1)
-        if s + 1 >= RING:
-            await_count(reduced_ptr + s + 1 - RING, gl.num_programs(0))
-            proxy_fence(s)
     announce(written_ptr, slices - 1)
 
 
@@ -350,7 +352,7 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "units", "slices", "slot_rows"])
 def gemm2_ring(
     w_desc, s_desc, h_desc, ring_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr,
     row_scale_ptr, bias_ptr, list_ptr, written_ptr, reduced_ptr,
@@ -390,10 +392,10 @@ def gemm2_ring(
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
                       TOPK, RING, TURNS, bias_ptr is None)),
-            (produce, (w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty,
-                       h_full, units, slices, STEPS, STAGES, ROOM)),
-            (store, (ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr,
-                     slot_rows, slices, ROOM, RING)),
+            (produce, (w_desc, s_desc, h_desc, list_ptr, reduced_ptr, words, scales, rows, w_full,
+                       w_empty, h_full, units, slices, STEPS, STAGES, ROOM, RING)),
+            (store, (ring_desc, out, out_full, out_empty, list_ptr, written_ptr, slot_rows,
+                     slices, ROOM, RING)),
         ],
         [2, 1, 1],
         [REDUCE_REGISTERS, REDUCE_REGISTERS, REDUCE_REGISTERS],
@@ -405,24 +407,26 @@ class Ring:
     """How gemm2_ring is cut for a problem.
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
-    of the ring; ctas: of the grid, all resident.
+    of the ring; registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of
+    the grid, all resident.
     """
 
     steps: int
     room: int
     stages: int
     slots: int
+    registers: int
     ctas: int
 
     @classmethod
-    def of(cls, problem: Problem, device: torch.device, slots: int = 3) -> "Ring | None":
+    def of(cls, problem: Problem, device: torch.device, slots: int = 4) -> "Ring | None":
         """None where h does not fit: K over 384, or more routes than all CTAs hold."""
         steps = -(-problem.intermediate // 128)
-        rooms = {1: (20, 2), 2: (10, 1), 3: (6, 1)}
-        if steps not in rooms:
+        cuts = {1: (20, 2, 120), 2: (10, 1, 120), 3: (6, 1, 104)}
+        if steps not in cuts:
             return None
-        room, stages = rooms[steps]
-        ring = cls(steps, room, stages, slots, 2 * multiprocessors(device))
+        room, stages, registers = cuts[steps]
+        ring = cls(steps, room, stages, slots, registers, 2 * multiprocessors(device))
         return ring if problem.padded_routes(32) <= ring.ctas * room * 32 else None
 
 
@@ -453,7 +457,7 @@ def launch(
         lists, counters, counters[slices:],
         p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
         p.topk, ring.steps, ring.stages, ring.room, ring.slots, -(-p.tokens // (ring.ctas * span)),
-        span, weights.order.fold is Fold.WIDE, REDUCE_REGISTERS, True,
+        span, weights.order.fold is Fold.WIDE, ring.registers, True,
         num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip
     return out

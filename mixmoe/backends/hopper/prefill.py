@@ -11,9 +11,6 @@ each) share the ring of x but not their time: while one dequantises or is in its
 has the tensor cores to itself.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -35,10 +32,7 @@ from mixmoe.backends.hopper.mainloop import (
     smem_cast,
     tma_load,
 )
-from mixmoe.spec import Problem
-
 SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
-WAIT_HALF = gl.constexpr(False)
 EXTRA = gl.constexpr(32)  # routes beyond MAIN that a tile takes
 
 
@@ -138,8 +132,8 @@ def multiply(
 ):
     """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
 
-    The second half of a step is dequantised while the first multiplies; then the team waits, and the
-    other team multiplies. No wgmma is in flight over the loop edge: with two teams ptxas would
+    The second half of a step is dequantised while the first multiplies; then the team waits, and
+    the other team multiplies. No wgmma is in flight over the loop edge: with two teams ptxas would
     serialise every one (C7512).
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -174,11 +168,10 @@ def multiply(
                 acc2 = warpgroup_mma(
                     a2, x2.slice(h * 64, 64, dim=1).permute((1, 0)), acc2, is_async=True
                 )
-            if h == 1 or WAIT_HALF:
-                if N2 > 8:
-                    acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
-                else:
-                    acc = warpgroup_mma_wait(0, deps=[acc])
+        if N2 > 8:
+            acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
     return acc, acc2, stage, phase
@@ -304,7 +297,8 @@ def finish_plain(
     on; `columns` is H. Long tiles go through the staging buffer in two halves."""
     N: gl.constexpr = acc.shape[1]
     M: gl.constexpr = acc.shape[0]
-    if M * N > out.shape[0] * out.shape[1]:
+    ROOM: gl.constexpr = out.shape[0] * out.shape[1]
+    if M * N > ROOM:
         low, high = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
         finish_plain(
             low, out, x_scales, first, record, block, base, out_ptr, out_pitch, row_scale_ptr,
@@ -324,7 +318,7 @@ def finish_plain(
         if bias_ptr is not None:
             acc += gl.load(bias_ptr + at, mask=m < columns, other=0.0)[:, None]
         whole = smem_cast(
-            out, gl.bfloat16, [out.shape[0] * out.shape[1] // M, M],
+            out, gl.bfloat16, [ROOM // M, M],
             gl.NVMMASharedLayout(128, 16, 2),
         )
         store_rows(
@@ -423,7 +417,7 @@ def consume(
         at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["base", "units", "row_tiles"])
 def grouped_prefill(
     w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, tiles_ptr, count_ptr,
     out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
@@ -478,34 +472,3 @@ def grouped_prefill(
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How a problem is cut: tiles of up to main + 32 routes, `small` where so few suffice.
-
-    registers: a thread's, of the second team and of the gathering warps; the first team has the
-    rest of 65536. precise: every 128 of K is added in float32.
-    """
-
-    main: int
-    small: int
-    stages: int
-    registers: tuple[int, int]
-    precise: bool
-
-    @classmethod
-    def of(cls, problem: Problem, precise: bool) -> "Cut":
-        """The widest tile that an expert's mean share of the routes fills."""
-        mean = problem.routes / problem.experts
-        main = 256 if mean > 144 else 128 if mean > 72 else 64
-        return cls(main, max(32, main // 4), {256: 4, 128: 6, 64: 8}[main], (224, 64), precise)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords of `grouped_prefill`'s launch."""
-        return {
-            "MAIN": self.main, "SMALL": self.small, "STAGES": self.stages, "TEAMS": 2,
-            "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
-            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4, "launch_pdl": True,
-        }  # fmt: skip

@@ -17,9 +17,8 @@ from torch import Tensor
 from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_rows
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
-from mixmoe.backends.hopper.prefill import Cut
 from mixmoe.backends.hopper.route import Placed
-from mixmoe.backends.hopper.worklist import EXTRA, ROUTE_BLOCK, Tiles, tiles
+from mixmoe.backends.hopper.worklist import EXTRA, ROUTE_BLOCK, Cut, Tiles, tiles
 from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Weights
 

@@ -11,6 +11,7 @@ Both follow from the counts alone, so a captured graph replays with any routing.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.mainloop import UNIT_SCALES, UNIT_WORDS, weight_descriptors
 from mixmoe.preshuffle import Packed
-from mixmoe.spec import Routed
+from mixmoe.spec import Problem, Routed
 
 EXTRA = 32  # routes that the last tile of an expert may have beyond the others
 ROUTE_BLOCK = 32  # routes of one block of the sorted lists, and the unit of all work
@@ -170,3 +171,36 @@ def weight_boxes(
     words = packed.codes.view(-1, padded, UNIT_WORDS)
     scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)
     return weight_descriptors(words, scales, row_units, k_units)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a problem is cut: tiles of up to main + 32 routes, `small` where so few suffice.
+
+    registers: a thread's, of the second team and of the gathering warps; the first team has the
+    rest of 65536. precise: every 128 of K is added in float32.
+    """
+
+    main: int
+    small: int
+    stages: int
+    registers: tuple[int, int]
+    precise: bool
+
+    @classmethod
+    def of(cls, problem: Problem, precise: bool) -> "Cut":
+        """The widest tile that an expert's mean share of the routes fills."""
+        mean = problem.routes / problem.experts
+        main = 256 if mean > 144 else 128 if mean > 72 else 64
+        registers = (224, 64) if precise else (208, 88)
+        stages = {256: 4, 128: 6, 64: 8}[main]
+        return cls(main, max(32, main // 4), stages, registers, precise)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of `prefill.grouped_prefill`'s launch."""
+        return {
+            "MAIN": self.main, "SMALL": self.small, "STAGES": self.stages, "TEAMS": 2,
+            "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
+            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4, "launch_pdl": True,
+        }  # fmt: skip

@@ -1,0 +1,95 @@
+"""The work lists of the prefill kernels, under Triton's interpreter: every route exactly once.
+
+Run by test_hopper_prefill.py in a process of its own: `TRITON_INTERPRET=1 pytest <this file>`.
+"""
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run me through test_hopper_prefill.py"
+
+import interpreted  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from mixmoe.backends.hopper import worklist  # noqa: E402
+from mixmoe.spec import Problem, Routed  # noqa: E402
+
+interpreted.mend()
+torch.set_num_threads(1)
+SHAPES = [(256, 8192, 8), (8, 512, 2), (7, 1000, 3), (384, 8192, 8), (1, 40, 1), (5, 3, 1)]
+SKEWS = ["uniform", "one expert", "zipf", "none"]
+
+
+def routed(experts: int, tokens: int, topk: int, skew: str) -> Routed:
+    """Lists of so many routes, with only counts and offsets filled in."""
+    torch.manual_seed(experts)
+    routes = tokens * topk
+    weight = torch.ones(experts)
+    if skew == "zipf":
+        weight = torch.arange(1, experts + 1).float() ** -1
+    if skew == "one expert":
+        weight = (torch.arange(experts) == experts // 2).float()
+    ids = torch.multinomial(weight, routes, replacement=True)
+    counts = ids.bincount(minlength=experts).int() * (skew != "none")
+    offsets = torch.zeros(experts + 1, dtype=torch.int32)
+    offsets[1:] = ((counts + 31) // 32 * 32).cumsum(0)
+    problem = Problem(tokens, 64, 64, experts, topk)
+    nothing = torch.zeros(problem.padded_routes(32), dtype=torch.int32)
+    valid = torch.tensor([int(offsets[-1]), tokens], dtype=torch.int32)
+    return Routed(
+        nothing, nothing.float(), nothing[::32], valid, offsets, counts.int(), 32, problem
+    )
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("main", [256, 64])
+def test_tiles_cover_routes(shape: tuple[int, int, int], skew: str, main: int) -> None:
+    r = routed(*shape, skew)
+    made = worklist.tiles(r, main, worklist.EXTRA)
+    count = int(made.count)
+    assert count <= made.room
+    records = made.records[:count]
+    seen = torch.zeros(r.sorted_token_ids.shape[0], dtype=torch.int32)
+    for expert, start, routes, _ in records.tolist():
+        first = int(r.expert_offsets[expert])
+        assert 0 < routes <= main + worklist.EXTRA
+        assert first <= start and start + routes <= first + int(r.expert_counts[expert])
+        seen[start : start + routes] += 1
+    assert int(seen.sum()) == int(r.expert_counts.sum()) and int(seen.max()) <= 1
+    blocks = (records[:, 2] + 31) // 32
+    assert bool((blocks[:-1] >= blocks[1:]).all()), "largest first"
+
+
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ctas", [264, 130])
+def test_segments_cover_blocks(shape: tuple[int, int, int], skew: str, ctas: int) -> None:
+    r = routed(*shape, skew)
+    total, room = int(r.expert_offsets[-1]) // 32, 20
+    counters = torch.ones(700, dtype=torch.int32)
+    lists = worklist.segments(r, ctas, room, counters)
+    assert not counters.any()
+    seen = torch.zeros(total, dtype=torch.int32)
+    for mine in lists.tolist():
+        live = mine[: [record[0] for record in mine].index(-1)]
+        assert sum(blocks for _, _, blocks, _ in live) <= room
+        for expert, block, blocks, _ in live:
+            assert blocks > 0 and int(r.expert_offsets[expert]) <= block * 32
+            assert (block + blocks) * 32 <= int(r.expert_offsets[expert + 1])
+            seen[block : block + blocks] += 1
+    assert bool((seen == 1).all())
+
+
+def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above fail when a list is short of one record."""
+    honest = worklist.segments
+
+    def short(*args: object) -> torch.Tensor:
+        lists = honest(*args)
+        lists[3, 0, 0] = -1
+        return lists
+
+    monkeypatch.setattr(worklist, "segments", short)
+    with pytest.raises(AssertionError):
+        test_segments_cover_blocks((8, 512, 2), "uniform", 264)
