@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mixmoe.backends.hopper.mainloop import UNIT_SCALES, UNIT_WORDS, weight_descriptors
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
+from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Tile
 
@@ -115,6 +116,13 @@ def hand_over(own, sums, done):
     mbarrier.arrive(sums.ready.index(done & 1), count=1)
 
 
+def fragments(weights: Packed | Quantised) -> Packed:
+    """The weights, which must be packed 4-bit codes with block scales."""
+    if not isinstance(weights, Packed) or weights.scales is None:
+        raise MixMoEError("decode streams weights in fragment order", "plain rows", "prepare()")
+    return weights
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 132 (H200) where there is none, to compile."""
@@ -181,6 +189,7 @@ class Stream:
 
     def boxes(self, packed: Packed, rows: int, slices: int) -> tuple[Any, Any]:
         """TMA boxes of one stage: `rows` units x the columns of `slices` slices, and scales."""
+        assert packed.scales is not None
         padded = -(-packed.shape[2] // 128) * 2
         words = packed.codes.view(-1, padded, UNIT_WORDS)[:, : -(-packed.shape[2] // 64)]
         scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)

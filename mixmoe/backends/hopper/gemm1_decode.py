@@ -29,6 +29,7 @@ from mixmoe.backends.hopper.decode import (
     Stream,
     Sums,
     barriers,
+    fragments,
     hand_over,
     own_parity,
     own_slice,
@@ -311,7 +312,7 @@ def launch(
     x: e4m3 codes (T, H) with a float32 scale per row, 16-byte aligned rows; weights.w13 in the
     order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens.
     """
-    p, w13 = routed.problem, weights.w13
+    p, w13 = routed.problem, fragments(weights.w13)
     stream = Stream.of(tile, w13)
     row_tiles = -(-p.intermediate // (8 * stream.rows))
     limit = routed.sorted_expert_ids.shape[0] * row_tiles

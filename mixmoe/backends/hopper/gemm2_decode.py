@@ -18,6 +18,7 @@ from mixmoe.backends.hopper.decode import (
     Stream,
     Sums,
     barriers,
+    fragments,
     hand_over,
     own_parity,
     own_slice,
@@ -210,7 +211,7 @@ def launch_rows(
     hopper_fp4_w1 (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
     The kernel before must be one that starts its dependents after it has waited (gemm1_decode).
     """
-    p, w2 = routed.problem, weights.w2
+    p, w2 = routed.problem, fragments(weights.w2)
     stream = Stream.of(tile, w2)
     row_tiles = -(-p.hidden // tile.rows)
     limit = routed.sorted_expert_ids.shape[0] * row_tiles

@@ -20,6 +20,7 @@ from mixmoe.backends.hopper.decode import (
     Stream,
     Sums,
     barriers,
+    fragments,
     hand_over,
     own_parity,
     own_slice,
@@ -223,7 +224,7 @@ def launch_tokens(
     float32; h, weights.w2, the kernel before as for gemm2_decode; skipped routes are not read.
     """
     tokens, topk = topk_ids.shape
-    w2 = weights.w2
+    w2 = fragments(weights.w2)
     experts, hidden, intermediate = w2.shape
     stream = Stream.of(tile, w2)
     if not tokens:

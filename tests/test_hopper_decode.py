@@ -1,0 +1,181 @@
+"""Every decode kernel that the tile chooser can pick compiles for sm_90a: no spill, no complaint.
+
+The launchers run on meta tensors with a kernel that only notes its arguments; those are compiled.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hopper_compile import Resources, compile_gluon
+
+from mixmoe.activations import gelu, silu, situv2, swiglu
+from mixmoe.backends.hopper import choose, gemm1_decode, gemm2_decode, gemm2_tokens
+from mixmoe.backends.hopper.decode import Stream
+from mixmoe.errors import MixMoEError
+from mixmoe.fold import Fold
+from mixmoe.formats import Quantised, fp8_token, mxfp4
+from mixmoe.preshuffle import HopperTile, Packed, hopper_fp4
+from mixmoe.spec import Problem, Recipe, Routed, Tile, Weights
+
+SHAPES = {
+    "dsv3_tp8": (7168, 256, 256, 8),
+    "dsv3_ep": (7168, 2048, 32, 8),
+    "gptoss": (2880, 2880, 128, 4),
+    "kimi_tp8": (7168, 256, 384, 8),
+    "qwen3_tp4": (4096, 384, 128, 8),
+    "qwen3_tp8": (4096, 192, 128, 8),
+}
+HALF_SM = 228 * 1024 // 2 - 1024
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed(experts: int, rows: int, k: int, gate_up: bool, fold: Fold) -> Packed:
+    order = hopper_fp4(HopperTile(gate_up=gate_up, warps=1), fold)
+    units, wide = -(-rows // 16), -(-k // 128)
+    codes = meta(experts, units * wide * 8, 32, dtype=torch.int32)
+    scales = meta(experts, units * wide, 64, dtype=torch.uint8)
+    return Packed(codes, scales, meta(experts, rows), order, mxfp4, (experts, rows, k))
+
+
+def weights(shape: tuple[int, ...], bias: bool = False, fold: Fold = Fold.NARROW) -> Weights:
+    hidden, inter, experts, _ = shape
+    return Weights(
+        packed(experts, 2 * inter, hidden, True, fold), packed(experts, hidden, inter, False, fold),
+        meta(experts, 2 * inter) if bias else None, meta(experts, hidden) if bias else None,
+    )
+
+
+def routed(problem: Problem, block: int) -> Routed:
+    p = problem.padded_routes(block)
+    ids, experts, valid, offsets, counts = (
+        meta(n, dtype=torch.int32)
+        for n in (p, p // block, 2, problem.experts + 1, problem.experts)
+    )
+    return Routed(ids, meta(p), experts, valid, offsets, counts, block, problem)
+
+
+class Recorder:
+    """Stands where a kernel stands and keeps the arguments of its launch."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Recorder":
+        self.grid = grid
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch):
+    """compiled(module, name, launch) -> Resources of the kernel that launch() starts."""
+
+    def run(module: Any, name: str, launch: Any) -> Resources:
+        kernel, recorder = getattr(module, name), Recorder()
+        monkeypatch.setattr(module, name, recorder)
+        launch()
+        monkeypatch.setattr(module, name, kernel)
+        return compile_gluon(kernel, *recorder.args, **recorder.options)
+
+    return run
+
+
+def assert_good(resources: Resources, tile: Tile) -> None:
+    assert resources.clean(), (tile, resources.spills, resources.messages)
+    assert resources.qgmma in (4, 8), (tile, resources.qgmma)
+    assert resources.shared <= HALF_SM, (tile, resources.shared)  # two CTAs on an SM
+
+
+def stage1(compiled, problem: Problem, w: Weights, recipe: Recipe, tile: Tile) -> Resources:
+    x = Quantised(
+        meta(problem.tokens, problem.hidden, dtype=torch.float8_e4m3fn), meta(problem.tokens, 1),
+        fp8_token,
+    )
+    h, lists = meta(problem.routes, problem.intermediate), routed(problem, tile.tokens)
+    return compiled(
+        gemm1_decode, "gemm1_decode",
+        lambda: gemm1_decode.launch(x, w, lists, recipe, tile, h),
+    )
+
+
+def hidden(problem: Problem, quantised: bool) -> torch.Tensor | Quantised:
+    shape = problem.routes, problem.intermediate
+    if quantised:
+        return Quantised(meta(*shape, dtype=torch.float8_e4m3fn), meta(shape[0], 1), fp8_token)
+    return meta(*shape)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+def test_stage1(compiled, block):
+    problem = Problem(64, 7168, 256, 256, 8)
+    tile = choose.decode_stage1(block)
+    assert_good(stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile),
+                tile)
+
+
+@pytest.mark.parametrize("act", [silu(1.0), swiglu(), gelu(), situv2()])
+def test_stage1_activations_with_bias_and_weight(compiled, act):
+    problem = Problem(64, 2880, 2880, 128, 4)
+    recipe = Recipe("fp8_token", "mxfp4", act=act, weight_on=1)
+    tile = choose.decode_stage1(8)
+    assert_good(stage1(compiled, problem, weights(SHAPES["gptoss"], True), recipe, tile), tile)
+
+
+def test_stage1_wide_fold(compiled):
+    problem, tile = Problem(8, 7168, 256, 256, 8), choose.decode_stage1(2)
+    w = weights(SHAPES["dsv3_tp8"], fold=Fold.WIDE)
+    resources = stage1(compiled, problem, w, Recipe.named("a8w4"), tile)
+    assert_good(resources, tile)
+    narrow = stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile)
+    assert resources.count("SEL") > narrow.count("SEL"), "the wide table is chosen, the narrow not"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [1, 8, 32])
+def test_stage2_rows(compiled, shape, block):
+    hidden_size, inter, experts, topk = SHAPES[shape]
+    problem = Problem(64, hidden_size, inter, experts, topk)
+    tile, w = choose.decode_rows(problem, block), weights(SHAPES[shape], bias=shape == "gptoss")
+    h, out = hidden(problem, shape == "dsv3_ep"), meta(problem.routes, problem.hidden)
+    resources = compiled(
+        gemm2_decode, "gemm2_rows",
+        lambda: gemm2_decode.launch_rows(
+            h, w, routed(problem, block), Recipe.named("a8w4"), tile, out
+        ),
+    )
+    assert_good(resources, tile)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stage2_tokens(compiled, shape):
+    hidden_size, inter, experts, topk = SHAPES[shape]
+    problem = Problem(2, hidden_size, inter, experts, topk)
+    tile, w = choose.decode_sums(problem), weights(SHAPES[shape], bias=shape == "gptoss")
+    assert tile is not None
+    ids, given = meta(2, topk, dtype=torch.int64), meta(2, topk)
+    out = meta(2, hidden_size, dtype=torch.bfloat16)
+    resources = compiled(
+        gemm2_tokens, "gemm2_tokens",
+        lambda: gemm2_tokens.launch_tokens(
+            hidden(problem, shape == "dsv3_ep"), w, ids, given, None, Recipe.named("a8w4"), tile, out
+        ),
+    )
+    assert_good(resources, tile)
+
+
+def test_a_tile_that_fits_no_warps_is_refused():
+    w = packed(2, 64, 256, True, Fold.NARROW)
+    for tile in (Tile(8, 32, 128, 4, 8, 2), Tile(1, 64, 128, 4, 8, 2), Tile(8, 64, 128, 4, 4, 2)):
+        with pytest.raises(MixMoEError):
+            Stream.of(tile, w)
+
+
+def test_too_few_registers_are_seen(compiled):
+    """Four CTAs an SM leave 40 registers a thread: the checks above must be able to fail."""
+    problem, tile = Problem(64, 7168, 256, 256, 8), Tile(8, 64, 128, 4, 8, 2, ctas_per_sm=4)
+    resources = stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile)
+    with pytest.raises(AssertionError):
+        assert_good(resources, tile)
