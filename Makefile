@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 run: $(STAMP)
 	$(PY) -m mixmoe.cli run
 
-test: $(STAMP) $(VENV)/.llvm
+test: $(STAMP) $(VENV)/.llvm $(VENV)/triton39/.ready
 	$(PY) -m pytest -q -n 2 --dist loadscope
 
 # On a machine with a Hopper GPU and its own torch and Triton: no virtual environment.
@@ -40,6 +40,11 @@ $(STAMP): pyproject.toml
 $(VENV)/.llvm: | $(STAMP)
 	command -v ld.lld-22 >/dev/null && command -v llvm-mc-22 >/dev/null || \
 	  (apt-get update -q && apt-get install -q -y --no-install-recommends lld-22 llvm-22)
+	touch $@
+
+# A second Triton, beside the first: the Hopper kernels must compile with both.
+$(VENV)/triton39/.ready: | $(STAMP)
+	$(VENV)/bin/pip install -q --no-deps --upgrade --target $(VENV)/triton39 triton==3.9.0
 	touch $@
 
 clean:
