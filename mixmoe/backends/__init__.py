@@ -80,8 +80,10 @@ REGISTRY: dict[str, str] = {
     "cpu": "mixmoe.backends.cpu:cpu",
     "reference": "mixmoe.backends.cpu:reference",
     "hopper": "mixmoe.backends.hopper:hopper",
+    "cdna": "mixmoe.backends.cdna:cdna",
 }
-DEFAULT_FOR_DEVICE = {"cpu": "cpu", "cuda": "hopper"}
+# A ROCm build of torch calls its devices cuda too.
+DEFAULT_FOR_DEVICE = {"cpu": "cpu", "cuda": "cdna" if torch.version.hip else "hopper"}
 
 
 @cache

@@ -1,0 +1,84 @@
+"""What an architecture offers, in one record; the operands of its matrix instruction.
+
+gfx950 multiplies 16 x 16 x 128 with one E8M0 scale per 32 values of either operand
+(``v_mfma_scale_f32_16x16x128_f8f6f4``). Weights are the first operand, tokens the second: lane
+``l`` of a wave then holds, of the 16 x 16 result, token ``l % 16`` and the four consecutive
+weight rows ``4 (l / 16) ..``. So bias, activation, requantisation and stores work on consecutive
+columns of one token, and no result passes through LDS.
+
+Source of the lane maps: composable_kernel test/mx_mfma_op; AMD Instinct MI350 ISA, section 7.
+"""
+
+from dataclasses import dataclass
+
+import flydsl.expr as fx
+from flydsl.expr.typing import MmaAtom
+
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import Format
+
+WAVE = 64
+MFMA_ROWS = 16
+SCALE_BLOCK = 32
+PIECE = 16  # bytes a lane moves at once
+WORD = 4  # bytes of the i32 that codes travel in
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Element of a scaled MFMA. ``pieces``: 16-byte loads that fill a lane's share of 128 K.
+
+    A lane's e2m1 share is K ``32 g .. 32 g + 31`` (g = l / 16): one piece. Its e4m3 share is K
+    ``16 g ..`` and ``64 + 16 g ..``: two pieces, 64 K apart.
+    """
+
+    name: str
+    element: type[fx.Numeric]
+    bits: int
+    emax: int
+    mantissa: int
+    largest: float
+
+    @property
+    def pieces(self) -> int:
+        """16-byte pieces of a lane's operand."""
+        return self.bits // 4
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of K codes of one row."""
+        return k * self.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Atoms:
+    """An architecture: LDS of a workgroup, K of its MFMA, and the formats that MFMA takes."""
+
+    arch: str
+    lds_bytes: int
+    mfma_k: int
+    operands: tuple[tuple[str, Operand], ...]
+
+    def operand(self, fmt: Format) -> Operand:
+        """The operand of a format's codes. Raises MixMoEError where the MFMA does not take it."""
+        table = dict(self.operands)
+        if fmt.name not in table:
+            raise MixMoEError(f"{self.arch} kernels take block-scaled formats", fmt, list(table))
+        return table[fmt.name]
+
+    def mma(self, weight: Operand, token: Operand, bytes_of: tuple[int, int]) -> MmaAtom:
+        """``weight (16, 128) x token (16, 128)^T``; ``bytes_of`` picks each one's scale byte."""
+        op = fx.rocdl.cdna4.MFMA_Scale(
+            MFMA_ROWS,
+            MFMA_ROWS,
+            self.mfma_k,
+            weight.element,
+            token.element,
+            opsel_a=bytes_of[0],
+            opsel_b=bytes_of[1],
+        )
+        return fx.make_mma_atom(op)
+
+
+E2M1 = Operand("e2m1", fx.Float4E2M1FN, bits=4, emax=2, mantissa=1, largest=6.0)
+E4M3 = Operand("e4m3", fx.Float8E4M3FN, bits=8, emax=8, mantissa=3, largest=448.0)
+GFX950 = Atoms("gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3)))

@@ -1,0 +1,206 @@
+"""One GEMM of a layer as a compile-time record, and the layouts that its kernel reads through.
+
+The layouts are those that ``mixmoe.preshuffle`` packs by: stated there once, taken apart here
+into the coordinates a wave holds, in 32-bit words.
+"""
+
+import math
+from dataclasses import dataclass
+
+from mixmoe.backends.cdna.atoms import (
+    MFMA_ROWS,
+    PIECE,
+    SCALE_BLOCK,
+    WAVE,
+    WORD,
+    Atoms,
+    Operand,
+)
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import ScaleKind
+from mixmoe.layout import Layout
+from mixmoe.preshuffle import order_named
+
+TILE_K = 256  # one dword of scales per lane: two MFMA steps of two 16-row blocks
+WAVES = 4
+THREADS = WAVES * WAVE
+
+Modes = tuple[tuple[int, int], ...]  # (size, stride) of each part, fastest first
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """Weights ``(halves * rows, k)`` of an expert times ``tokens`` sorted routes, per workgroup.
+
+    ``halves`` is 2 for gate above up, else 1; a wave owns ``blocks`` 16-row blocks of each half;
+    ``sort_tiles`` tiles make up a block of the sorted routes.
+    """
+
+    atoms: Atoms
+    weight: Operand
+    token: Operand
+    order: str
+    halves: int
+    rows: int
+    k: int
+    tokens: int = 32
+    blocks: int = 2
+    sort_tiles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens not in (32, 64, 128):
+            raise MixMoEError("a tile holds 32, 64 or 128 tokens", self.tokens, 32)
+        if self.blocks not in (2, 4):  # pairs: 32 rows share a dword of scales and an MX block
+            raise MixMoEError("a wave owns 2 or 4 blocks of 16 rows", self.blocks, 2)
+        if self.lds_bytes > self.atoms.lds_bytes:
+            raise MixMoEError(
+                f"{self.atoms.arch} has {self.atoms.lds_bytes} bytes of LDS: a tile of "
+                f"{self.tokens} tokens and K = {self.k}",
+                f"{self.lds_bytes} bytes",
+                "fewer tokens",
+            )
+
+    @property
+    def name(self) -> str:
+        """All of it as one identifier: a kernel's name in profiles, and the cache's key."""
+        formats = f"{self.atoms.arch}_{self.token.name}_{self.weight.name}"
+        shape = f"{self.halves}x{self.rows}x{self.k}"
+        tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}"
+        return f"{formats}_{self.order}_{shape}_{tile}"
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of each half that a workgroup computes."""
+        return WAVES * self.blocks * MFMA_ROWS
+
+    @property
+    def row_tiles(self) -> int:
+        """Workgroups along the rows."""
+        return -(-self.rows // self.tile_rows)
+
+    @property
+    def k_tiles(self) -> int:
+        """Steps of the main loop."""
+        return -(-self.k // TILE_K)
+
+    @property
+    def steps(self) -> int:
+        """MFMA steps of a K tile."""
+        return TILE_K // self.atoms.mfma_k
+
+    @property
+    def last_steps(self) -> int:
+        """MFMA steps of the last K tile."""
+        return -(-self.k // self.atoms.mfma_k) - (self.k_tiles - 1) * self.steps
+
+    @property
+    def chunks(self) -> int:
+        """16-byte pieces of a token's K tile."""
+        return self.token.row_bytes(TILE_K) // PIECE
+
+    @property
+    def row_words(self) -> int:
+        """32-bit words of a token's row in memory."""
+        return self.token.row_bytes(self.k) // WORD
+
+    @property
+    def scale_blocks(self) -> int:
+        """Scales of a token's row."""
+        return self.k // SCALE_BLOCK
+
+    @property
+    def scale_unit(self) -> int:
+        """Bytes of a token's scales that one load takes: rows start at multiples of it."""
+        return math.gcd(self.scale_blocks, WORD)
+
+    @property
+    def code_bytes(self) -> int:
+        """LDS of one stage of token codes."""
+        return self.tokens * self.token.row_bytes(TILE_K)
+
+    @property
+    def scale_words(self) -> int:
+        """LDS words of the scales of all K: a lane's dword per 32 tokens and K tile."""
+        return self.tokens // 32 * self.k_tiles * WAVE
+
+    @property
+    def lds_bytes(self) -> int:
+        """LDS of a workgroup: two stages of codes and every scale."""
+        return 2 * self.code_bytes + WORD * self.scale_words
+
+    @property
+    def swizzle(self) -> tuple[int, int, int]:
+        """(bits, base, shift) in words: XOR a piece's number with its row, so that 16 lanes that
+        read one column of 16 rows cover all 64 banks. Rows of 128 bytes share a bank line in
+        pairs, hence row / 2 there."""
+        bits = int(math.log2(self.chunks))
+        return bits, 2, 4
+
+    def code_modes(self) -> tuple[Modes, Modes]:
+        """``((16, row blocks, halves), (4, 16-byte columns ..))`` of an expert's codes, in words.
+
+        A k-major order has its columns in two parts.
+        """
+        layout = self._code_layout()
+        rows, cols = (list(mode.flat) for mode in layout.modes)
+        if len(rows) == 2:
+            rows = [rows[0], *split(rows[1], self.rows // MFMA_ROWS)]
+        (piece, _), *columns = cols
+        return (
+            tuple((n, s // WORD) for n, s in rows),
+            ((piece // WORD, 1), *((n, s // WORD) for n, s in columns)),
+        )
+
+    @property
+    def tile_stride(self) -> int:
+        """Words from one K tile of codes to the next."""
+        if self.k_tiles == 1:
+            return 0
+        return self._code_layout()(0, self.weight.row_bytes(TILE_K)) // WORD
+
+    def _code_layout(self) -> Layout:
+        order = order_named(self.order)
+        return order.layout(self.halves * self.rows, self.k, self.weight.bits)
+
+    @property
+    def code_words(self) -> int:
+        """Words of an expert's codes, padding included."""
+        return math.prod(n for mode in self.code_modes() for n, _ in mode)
+
+    def scale_modes(self) -> tuple[Modes, Modes]:
+        """``((16, row groups, halves), (4, K tiles))`` of an expert's scale dwords."""
+        rows, cols = self._scale_parts()
+        keep = [p for p in rows if p[1] >= WORD]
+        if len(keep) == 2 and self.halves == 2 and not self.halves_share_scales:
+            keep = [keep[0], *split(keep[1], self.rows // (2 * MFMA_ROWS))]
+        elif len(keep) == 2:
+            keep.append((1, 0))
+        words = [(n, s // WORD) for n, s in keep]
+        return tuple(words), tuple((n, s // WORD) for n, s in cols if s >= WORD)
+
+    @property
+    def halves_share_scales(self) -> bool:
+        """Whether a dword holds gate row r and up row r, rather than rows r and r + 16."""
+        return order_named(self.order).codes.halves == 2
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of an expert's scales, padding included."""
+        return math.prod(n for mode in self._scale_parts() for n, _ in mode)
+
+    def _scale_parts(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        order = order_named(self.order).scale_order(ScaleKind.E8M0)
+        assert order is not None, self.order
+        layout = order.layout(self.halves * self.rows, self.k // SCALE_BLOCK)
+        rows, cols = (list(mode.flat) for mode in layout.modes)
+        return rows, cols
+
+    def scale_byte(self, half: int, block: int, step: int) -> int:
+        """Which byte of its dword scales a 16-row block at a step of the K tile."""
+        return 2 * step + (half if self.halves_share_scales else block % 2)
+
+
+def split(part: tuple[int, int], size: int) -> Modes:
+    """One part of a mode as ``(size, halves)``: the halves lie one after the other."""
+    count, stride = part
+    return (size, stride), (max(1, count // size), size * stride)

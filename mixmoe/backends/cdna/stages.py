@@ -1,0 +1,216 @@
+"""The stages: choose a tile, allocate, launch. No maths here."""
+
+from dataclasses import dataclass
+
+import flydsl.expr as fx
+import torch
+from torch import Tensor
+
+from mixmoe.activations import Activation
+from mixmoe.backends.cdna import combine as combine_kernels
+from mixmoe.backends.cdna import gemm1 as gemm1_kernels
+from mixmoe.backends.cdna import gemm2 as gemm2_kernels
+from mixmoe.backends.cdna import quantise as quantise_kernels
+from mixmoe.backends.cdna import route as routing
+from mixmoe.backends.cdna.atoms import GFX950, Atoms
+from mixmoe.backends.cdna.config import THREADS, Gemm
+from mixmoe.errors import MixMoEError, nearest_multiple
+from mixmoe.formats import Quantised
+from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
+from mixmoe.spec import Problem, Recipe, Routed, Weights
+
+ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950,)}
+PAIRS = (("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"))
+NUMERIC = {
+    torch.bfloat16: fx.BFloat16,
+    torch.float16: fx.Float16,
+    torch.float32: fx.Float32,
+}
+SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+MIN_BLOCK, TILES = 32, (128, 64, 32)
+EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
+LOADED_ORDERS = tuple(o for o in CDNA_ORDERS if "int4" not in o.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Both GEMMs of a recipe on weights of one shape, for tiles of one number of tokens."""
+
+    gemm1: Gemm
+    gemm2: Gemm
+
+
+def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
+    """The kernels' records. Raises MixMoEError for what they cannot do."""
+    orders = [require(w, LOADED_ORDERS, n).order.name
+              for w, n in ((weights.w13, "w13"), (weights.w2, "w2"))]
+    if order_named(orders[1]).codes.halves == 2:
+        raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
+    weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
+    tokens = next(t for t in TILES if block % t == 0)
+    shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
+    first, second = (
+        Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens)
+        for shape in shapes
+    )
+    return Plan(first, second)
+
+
+def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
+    """Formats without a kernel, orders the kernels do not read, sizes past a limit."""
+    pair = (recipe.activation.name, recipe.weight.name)
+    if pair not in PAIRS:
+        names = ", ".join(f"{a} x {w}" for a, w in PAIRS)
+        raise MixMoEError(f"cdna has kernels on {atoms.arch} for", f"{pair[0]} x {pair[1]}", names)
+    both = plan(atoms, recipe, weights, MIN_BLOCK)
+    for name, gemm in (("w13", both.gemm1), ("w2", both.gemm2)):
+        if 4 * gemm.code_words > EXPERT_BYTES:
+            rule = f"bytes of one expert's {name}, at most"
+            raise MixMoEError(rule, 4 * gemm.code_words, EXPERT_BYTES)
+
+
+def prepare(weights: Weights, recipe: Recipe) -> Weights:
+    """Gate and up interleaved every 16 rows, w2 plain; what is in an order already stays."""
+    w13, w2 = (
+        w if isinstance(w, Packed) and w.order in LOADED_ORDERS
+        else order_named(name).pack(weights.rows(stage))
+        for w, stage, name in (
+            (weights.w13, "w13", "cdna_n16_gui"),
+            (weights.w2, "w2", "cdna_n16"),
+        )
+    )
+    extra = {name: getattr(weights, name) for name in Weights.TENSORS}
+    return Weights(w13, w2, **extra)
+
+
+def sort_block(problem: Problem, block: int | None) -> int:
+    """Routes of a sorted block: about an expert's share, 32 to 128."""
+    if block is None:
+        share = problem.routes // problem.experts
+        return next((t for t in TILES if share >= t), MIN_BLOCK)
+    if block < MIN_BLOCK or block % MIN_BLOCK:
+        rule = f"cdna sorts into blocks of a multiple of {MIN_BLOCK} routes"
+        raise MixMoEError(rule, block, nearest_multiple(block, MIN_BLOCK))
+    return block
+
+
+def route(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    problem: Problem,
+    expert_map: Tensor | None,
+    block: int | None,
+) -> Routed:
+    """Sorted routes, by torch on the device."""
+    args = (topk_ids, topk_weights, problem, expert_map)
+    return routing.route(*args, sort_block(problem, block))
+
+
+def words(codes: Tensor) -> Tensor:
+    """The bytes of a tensor as one row of 32-bit words."""
+    return codes.contiguous().view(torch.uint8).flatten().view(torch.int32)
+
+
+def stream():
+    """The caller's stream."""
+    return torch.cuda.current_stream()
+
+
+def quantise(atoms: Atoms, x: Tensor, recipe: Recipe) -> Quantised:
+    """``x (T, H)`` in the recipe's activation format."""
+    fmt, (tokens, hidden) = recipe.activation, x.shape
+    columns = hidden // fmt.element.per_byte
+    codes = torch.empty((tokens, columns), dtype=fmt.element.storage, device=x.device)
+    scales = torch.empty(fmt.scale_shape(tokens, hidden), dtype=torch.uint8, device=x.device)
+    if tokens:
+        # The kernel loads 16 bytes at a time, from row starts that are multiples of that.
+        aligned = x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+        x = x if aligned else x.contiguous()
+        launch = quantise_kernels.build(
+            atoms.operand(fmt), NUMERIC[x.dtype], recipe.rounding
+        )
+        grid = -(-tokens * hidden // (quantise_kernels.VALUES * THREADS))
+        flat = x.as_strided((x.stride(0) * (tokens - 1) + hidden,), (1,))
+        launch(
+            words(codes), scales.flatten(), flat, tokens, hidden, x.stride(0), grid,
+            stream=stream(),
+        )
+    return Quantised(codes, scales, fmt)
+
+
+def operands(
+    cfg: Gemm, source: Quantised, stored: Packed | Quantised, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Tensors both GEMMs take: tokens' codes and scales, weights', bias (or anything f32)."""
+    assert source.scales is not None and stored.scales is not None
+    scales = source.scales.contiguous().view(-1).view(SCALE_VIEWS[cfg.scale_unit])
+    held = torch.zeros(1, device=source.device) if bias is None else bias.flatten()
+    return words(source.codes), scales, words(stored.codes), words(stored.scales), held
+
+
+def scalars(act: Activation) -> tuple[float, float, float, float]:
+    """limit, alpha, beta, beta2; no limit is an infinite one."""
+    limit = float("inf") if act.limit is None else act.limit
+    return limit, act.alpha, act.beta, act.beta2
+
+
+def gemm1(
+    atoms: Atoms, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe
+) -> Quantised:
+    """h with its scales, a row per route; rows of skipped routes are zero."""
+    problem, fmt = routed.problem, recipe.activation
+    cfg = plan(atoms, recipe, weights, routed.block).gemm1
+    columns = problem.intermediate // fmt.element.per_byte
+    codes = torch.zeros((problem.routes, columns), dtype=torch.uint8, device=x.device)
+    scales = torch.zeros(
+        fmt.scale_shape(problem.routes, problem.intermediate), dtype=torch.uint8, device=x.device
+    )
+    if problem.routes:
+        launch = gemm1_kernels.build(
+            cfg, recipe.act.kind, recipe.rounding, weights.w13_bias is not None,
+            recipe.weight_on == 1,
+        )
+        four = torch.int16 if cfg.token.bits == 4 else torch.int32
+        launch(
+            codes.view(-1).view(four), scales.view(-1),
+            *operands(cfg, x, weights.w13, weights.w13_bias),
+            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
+            problem.tokens, problem.topk, *scalars(recipe.act),
+            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+        )
+    return Quantised(codes.view(fmt.element.storage), scales, fmt)
+
+
+def gemm2(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe
+) -> Tensor:
+    """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
+    problem = routed.problem
+    cfg = plan(atoms, recipe, weights, routed.block).gemm2
+    shape = (problem.routes, problem.hidden)
+    rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
+    if problem.routes:
+        launch = gemm2_kernels.build(cfg, NUMERIC[rows.dtype], weights.w2_bias is not None)
+        launch(
+            rows.view(-1), *operands(cfg, h, weights.w2, weights.w2_bias),
+            routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
+            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+        )
+    return rows
+
+
+def combine(rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor:
+    """Weighted sum of each token's rows."""
+    problem = routed.problem
+    if problem.tokens:
+        weights = routing.route_weights(routed)
+        launch = combine_kernels.build(
+            NUMERIC[rows.dtype], NUMERIC[out.dtype], problem.topk, recipe.weight_on == 2
+        )
+        per_group = combine_kernels.COLUMNS * THREADS
+        flat = out.as_strided((out.stride(0) * (problem.tokens - 1) + problem.hidden,), (1,))
+        launch(
+            flat, rows.view(-1), weights, problem.tokens, problem.hidden, out.stride(0),
+            -(-problem.tokens * problem.hidden // per_group), stream=stream(),
+        )
+    return out

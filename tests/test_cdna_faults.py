@@ -1,0 +1,138 @@
+"""Faults planted in the CDNA kernels: each must turn the checks of test_cdna.py red."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flydsl")
+
+from cdna_cases import failures, findings, judge, simulate
+
+import mixmoe.backends.cdna as package
+from mixmoe.backends.cdna import activate, combine, config, gemm1, gemm2, mainloop, quantise
+from mixmoe.formats import Rounding
+
+STAGE_MODULES = (gemm1, gemm2, quantise, combine)
+
+
+@pytest.fixture
+def fresh():
+    """Kernels compiled anew, before and after: what is planted must not stay in a cache."""
+    for module in STAGE_MODULES:
+        module.build.cache_clear()
+    yield
+    for module in STAGE_MODULES:
+        module.build.cache_clear()
+
+
+def stages_that_fail(recipe="a4w4", case="bias", schedule="serial", **changes):
+    """(stages of failing rows, simulator findings) of one case."""
+    with simulate(schedule) as session:
+        rows = judge(recipe, case, session, **changes)
+    return {row.stage for row in failures(rows)}, findings(session)
+
+
+def test_without_a_fault_nothing_fails(fresh):
+    assert stages_that_fail() == (set(), [])
+
+
+def test_swapped_gate_and_up(fresh, monkeypatch):
+    real = gemm1.gate_up
+    monkeypatch.setattr(gemm1, "gate_up", lambda *args: real(*args)[::-1])
+    assert "gemm1" in stages_that_fail()[0]
+
+
+def test_dropped_k_step(fresh, monkeypatch):
+    monkeypatch.setattr(config.Gemm, "last_steps", property(lambda cfg: 1))
+    assert stages_that_fail()[0] >= {"gemm1"}
+
+
+def test_dropped_k_tile(fresh, monkeypatch):
+    real = config.Gemm.k_tiles.fget
+    monkeypatch.setattr(config.Gemm, "k_tiles", property(lambda cfg: max(1, real(cfg) - 1)))
+    assert "gemm1" in stages_that_fail(case="tail 288 x 96")[0]
+
+
+@pytest.mark.parametrize("recipe", ["a4w4", "a8w8_mx"])
+def test_wrong_scale_byte(fresh, monkeypatch, recipe):
+    real = config.Gemm.scale_byte
+    monkeypatch.setattr(config.Gemm, "scale_byte", lambda cfg, h, b, s: real(cfg, h, b, 0))
+    assert stages_that_fail(recipe)[0] >= {"gemm1"}
+
+
+def test_wrong_expert_of_the_bias(fresh, monkeypatch):
+    real = mainloop.row_bias
+    monkeypatch.setattr(mainloop, "row_bias", lambda bias, at: real(bias, at * 0))
+    assert stages_that_fail()[0] >= {"gemm1", "gemm2"}
+
+
+def test_scale_of_another_rounding(fresh, monkeypatch):
+    real = quantise.round_up_from
+    monkeypatch.setattr(quantise, "round_up_from", lambda op, r: real(op, Rounding.FLOOR))
+    failed, _ = stages_that_fail()
+    assert failed >= {"quantise", "gemm1"}
+
+
+def test_wrong_activation(fresh, monkeypatch):
+    monkeypatch.setitem(activate.FORMULAS, gemm1.ActivationKind.SILU, activate.gelu)
+    assert stages_that_fail()[0] >= {"gemm1"}
+
+
+def test_missing_barrier(fresh, monkeypatch):
+    """The stage that a slower wave still reads is overwritten: a race, whatever the numbers."""
+
+    def step(cfg, loads, acc, kt, stage, next_steps):
+        loads.load(kt + 1, stage ^ 1, next_steps)
+        mainloop.multiply(cfg, loads, acc, kt, stage, cfg.steps)
+        loads.publish(stage ^ 1)
+
+    monkeypatch.setattr(mainloop, "step", step)
+    _, found = stages_that_fail(case="plain", hidden=640)
+    assert any("race" in line for line in found)
+
+
+def test_padding_that_is_stored(fresh, monkeypatch):
+    """Without the token's mask padding takes the sentinel for a route."""
+    monkeypatch.setattr(gemm2, "TOKEN_MASK", 0xFF)
+    monkeypatch.setattr(mainloop, "TOKEN_MASK", 0xFF)
+    failed, found = stages_that_fail(case="plain", tokens=300, experts=2, topk=1)
+    assert failed or found
+
+
+# The voice: the DSL's own types and layouts, nothing below them.
+
+SOURCES = sorted(Path(inspect.getfile(package)).parent.glob("*.py"))
+BELOW = ("_mlir", "arith.", "llvm", "inttoptr", "ptrtoint", "buffer_ops", "SmemAllocator",
+         "inline_asm", "ir.Type", "ir.Value", "raw_ptr_buffer")
+
+
+def lapses(text):
+    """What a kernel source says below the DSL's own level."""
+    code = ast.unparse(strip_docstrings(ast.parse(text)))
+    return [word for word in BELOW if word in code]
+
+
+def strip_docstrings(tree):
+    """The tree without its docstrings: prose may name what code may not."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = body[1:] or [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_style(path):
+    text = path.read_text()
+    assert lapses(text) == [] and text.count("\n") < 500
+
+
+@pytest.mark.parametrize("line", [
+    "from flydsl._mlir import ir", "x = arith.constant(1)", "p = fx.inttoptr(t, a)",
+])
+def test_style_sees(line):
+    assert lapses(f'"""No arith.constant."""\n{line}\n')
