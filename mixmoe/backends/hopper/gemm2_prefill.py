@@ -213,8 +213,8 @@ def multiply(
                 lo, hi = load_units(
                     words.index(stage * STEPS + k), scales.index(stage * STEPS + k), 1, 4, WIDE
                 )
-                low = low + (lo,)
-                high = high + (hi,)
+                low = low + (lo,)  # type: ignore[assignment]
+                high = high + (hi,)  # type: ignore[assignment]
             b = 0
             while blocks - b > 2:
                 out_phase = piece(

@@ -32,6 +32,7 @@ from mixmoe.backends.hopper.mainloop import (
     smem_cast,
     tma_load,
 )
+
 SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
 EXTRA = gl.constexpr(32)  # routes beyond MAIN that a tile takes
 
@@ -199,7 +200,7 @@ def multiply_precise(
     )
     totals = ()
     for _ in gl.static_range(PARTS):
-        totals = totals + (gl.zeros([WARPS * 16, PART], gl.float32, L),)
+        totals = totals + (gl.zeros([WARPS * 16, PART], gl.float32, L),)  # type: ignore[assignment]
     acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
     for _ in range(steps):
         mbarrier.wait(full.index(stage), phase)
@@ -211,7 +212,7 @@ def multiply_precise(
         sums = ()
         for i in gl.static_range(PARTS):
             part = product(lo, hi, x.slice(i * PART, PART, dim=0), L, PART, WARPS)
-            sums = sums + (totals[i] + part,)
+            sums = sums + (totals[i] + part,)  # type: ignore[assignment]
         totals = sums
         if N2 > 8:
             acc2 += product(lo, hi, extra.index(stage), L2, N2, WARPS)

@@ -63,10 +63,10 @@ class Prefill:
 
     def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
         """The down GEMM, a row per route, unweighted."""
+        cut, work = cut_tiles(routed, recipe)
         rows = gemm2_rows.product(
-            self.sorted_rows(h, routed), weights.w2, weights.w2_bias, routed,  # type: ignore[arg-type]
-            *reversed(cut_tiles(routed, recipe)),
-        )  # fmt: skip
+            self.sorted_rows(h, routed), weights.w2, weights.w2_bias, routed, work, cut  # type: ignore[arg-type]
+        )
         return rows[routed.position.clamp_min(0).long()].to(recipe.out_dtype)
 
     def down(

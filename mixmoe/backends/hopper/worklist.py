@@ -167,6 +167,7 @@ def weight_boxes(
     packed: Packed, row_units: int, k_units: int
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """TMA boxes of packed weights: words and scales."""
+    assert packed.scales is not None
     padded = -(-packed.shape[2] // 128) * 2
     words = packed.codes.view(-1, padded, UNIT_WORDS)
     scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)
