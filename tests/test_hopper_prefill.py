@@ -47,7 +47,7 @@ def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: b
     return compile_gluon(
         grouped_prefill, *words, Fake(torch.float8_e4m3fn), I32, F32, I32, I32, BF16, 256, F32,
         F32 if bias else None, F32 if bias and kind is not None else None, 256, 0, *scalars, 32, 4,
-        H, H, KIND=kind, EVEN=H % 128 == 0, WIDE=wide, **cut.options,
+        H, H, KIND=kind, EVEN=H % 128 == 0, WIDE=wide, **cut.options(H),
     )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "precise": {"tokens": 8192, "precise": True, "kind": 0},
     "precise 128": {"tokens": 4096, "precise": True, "kind": 0},
     "rows": {"tokens": 8192, "precise": False, "kind": None, "H": 2880, "bias": True},
+    "two steps": {"tokens": 1024, "precise": True, "kind": 0, "H": 192},
     "rows precise": {"tokens": 8192, "precise": True, "kind": None, "H": 2880},
 }
 

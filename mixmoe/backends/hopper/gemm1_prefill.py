@@ -37,6 +37,6 @@ def launch(
         out, out.stride(0), weights.row_scale, bias, weight, p.intermediate, 0,
         *activation_scalars(recipe.act), -(-p.intermediate // 8), row_tiles, p.hidden,
         x.codes.stride(0), KIND=KINDS[recipe.act.kind], EVEN=p.hidden % 128 == 0,
-        WIDE=weights.order.fold is Fold.WIDE, **cut.options,
+        WIDE=weights.order.fold is Fold.WIDE, **cut.options(p.hidden),
     )  # fmt: skip
     return out

@@ -56,7 +56,7 @@ def launch_group(
         rows, rows.stride(0), weights.row_scale, bias, None, p.hidden, base,
         0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),
         KIND=None, EVEN=p.intermediate % 128 == 0, WIDE=weights.order.fold is Fold.WIDE,
-        **cut.options,
+        **cut.options(p.intermediate),
     )  # fmt: skip
 
 

@@ -85,6 +85,9 @@ def gather(
             x_ptr, ids_ptr, start, MAIN, routes, pitch, EXTRA, L, BY_TOKEN
         )
         parity = turn % 2
+        # A free stage means that both teams are past the tile that used these scales last: a tile
+        # has at least as many steps as the ring has stages.
+        mbarrier.wait(empty.index(stage), phase)
         x_scales.index(parity).slice(0, MAIN).store(
             gl.load(x_scale_ptr + row, mask=live, other=0.0)
         )

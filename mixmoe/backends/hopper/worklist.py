@@ -197,11 +197,11 @@ class Cut:
         stages = {256: 4, 128: 6, 64: 8}[main]
         return cls(main, max(32, main // 4), stages, registers, precise)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords of `prefill.grouped_prefill`'s launch."""
+    def options(self, k: int) -> dict[str, Any]:
+        """Keywords of `prefill.grouped_prefill`'s launch for rows of k columns."""
+        stages = min(self.stages, -(-k // 128))  # the kernel's double buffers rely on it
         return {
-            "MAIN": self.main, "SMALL": self.small, "STAGES": self.stages, "TEAMS": 2,
+            "MAIN": self.main, "SMALL": self.small, "STAGES": stages, "TEAMS": 2,
             "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
             "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4, "launch_pdl": True,
         }  # fmt: skip
