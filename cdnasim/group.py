@@ -78,17 +78,33 @@ class Group:
         return self.scratch
 
     # ---- LDS
-    def lds_index(self, w: Batch, off: Array, ids: Array, n: int, what: str, ins: Instr) -> Array:
-        if len(off) and (int(off.min()) < 0 or int(off.max()) + n > self.lds_bytes):
-            bad = np.flatnonzero((off < 0) | (off + n > self.lds_bytes))[0]
-            row = int(ids[bad])
-            raise MemFault(
-                f'LDS {what} of {n} bytes at {int(off[bad]):#x} by lane {row % 64} is beyond the '
-                f'{self.lds_bytes} bytes of the workgroup',
-                int(off[bad]),
-                row % 64,
-                row,
-            )
+    def lds_fault(self, off: Array, ids: Array, n: int, what: str) -> MemFault | None:
+        """The first access outside the workgroup's LDS, if there is one."""
+        if not len(off) or (int(off.min()) >= 0 and int(off.max()) + n <= self.lds_bytes):
+            return None
+        bad = np.flatnonzero((off < 0) | (off + n > self.lds_bytes))[0]
+        row = int(ids[bad])
+        return MemFault(
+            f'LDS {what} of {n} bytes at {int(off[bad]):#x} by lane {row % 64} is beyond the '
+            f'{self.lds_bytes} bytes of the workgroup',
+            int(off[bad]),
+            row % 64,
+            row,
+        )
+
+    def inside(self, off: Array, ids: Array, n: int, what: str) -> Array | None:
+        """Lanes inside LDS when memory is lenient and some are not (the hardware drops the others:
+        CDNA3 ISA 11.3.1).
+        """
+        fault = self.lds_fault(off, ids, n, what)
+        if fault is None:
+            return None
+        if not self.memory.lenient:
+            raise fault
+        self.memory.violations.append(str(fault))
+        return np.flatnonzero((off >= 0) & (off + n <= self.lds_bytes))
+
+    def lds_index(self, w: Batch, off: Array, ids: Array) -> Array:
         base = w.wg.astype(i64) * self.lds_stride
         if len(ids) == w.n * 64:
             return (off.reshape(w.shape) + base[:, None]).reshape(-1)
@@ -97,7 +113,12 @@ class Group:
     def lds_load(
         self, w: Batch, off: Array, ids: Array, n: int, ins: Instr, atomic: bool = False
     ) -> Array:
-        idx = self.lds_index(w, off, ids, n, 'read', ins)
+        keep = self.inside(off, ids, n, 'read')
+        if keep is not None:
+            out = np.zeros((len(off), n), u8)
+            out[keep] = self.lds_load(w, off[keep], ids[keep], n, ins, atomic)
+            return out
+        idx = self.lds_index(w, off, ids)
         if self.lds_written is not None and len(idx):
             missing = ~self.lds_written[idx[:, None] + np.arange(n)].all(1)
             if missing.any():
@@ -110,7 +131,10 @@ class Group:
         self, w: Batch, off: Array, ids: Array, data: Array, ins: Instr, atomic: bool = False
     ) -> None:
         n = data.shape[1]
-        idx = self.lds_index(w, off, ids, n, 'write', ins)
+        keep = self.inside(off, ids, n, 'write')
+        if keep is not None:
+            off, ids, data = off[keep], ids[keep], data[keep]
+        idx = self.lds_index(w, off, ids)
         if self.lds_written is not None:
             self.lds_written[idx[:, None] + np.arange(n)] = True
         if self.races:
@@ -135,7 +159,7 @@ class Group:
             if len(off) and off.min() >= 0 and off.max() + n <= self.lds_bytes:
                 self.races.lds(
                     w,
-                    self.lds_index(w, off, rows, n, 'access', self.kernel.module.instrs[pc]),
+                    self.lds_index(w, off, rows),
                     rows,
                     n,
                     pc,
@@ -150,7 +174,7 @@ class Group:
             if len(at) and at.min() >= 0 and at.max() + step <= self.lds_bytes:
                 self.races.lds(
                     w,
-                    self.lds_index(w, at, rows, step, 'DMA', self.kernel.module.instrs[pc]),
+                    self.lds_index(w, at, rows),
                     rows,
                     step,
                     pc,

@@ -433,3 +433,15 @@ def test_code_object(tmp_path: Path) -> None:
     )
     with pytest.raises(cdnasim.AsmError, match='no AMDGPU code object'):
         cdnasim.load(find_tool('ld.lld'))
+
+
+def test_lenient_lds() -> None:
+    """Lanes outside LDS read zero and write nothing, and are recorded."""
+    memory = Memory(lenient=True)
+    body = (
+        ' v_add_u32_e32 v3, 0xf80, v1\n ds_write_b32 v3, v0\n ds_read_b32 v4, v3\n'
+        ' s_waitcnt lgkmcnt(0)\n global_store_dword v1, v4, s[6:7]\n'
+    )
+    out, report = run(body, np.zeros(4), memory=memory, hazard=True)
+    assert (out == np.where(np.arange(64) < 32, np.arange(64), 0)).all()
+    assert len(report.stray_loads) == 2
