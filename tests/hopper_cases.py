@@ -171,7 +171,9 @@ def judge(case: Case, backend: Any, device: str, block: int | None = None) -> di
     result["layer"] = worst_row(out.cpu(), exact_out) / 2.0**-7  # two roundings: rows, then out
     fused = torch.full_like(out, torch.nan)
     backend.layer(x, weights, ids, topk, recipe, out=fused)
-    result["fused"] = worst_row(fused.cpu(), exact_out) / 2.0**-7
+    # With a block of the caller's the layer may run another schedule, whose h differs in about 1 %
+    # of its codes by one step (2^-3.5 of the value): about 1e-2 of a row.
+    result["fused"] = worst_row(fused.cpu(), exact_out) / (2.0**-7 if block is None else 2.0**-5)
     down = torch.full_like(out, torch.nan)
     backend.down(h, weights, routed, recipe, down)
     result["down"] = worst_row(down.cpu(), exact_out) / 2.0**-7
@@ -186,8 +188,11 @@ def differing(got: Quantised, want: Quantised) -> int:
     return count
 
 
-def judge_h(h: Quantised, exact: Tensor, recipe: Recipe, error: float = 2.0**-9) -> float:
-    """<= 1 passes: the worst row over the format's tolerance, or codes no near value rounds to."""
+def judge_h(h: Quantised, exact: Tensor, recipe: Recipe, error: float = 2.0**-8) -> float:
+    """<= 1 passes: the worst row over the format's tolerance, or codes no near value rounds to.
+
+    ``error`` is that of a bf16 value: the prefill schedule quantises h from bf16.
+    """
     if recipe.activation.scale is ScaleKind.NONE:
         return worst_row(h.codes, exact) / recipe.activation.tolerance
     return float(2 * misrounded(h, exact, recipe, error))
