@@ -71,7 +71,7 @@ def await_count(ptr, count):
 def bulk_stores_done(zero):
     """All TMA stores of this warp are visible to it (`tma.store_wait`: only read)."""
     return gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [zero],
+        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.b32 $0, $1;", "=r,r", [zero],
         dtype=gl.int32, is_pure=False, pack=1,
     )
 
@@ -93,14 +93,11 @@ def segment(at):
 
 @gluon.jit
 def produce(
-    w_desc, s_desc, h_desc, list_ptr, reduced_ptr, words, scales, rows, w_full, w_empty, h_full,
+    w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty, h_full,
     units, slices,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
 ):
-    """Role of the producer warp: the rows of h once, then the weights of every slice.
-
-    A slice's weights are asked for when its slot of the ring is free: who has them may store.
-    """
+    """Role of the producer warp: the rows of h once, then the weights of every slice."""
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     at = mine
     used = 0
@@ -119,9 +116,6 @@ def produce(
     for s in range(slices):
         at = mine
         expert = gl.load(at)
-        if s >= RING:
-            await_count(reduced_ptr + s - RING, gl.num_programs(0))
-            proxy_fence(s)
         while expert >= 0:
             unit = expert * units + s * 4
             at += 4
@@ -250,13 +244,13 @@ def announce(written_ptr, s):
 
 @gluon.jit
 def store(
-    ring_desc, out, out_full, out_empty, list_ptr, written_ptr, slot_rows, slices,
+    ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows, slices,
     ROOM: gl.constexpr, RING: gl.constexpr,
 ):
-    """Role of the storing warp: tiles of `out` to the ring, and slices announced.
+    """Role of the storing warp: tiles of `out` to the ring, slices announced, slots awaited.
 
-    The wait for a slice's stores to land comes right after `out` was given back, so that it falls
-    into the time of the next tile.
+    Each wait (for a slice's stores to land, for a slot to be free) comes right after `out` was
+    given back, so that it falls into the time of the next tile.
     """
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     phase = 0
@@ -287,6 +281,9 @@ def store(
                 b = 0
         if owed == 1:
             announce(written_ptr, s - 1)
+        if s + 1 >= RING:
+            await_count(reduced_ptr + s + 1 - RING, gl.num_programs(0))
+            proxy_fence(s)
     announce(written_ptr, slices - 1)
 
 
@@ -352,7 +349,7 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["T", "units", "slices", "slot_rows"])
+@gluon.jit
 def gemm2_ring(
     w_desc, s_desc, h_desc, ring_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr,
     row_scale_ptr, bias_ptr, list_ptr, written_ptr, reduced_ptr,
@@ -392,10 +389,10 @@ def gemm2_ring(
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
                       TOPK, RING, TURNS, bias_ptr is None)),
-            (produce, (w_desc, s_desc, h_desc, list_ptr, reduced_ptr, words, scales, rows, w_full,
-                       w_empty, h_full, units, slices, STEPS, STAGES, ROOM, RING)),
-            (store, (ring_desc, out, out_full, out_empty, list_ptr, written_ptr, slot_rows,
-                     slices, ROOM, RING)),
+            (produce, (w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty,
+                       h_full, units, slices, STEPS, STAGES, ROOM)),
+            (store, (ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr,
+                     slot_rows, slices, ROOM, RING)),
         ],
         [2, 1, 1],
         [REDUCE_REGISTERS, REDUCE_REGISTERS, REDUCE_REGISTERS],
