@@ -133,8 +133,11 @@ def test_stage1_wide_fold(compiled):
     assert resources.count("SEL") > narrow.count("SEL"), "the wide table is chosen, the narrow not"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block", [1, 8, 32])
+WIDE = ("dsv3_ep", "gptoss")  # blocks of 32 of these go to prefill: h does not fit beside a ring
+ROWS = [(shape, block) for shape in SHAPES for block in (1, 8, 32) if block < 32 or shape not in WIDE]
+
+
+@pytest.mark.parametrize(("shape", "block"), ROWS)
 def test_stage2_rows(compiled, shape, block):
     hidden_size, inter, experts, topk = SHAPES[shape]
     problem = Problem(64, hidden_size, inter, experts, topk)
@@ -160,7 +163,8 @@ def test_stage2_tokens(compiled, shape):
     resources = compiled(
         gemm2_tokens, "gemm2_tokens",
         lambda: gemm2_tokens.launch_tokens(
-            hidden(problem, shape == "dsv3_ep"), w, ids, given, None, Recipe.named("a8w4"), tile, out
+            hidden(problem, shape == "dsv3_ep"), w, ids, given, None, Recipe.named("a8w4"), tile,
+            out,
         ),
     )
     assert_good(resources, tile)

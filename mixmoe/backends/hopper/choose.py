@@ -27,7 +27,7 @@ TENSOR = {  # FLOP/us, dense
 DECODE = 132 * 128 * 1.7e3 / 8  # weights/us: 8 ALU lanes' instructions for one decoded weight
 SYNC = 0.05  # us: barriers of a K step; a promoted sum also waits for the tensor core
 START = 3.0  # us: launch, first loads, epilogue
-TUNED = Path(__file__).parents[3] / "tuned" / "hopper.json"
+TUNED = Path(__file__).parents[2] / "tuned" / "hopper.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,8 @@ def decode_stage1(block: int) -> Tile:
 def decode_rows(problem: Problem, block: int) -> Tile:
     """Decode stage 2 with a row per route."""
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
-    return ring(block, k, max(1, 8 // block), block * resident_columns(problem))
+    slices = max(1, 8 // block)
+    return ring(block, k, slices, block * resident_columns(problem, k * slices))
 
 
 def decode_sums(problem: Problem) -> Tile | None:
@@ -233,9 +234,10 @@ def decode_sums(problem: Problem) -> Tile | None:
     """
     if problem.tokens > 16 or 8 % problem.topk:
         return None
-    return ring(1, 256, 8, 8 * resident_columns(problem))
+    span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
+    return ring(1, 256, 8, problem.topk * resident_columns(problem, 256 * span))
 
 
-def resident_columns(problem: Problem) -> int:
-    """Columns of a row of h in shared memory."""
-    return -(-problem.intermediate // 128) * 128
+def resident_columns(problem: Problem, step: int) -> int:
+    """Columns of a row of h in shared memory, where a ring stage takes ``step`` of them."""
+    return -(-problem.intermediate // step) * step

@@ -41,6 +41,7 @@ from mixmoe.backends.hopper.mainloop import (
     activation_scalars,
     advance,
     cp_async,
+    cta_barrier,
     decode,
     fragment,
     load_raw,
@@ -158,10 +159,12 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, TOKENS: gl.constexpr,
             if issued > LAG:
                 async_copy.wait_group(LAG)
                 fence_async_shared()
+                cta_barrier()  # of the role: every warp's fence before one thread's arrival
                 mbarrier.arrive(ring.full.index(late), count=1)
                 late = gl.where(late + 1 == STAGES, 0, late + 1)
     async_copy.wait_group(0)
     fence_async_shared()
+    cta_barrier()
     for _ in range(gl.minimum(issued, LAG)):
         mbarrier.arrive(ring.full.index(late), count=1)
         late = gl.where(late + 1 == STAGES, 0, late + 1)

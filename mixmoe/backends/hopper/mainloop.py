@@ -31,6 +31,7 @@ from mixmoe.activations import Activation, ActivationKind
 # Names that moved between Triton 3.6 and 3.9; both are builtins, usable inside a kernel.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+cta_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 # Activation kinds as kernels take them; scalars stay run-time values, an absent limit is +inf.

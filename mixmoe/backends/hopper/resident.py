@@ -24,6 +24,7 @@ from mixmoe.backends.hopper.mainloop import (
     advance,
     chunk_of,
     cp_async,
+    cta_barrier,
     decode,
     fragment,
     load_chunks,
@@ -142,10 +143,10 @@ def quantise_rows(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: g
                   L: gl.constexpr):
     """float32 rows -> `resident`: scale = max(amax / 448, 2^-126), fp8_token bit for bit.
 
-    Four groups and the last few stay in registers; the others are read twice, four at a time.
+    Up to four groups and the last few stay in registers; the others are read twice.
     """
     GROUPS: gl.constexpr = resident.shape[0]
-    COUNT: gl.constexpr = min(GROUPS, 4)
+    COUNT: gl.constexpr = min(GROUPS, 4, max(1, 64 // resident.shape[1]))
     TAIL: gl.constexpr = GROUPS % COUNT
     values = load_groups(h, row, live, 0, columns, COUNT, SPAN, CHUNKS, L)
     amax = amax_of(values, SPAN, L)
@@ -189,6 +190,7 @@ def make_resident(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: g
     else:
         scale = quantise_rows(resident, h, row, live, columns, SPAN, CHUNKS, L)
     fence_async_shared()
+    cta_barrier()  # every warp's fence before any warp's product
     return scale
 
 
