@@ -149,13 +149,18 @@ def test_bias_and_limit_are_the_modules(name, monkeypatch):
 
 
 def test_sentinel_ids_are_skipped():
+    """Expert parallelism names another rank's expert num_experts; eager alone sees weight 0."""
     module = first_experts(small("qwen3-moe"))
     x, ids, w = experts_input(module)
-    ids[:, 1] = module.num_experts
-    ref, y = eager_and(module, "mixmoe", x, ids, w)
-    assert worst(y, ref) < accuracy.layer_noise(hf.recipe_for(module, None))
-    ids[0] = module.num_experts
-    assert (module(x, ids, w)[0] == 0).all()
+    w[:, 1] = 0
+    away = ids.clone()
+    away[:, 1] = module.num_experts
+    ref, plain = eager_and(module, "mixmoe", x, ids, w)
+    assert worst(plain, ref) < accuracy.layer_noise(hf.recipe_for(module, None))
+    w[:, 1] = 5.0  # skipped whatever its weight
+    assert worst(module(x, away, w), plain) < 2**-11
+    away[0] = module.num_experts
+    assert (module(x, away, w)[0] == 0).all()
 
 
 # A model: logits and greedy tokens.
@@ -324,6 +329,8 @@ def test_refusals():
 )
 def test_gates_of_fp8_experts_are_recognised(attributes, act):
     module = fp8_experts(small("qwen3-moe"))[1]
+    if "gate_softcap" in attributes and not hasattr(module, "gate_softcap"):
+        act = mixmoe.silu()  # transformers 5.17 does not know the caps
     for name, value in attributes.items():
         setattr(module, name, value)
     assert hf.activation_of(module) == act
@@ -437,7 +444,7 @@ def load(folder, implementation, **options):
 def unpacked(mxfp4_checkpoint):
     """transformers' own way without a GPU: the weights unpacked."""
     options = {"quantization_config": Mxfp4Config(dequantize=True)}
-    return load(mxfp4_checkpoint, "eager", **options)
+    return load(mxfp4_checkpoint, "eager", **options).float()
 
 
 def test_mxfp4_checkpoint_loads_as_it_lies(mxfp4_checkpoint, unpacked):
@@ -499,7 +506,9 @@ def test_mxfp4_swizzled_module_is_read_back(mxfp4_checkpoint, unpacked):
             scales = Plain(tensors[f"{prefix}_scales"].transpose(1, 2))
             setattr(module, f"{name}_precision_config", scales)
             getattr(module, f"{name}_bias").copy_(tensors[f"{prefix}_bias"])
-        layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, module)
+        layer.mlp.experts = module
+        if hasattr(mxfp4, "Mxfp4GptOssMLP"):  # from transformers 5.2x on a class of its own
+            layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, module)
     hf.convert(model)
     assert torch.equal(model(IDS).logits, want)
 

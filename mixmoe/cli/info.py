@@ -43,7 +43,9 @@ def gather() -> dict[str, dict[str, Any]]:
         )
     return {
         "devices": devices,
-        "versions": {"python": platform.python_version(), **{p: installed(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version()}
+        | {package: installed(package) for package in PACKAGES}
+        | {"torch": torch.__version__},
         "backends": {name: availability(name) for name in backends.REGISTRY},
     }
 
