@@ -25,7 +25,7 @@ from torch import Tensor
 from mixmoe import accuracy
 from mixmoe.activations import Activation, gelu, silu, situv2, swiglu
 from mixmoe.backends import Backend
-from mixmoe.backends.cpu import reference
+from mixmoe.backends.cpu import CPUBackend, reference
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, Rounding, ScaleKind, format_named
 from mixmoe.moe import run
@@ -309,7 +309,7 @@ class Trial:
     def route(self) -> Verdict:
         """Sorted ids, weights, blocks and counts of the twin with the same block."""
 
-        def routed(backend: Backend, o: Operands, block: int | None) -> Routed:
+        def routed(backend: Backend | CPUBackend, o: Operands, block: int | None) -> Routed:
             return backend.route(o.topk_ids, o.topk_weights, self.problem, o.expert_map, block)
 
         self.routed = routed(self.backend, self.operands, None)
