@@ -171,9 +171,10 @@ def judge(case: Case, backend: Any, device: str, block: int | None = None) -> di
     result["layer"] = worst_row(out.cpu(), exact_out) / 2.0**-7  # two roundings: rows, then out
     fused = torch.full_like(out, torch.nan)
     backend.layer(x, weights, ids, topk, recipe, out=fused)
-    # With a block of the caller's the layer may run another schedule, whose h differs in about 1 %
-    # of its codes by one step (2^-3.5 of the value): about 1e-2 of a row.
-    result["fused"] = worst_row(fused.cpu(), exact_out) / (2.0**-7 if block is None else 2.0**-5)
+    # With a block of the caller's the layer may run another schedule, whose h, rounded elsewhere
+    # first, gets other codes near boundaries and other scales: two quantisations of one value.
+    apart = 2.0**-7 if block is None else 2.0**-7 + 2 * recipe.activation.noise
+    result["fused"] = worst_row(fused.cpu(), exact_out) / apart
     down = torch.full_like(out, torch.nan)
     backend.down(h, weights, routed, recipe, down)
     result["down"] = worst_row(down.cpu(), exact_out) / 2.0**-7

@@ -142,7 +142,8 @@ def gemm1(
     if blocks:
         grid = blocks * -(-p.intermediate // (tile.rows // 2))
         gemm1_kernel[(grid,)](
-            x.codes, x.scales, w13.codes, w13.scales, w13.row_scale, weights.w13_bias, smooth, h,
+            x.codes.contiguous(), x.scales, w13.codes, w13.scales, w13.row_scale,
+            weights.w13_bias, smooth, h,
             routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
             routed.expert_offsets,
             p.tokens, p.topk, p.hidden, p.intermediate, -(-2 * p.intermediate // W.rows),

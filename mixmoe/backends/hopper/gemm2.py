@@ -56,7 +56,7 @@ def gemm2(
     blocks = routed.sorted_expert_ids.shape[0]
     if blocks:
         gemm2_kernel[(blocks * -(-p.hidden // tile.rows),)](
-            h.codes, h.scales, w2.codes, w2.scales, w2.row_scale, weights.w2_bias, out,
+            h.codes.contiguous(), h.scales, w2.codes, w2.scales, w2.row_scale, weights.w2_bias, out,
             routed.sorted_token_ids, routed.sorted_expert_ids, routed.expert_offsets,
             p.tokens, p.topk, p.hidden, p.intermediate, -(-p.hidden // W.rows),
             X=X, W=W, MATH=math_of(recipe.activation, weights.w2.format, recipe.accumulate),

@@ -207,7 +207,8 @@ PACKED: dict[str, Operand] = {
 def stored(weights: Quantised | Packed, gate_up: bool) -> Stored:
     """Weights in plain rows or in one of the orders of ``PACKED``; refuses any other."""
     if not isinstance(weights, Packed):
-        return Stored(operand(weights.format), weights.codes, weights.scales, weights.scales)
+        codes, scales = weights.codes.contiguous(), weights.scales
+        return Stored(operand(weights.format), codes, scales, scales)
     reader = PACKED.get(weights.order.name)
     if reader is None or reader.paired != gate_up:
         legal = [name for name, o in PACKED.items() if o.paired == gate_up]

@@ -323,7 +323,7 @@ def quantise(
     :meth:`mixmoe.formats.Format.quantise` gives them; NaN is not looked for here.
     """
     if fmt.scale is ScaleKind.NONE:
-        return Quantised(x.to(fmt.element.storage), None, fmt)
+        return Quantised(x.to(fmt.element.storage).contiguous(), None, fmt)
     rows, K = (x if position is None else position).shape[0], x.shape[1]
     fmt.check_columns(K)
     codes, scales = empty_codes(fmt, rows, K, x.device)
@@ -355,7 +355,7 @@ def folded(q: Quantised) -> Quantised:
     if rows:
         shape = plan(K, rows)
         fold_rows[(-(-rows // shape["QB"]),)](
-            q.codes, q.scales, codes, scales, rows, K, X=operand(q.format),
+            q.codes.contiguous(), q.scales, codes, scales, rows, K, X=operand(q.format),
             SHIFT=6 if q.format.element.bits == 4 else 0, **shape, **options(q.device),
         )  # fmt: skip
     return Quantised(codes, scales, fp8_token)
