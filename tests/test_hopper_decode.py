@@ -134,7 +134,7 @@ def test_stage1_wide_fold(compiled):
 
 
 WIDE = ("dsv3_ep", "gptoss")  # blocks of 32 of these go to prefill: h does not fit beside a ring
-ROWS = [(shape, block) for shape in SHAPES for block in (1, 8, 32) if block < 32 or shape not in WIDE]
+ROWS = [(s, block) for s in SHAPES for block in (1, 8, 32) if block < 32 or s not in WIDE]
 
 
 @pytest.mark.parametrize(("shape", "block"), ROWS)
