@@ -118,7 +118,8 @@ def stream_tokens(w_desc, s_desc, ring, routes, sizes, tokens, TOPK: gl.constexp
         units = ()
         for r in gl.static_range(TOPK):
             expert = gl.maximum(expert_of(routes, route + r, route >= 0, sizes.experts), 0)
-            units = units + (expert * sizes.units + tile % sizes.row_tiles,)
+            unit = expert * sizes.units + tile % sizes.row_tiles
+            units = units + (unit,)  # type: ignore[assignment]
         for step in range(sizes.steps):
             barrier = ring.full.index(stage)
             mbarrier.wait(ring.empty.index(stage), phase)

@@ -107,10 +107,10 @@ def load_groups(h, row, live, first, columns, COUNT: gl.constexpr, SPAN: gl.cons
     raw = ()
     for i in gl.static_range(COUNT):
         at, inside = place_of(row, first + i, columns, SPAN, CHUNKS, L)
-        raw = raw + (gl.load(h.rows + at, mask=inside, other=0.0),)
+        raw = raw + (gl.load(h.rows + at, mask=inside, other=0.0),)  # type: ignore[assignment]
     values = ()
     for i in gl.static_range(COUNT):
-        values = values + (gl.where(live[:, None], raw[i], 0.0),)
+        values = values + (gl.where(live[:, None], raw[i], 0.0),)  # type: ignore[assignment]
     return values
 
 
