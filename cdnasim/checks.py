@@ -103,7 +103,10 @@ VALU_EXEC_DPP = 5  # VALU writes EXEC, DPP instruction
 VALU_VGPR_DPP = 2  # VALU writes a VGPR, DPP reads it
 SALU_M0_LDS = 1  # SALU writes M0, load into LDS, s_movrel, ds_gws
 TRANS_VALU = 1  # transcendental result read by the next VALU that is not transcendental
-VALU_SGPR_VALU = 2  # v_readlane and friends write an SGPR, VALU reads it (gfx940 and later)
+VALU_SGPR_VALU = 2  # VALU writes an SGPR or VCC, VALU reads it
+VALU_VGPR_LANE = 1  # VALU writes a VGPR, v_readlane or v_readfirstlane reads it
+VALU_EXEC_LANE = 4  # VALU writes EXEC, v_readlane, v_readfirstlane, v_writelane
+LANE_OPS = ('v_readlane', 'v_readfirstlane', 'v_writelane')
 TRANS_OPS = ('v_exp_', 'v_log_', 'v_rcp_', 'v_rsq_', 'v_sqrt_', 'v_sin_', 'v_cos_')
 
 
@@ -211,6 +214,15 @@ class StateChecker:
                 self.need(
                     t, t.trans.get(r), TRANS_VALU, pc, f'{register_name(r)} from a transcendental'
                 )
+        if e.kind == 'valu':
+            for s in e.sreads:
+                self.need(t, t.valu_sgpr.get(s), VALU_SGPR_VALU, pc, f's{s} from a VALU')
+            if op.startswith(LANE_OPS):
+                self.need(t, t.valu_exec, VALU_EXEC_LANE, pc, 'EXEC from a VALU for a lane move')
+                if not op.startswith('v_writelane'):
+                    for r in e.reads:
+                        what = f'{register_name(r)} from a VALU for a lane move'
+                        self.need(t, t.valu_vgpr.get(r), VALU_VGPR_LANE, pc, what)
         self.matrix(t, pc, e, ins)
 
     def matrix(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:

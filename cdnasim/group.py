@@ -43,7 +43,6 @@ class Group:
         self.uninitialised = launch.uninitialised
         self.lds_written = np.zeros(len(self.lds), bool) if self.uninitialised else None
         self.epochs = np.zeros(len(linear), i64)
-        self.pc = 0  # instruction in execution, for reports from below
 
     # ---- waves
     def all_waves(self, block: tuple[int, int, int], wave: int | None = None) -> Batch:

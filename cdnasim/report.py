@@ -41,7 +41,7 @@ class Report:
         self.kinds = Counter(f.kind for f in launch.findings.seen)
         self.stray_loads = list(launch.memory.violations)
         self.paths = launch.paths
-        self._timing: Timing | None = None
+        self.cached_timing: Timing | None = None
 
     # ---- counts
     @property
@@ -81,11 +81,11 @@ class Report:
         """Simulated cycles of one workgroup, from the recorded path of the first (see timing.py for
         the assumptions).
         """
-        if self._timing is None:
+        if self.cached_timing is None:
             from .timing import simulate
 
-            self._timing = simulate(self)
-        return self._timing
+            self.cached_timing = simulate(self)
+        return self.cached_timing
 
     # ---- verdict
     @property

@@ -22,7 +22,6 @@ from .errors import BudgetError, CdnaSimError, DeadlockError, ExecError, MemFaul
 from .group import Group
 from .isa.control import BARRIER, END, Divergence
 
-FOREVER = 1 << 60
 # instructions a batch runs while others of its workgroups wait for a turn: lets a spin loop yield
 PATIENCE = 20_000
 

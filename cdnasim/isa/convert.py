@@ -23,7 +23,6 @@ from ..numerics import Array, f32, f64, u8, u16, u32
 from ..operands import TYPED, Read, rv32
 from .vop import Closure, sdwa_read, source
 
-SMALL = 'fp8|bf8|fp6|bf6|fp4'
 WIDTH = {'fp8': 8, 'bf8': 8, 'fp6': 6, 'bf6': 6, 'fp4': 4}
 
 

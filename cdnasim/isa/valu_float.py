@@ -137,14 +137,14 @@ def insert_u8(a: Any, b: Any, c: Any) -> Any:
     return (c & ~(u32(255) << bit)) | (f_to_u8(a) << bit)
 
 
-def stochastic_f16(a: Any, b: Any, keep: Any = None) -> Any:
+def stochastic_f16(a: Any, b: Any) -> Any:
     """v_cvt_sr_f16_f32: the 13 dropped bits plus 13 random bits decide (CDNA4 ISA,
     V_CVT_SR_F16_F32).
     """
     return stochastic(a, b, 13, lambda x: x.astype(f16).view(u16))
 
 
-def stochastic_bf16(a: Any, b: Any, keep: Any = None) -> Any:
+def stochastic_bf16(a: Any, b: Any) -> Any:
     bits = a.view(u32)
     r = (bits + (b >> u32(16))) >> u32(16)
     special = (bits & u32(0x7F800000)) == u32(0x7F800000)

@@ -69,6 +69,9 @@ def test_scalar_loads_need_a_full_wait() -> None:
             5,
         ),
         (' v_readfirstlane_b32 s8, v0\n{}v_readlane_b32 s9, v0, s8\n', 4),
+        (' v_cmp_lt_u32_e32 vcc, 3, v0\n{}v_cndmask_b32_e32 v2, v3, v9, vcc\n', 2),
+        (' v_mov_b32_e32 v3, v0\n{}v_readfirstlane_b32 s8, v3\n', 1),
+        (' v_cmpx_lt_u32_e32 vcc, 3, v0\n{}v_readlane_b32 s9, v0, 3\n', 4),
         (' v_exp_f32_e32 v3, v0\n{}v_add_f32_e32 v2, v3, v3\n', 1),
         (' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n{}v_add_f32_e32 v2, v8, v8\n', 8),
         (
