@@ -26,6 +26,7 @@ from .report import Report
 from .runner import Runner, Schedule
 
 ARCHS = {'gfx942': 'gfx942', 'gfx940': 'gfx942', 'gfx941': 'gfx942', 'gfx950': 'gfx950'}
+MAX_WORKGROUPS = 1 << 24
 LDS_LIMIT = {'gfx942': 64 << 10, 'gfx950': 160 << 10}
 FAMILIES = (salu, control, smem, mfma, valu, lds, vmem)
 USER_SGPRS = (
@@ -271,6 +272,11 @@ class Launch:
             )
             self.memory.map(GOT_BASE, table, 'global offset table')
         total = self.grid[0] * self.grid[1] * self.grid[2]
+        if workgroups is None and total > MAX_WORKGROUPS:
+            raise LaunchError(
+                f'{k.name}: a grid of {self.grid} has {total} workgroups; more than {MAX_WORKGROUPS} '
+                'would run for days here: pass workgroups=range(...) to run a part'
+            )
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= total):
             raise LaunchError(

@@ -375,6 +375,8 @@ def test_argument_errors() -> None:
         kernel.launch(1, 512, [x, x, 1.0, 8])
     with pytest.raises(cdnasim.LaunchError, match='positive'):
         kernel.launch(0, 64, [x, x, 1.0, 8])
+    with pytest.raises(cdnasim.LaunchError, match='workgroups=range'):
+        kernel.launch((1 << 20, 1 << 10), 64, [x, x, 1.0, 8])
     with pytest.raises(cdnasim.LaunchError, match='LDS'):
         cdnasim.load(program('', lds=200_000)).launch(1, 64, [x, x])
 
