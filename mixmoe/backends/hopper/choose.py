@@ -121,8 +121,9 @@ def refusal(gemm: Gemm, tile: Tile, block: int, w: Operand, x: Operand) -> str |
         scaled = w.step is not None or x.step is not None
         if sums > (32 if scaled and tile.rows > 64 else 64) or min(tile.tokens, tile.rows) > 64:
             return "sums, promoted sums and their scales spill out of a thread's 255 registers"
-    if sums > 128:
-        return "sums fill more than half of a thread's 255 registers"
+    decoded = 0 if whole(gemm.weight) else tile.rows * k // (64 * tile.warps)
+    if sums > 128 or (decoded and sums + decoded >= 128):
+        return "sums and decoded weights fill more than half of a thread's 255 registers"
     if tile.rows > 128 and tile.tokens < 64:
         return "tall tiles of few tokens leave most SMs without one"
     smem = shared(gemm, tile)
