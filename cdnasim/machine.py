@@ -274,7 +274,7 @@ class Launch:
         total = self.grid[0] * self.grid[1] * self.grid[2]
         if workgroups is None and total > MAX_WORKGROUPS:
             raise LaunchError(
-                f'{k.name}: a grid of {self.grid} has {total} workgroups; more than {MAX_WORKGROUPS} '
+                f'{k.name}: grid {self.grid} has {total} workgroups; more than {MAX_WORKGROUPS} '
                 'would run for days here: pass workgroups=range(...) to run a part'
             )
         ids = np.arange(total) if workgroups is None else np.asarray(list(workgroups), np.int64)

@@ -25,12 +25,29 @@ NOBODY = -1
 
 
 class Shadow:
-    """Per byte: last writer and reader (global wave number), their epoch and instruction."""
+    """Per cell: last writer and reader (global wave number), their epoch and instruction.
+
+    A cell is a dword until something smaller or unaligned is accessed, then every byte is one.
+    """
+
+    NAMES = ('writer', 'reader', 'wepoch', 'repoch', 'wpc', 'rpc')
 
     def __init__(self, nbytes: int):
-        self.writer, self.reader = np.full(nbytes, NOBODY, i32), np.full(nbytes, NOBODY, i32)
-        self.wepoch, self.repoch = np.zeros(nbytes, i32), np.zeros(nbytes, i32)
-        self.wpc, self.rpc = np.zeros(nbytes, i32), np.zeros(nbytes, i32)
+        cells = (nbytes + 3) // 4
+        self.granule = 4
+        self.writer, self.reader = np.full(cells, NOBODY, i32), np.full(cells, NOBODY, i32)
+        self.wepoch, self.repoch = np.zeros(cells, i32), np.zeros(cells, i32)
+        self.wpc, self.rpc = np.zeros(cells, i32), np.zeros(cells, i32)
+
+    def cells(self, start: Array, n: int) -> Array:
+        """start: byte offsets (k,), n: bytes of each access -> cell numbers (k, cells of an
+        access).
+        """
+        if self.granule == 4 and (n % 4 or (start & 3).any()):
+            self.granule = 1
+            for name in self.NAMES:
+                setattr(self, name, getattr(self, name).repeat(4))
+        return (start // self.granule)[:, None] + np.arange(n // self.granule)
 
 
 class Races:
@@ -58,7 +75,9 @@ class GroupRaces:
         if not len(idx):
             return
         who, epoch = self.who(w, ids)
-        where = (idx[:, None] + np.arange(n)).reshape(-1)
+        cells = self.shadow.cells(idx, n)
+        n = cells.shape[1]
+        where = cells.reshape(-1)
         self.access(self.shadow, where, who.repeat(n), epoch.repeat(n), pc, write, 'LDS', False)
 
     def globally(
@@ -71,12 +90,13 @@ class GroupRaces:
             region = memory.regions[k]
             sel = (which == k) & (addr + n <= region.end)
             shadow = self.races.buffers.setdefault(region.base, Shadow(len(region.data)))
-            where = ((addr[sel] - region.base)[:, None] + np.arange(n)).reshape(-1)
+            cells = shadow.cells(addr[sel] - region.base, n)
+            each, where = cells.shape[1], cells.reshape(-1)
             self.access(
                 shadow,
                 where,
-                who[sel].repeat(n),
-                epoch[sel].repeat(n),
+                who[sel].repeat(each),
+                epoch[sel].repeat(each),
                 pc,
                 write,
                 region.name or 'global',

@@ -246,3 +246,16 @@ def test_uninitialised() -> None:
             1, 64, pointers, memory=memory, uninitialised=True
         )
         assert report.kinds['uninitialised'] == expected
+
+
+def test_race_granularity() -> None:
+    """Waves that own different bytes of one dword do not race; the same byte does."""
+    byte = ' v_lshlrev_b32_e32 v3, 1, v0\n v_lshrrev_b32_e32 v4, 6, v0\n v_and_b32_e32 v5, 63, v0\n'
+    own = byte + ' v_lshl_add_u32 v3, v5, 1, v4\n ds_write_b8 v3, v0\n'
+    assert not kinds(own, block=128, races=True)
+    same = byte + ' v_lshl_add_u32 v3, v5, 1, 0\n ds_write_b8 v3, v0\n'
+    assert kinds(same, block=128, races=True) == {'race': 1}
+    mixed = ' ds_write_b32 v1, v0\n s_waitcnt lgkmcnt(0)\n' + own.replace(
+        'v3, v5', 'v6, v5'
+    ).replace('b8 v3', 'b8 v6')
+    assert kinds(mixed, block=128, races=True)['race'] >= 1
