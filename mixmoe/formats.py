@@ -250,7 +250,9 @@ class Format:
     def _scale_of(self, amax: Tensor, rounding: Rounding) -> Tensor:
         """Scales in storage dtype of float32 block maxima."""
         if self.scale is not ScaleKind.E8M0:
-            return (amax / self.element.max).clamp_(min=F32_TINY).to(SCALE_STORAGE[self.scale])
+            # By a tensor: CUDA multiplies by the reciprocal of a Python scalar, which rounds twice.
+            scale = amax / amax.new_tensor(self.element.max)
+            return scale.clamp_(min=F32_TINY).to(SCALE_STORAGE[self.scale])
         fraction, exponent = torch.frexp(amax)  # amax = fraction * 2^exponent, fraction in [1/2, 1)
         if rounding is Rounding.CEIL:
             up = fraction > self.element.max / 2.0 ** (self.element.emax + 1)
