@@ -14,6 +14,7 @@ the way; the tensor's storage is its bounds.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import os
@@ -170,6 +171,18 @@ def device_mode() -> Any:
     return OnCpu
 
 
+@lru_cache(maxsize=None)
+def cpu_generator() -> Any:
+    """torch.Generator that accepts any device and lives on the CPU."""
+    import torch
+
+    class CpuGenerator(torch.Generator):
+        def __new__(cls, device: Any = 'cpu') -> Any:
+            return super().__new__(cls, to_cpu(device))
+
+    return CpuGenerator
+
+
 class FakeEvent:
     """torch.cuda.Event: no time passes."""
 
@@ -281,6 +294,8 @@ class session:
             'current_device': lambda: 0,
             'device_count': lambda: 1,
             'set_device': lambda *a: None,
+            'device': contextlib.nullcontext,
+            'stream': contextlib.nullcontext,
             'get_device_properties': lambda *a: FakeProperties(self.arch),
             'empty_cache': lambda: None,
             'mem_get_info': lambda *a: (64 << 30, 64 << 30),
@@ -288,6 +303,7 @@ class session:
             'manual_seed_all': lambda *a: None,
         }.items():
             self.patch(torch.cuda, name, value)
+        self.patch(torch, 'Generator', cpu_generator())
         self.mode = device_mode()()
         self.mode.__enter__()
 
