@@ -19,9 +19,11 @@ def simulate(schedule="serial", seed=0, arch="gfx950"):
 
 
 def findings(session):
-    """Everything the simulator holds against a session's launches."""
+    """Everything the simulator holds against a session's launches, register spills included."""
     launches = (x for x in session.launches if x.verdict != "pass")
     bad = [f"{x.name}: {x.verdict} {x.error or ''}" for x in launches]
+    reports = [(x.name, x.report) for x in session.launches if x.report is not None]
+    bad += [f"{name}: spills registers" for name, r in reports if r.counters.scratch_bytes]
     return bad + ([repr(session.error)] if session.error else [])
 
 

@@ -23,9 +23,10 @@ from mixmoe.formats import ScaleKind
 from mixmoe.preshuffle import order_named
 from mixmoe.spec import Problem, Recipe, Weights
 
-# Every case of the check engine on one recipe; on the others what their formats touch: tails of
-# K and of rows, rounding, and one of each epilogue branch.
-EVERY = [("a4w4", name) for name in CASES]
+# The check engine's cases on one recipe, but for those that repeat another's kernels and routing;
+# on the others what their formats touch: tails of K and of rows, rounding, an epilogue each.
+REPEATED = {"T=3", "E=7", "duplicate ids", "swiglu alpha 1 limit 2", "situv2 beta 2, 9", "bias"}
+EVERY = [("a4w4", name) for name in CASES if name not in REPEATED]
 TOUCHED = ("tail 288 x 96", "tail 96 x 288", "tail 32 x 320", "swiglu", "rounding EVEN")
 OTHERS = [(r, name) for r in RECIPES[1:] for name in TOUCHED] + [("a8w4_mx", "weight on 1")]
 SCHEDULES = ("serial", "reverse", "random", "lockstep")
@@ -42,7 +43,7 @@ def test_against_float64(recipe, case):
     assert exact["quantise"].worst == 0
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["reverse", "random"])
 def test_schedules(schedule):
     with simulate(schedule, seed=3) as session:
         rows = judge("a8w4_mx", "bias", session, act=situv2())
@@ -50,7 +51,7 @@ def test_schedules(schedule):
 
 
 @pytest.mark.parametrize(("recipe", "hidden", "inter"), [
-    ("a8w8_mx", 1152, 320), ("a4w4", 1280, 544), ("a8w4_mx", 896, 768)
+    ("a8w8_mx", 1152, 320), ("a4w4", 1280, 544)
 ])
 def test_long_k(recipe, hidden, inter):
     """Loops of three to five K tiles, with and without a short last one; several row tiles."""

@@ -83,12 +83,11 @@ def test_wrong_activation(fresh, monkeypatch):
 def test_missing_barrier(fresh, monkeypatch):
     """The stage that a slower wave still reads is overwritten: a race, whatever the numbers."""
 
-    def step(cfg, loads, acc, kt, stage, next_steps):
-        loads.load(kt + 1, stage ^ 1, next_steps)
-        mainloop.multiply(cfg, loads, acc, kt, stage, cfg.steps)
-        loads.publish(stage ^ 1)
+    def hand_over(loads, kt, stage):
+        loads.publish(stage)
+        loads.read_scales(kt, stage)
 
-    monkeypatch.setattr(mainloop, "step", step)
+    monkeypatch.setattr(mainloop, "hand_over", hand_over)
     _, found = stages_that_fail(case="plain", hidden=640)
     assert any("race" in line for line in found)
 

@@ -69,6 +69,11 @@ class Gemm:
         return f"{formats}_{self.order}_{shape}_{tile}"
 
     @property
+    def groups(self) -> int:
+        """MFMA columns of a tile: groups of 16 tokens."""
+        return self.tokens // MFMA_ROWS
+
+    @property
     def tile_rows(self) -> int:
         """Rows of each half that a workgroup computes."""
         return WAVES * self.blocks * MFMA_ROWS

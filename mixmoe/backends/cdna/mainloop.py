@@ -1,10 +1,14 @@
 """The main loop of both GEMMs: weights from memory to registers, tokens through two LDS stages.
 
 A workgroup multiplies ``tokens`` sorted routes of one expert by ``4 x blocks x 16`` weight rows
-of each half. The four waves split the rows; every wave reads all tokens from LDS. Per K tile of
-256, while the MFMAs of tile i run, the weights of tile i + 1 travel to registers and its tokens to
-the other LDS stage; one barrier a tile. Scales of the tokens are put into LDS once, for all K, in
-the order in which a lane reads one dword per 32 tokens and tile.
+of each half. The four waves split the rows; every wave reads all tokens from LDS. Scales of the
+tokens are put into LDS once, for all K, in the order in which a lane reads one dword per 32 tokens
+and K tile of 256.
+
+A tile is a row of phases, one for 16 tokens of one MFMA step. Each phase starts some of the next
+tile's loads, reads the tokens of the phase two on from LDS, and issues its MFMAs; a phase's
+instructions stay in it. Two phases before the end the next tile's tokens go to the other LDS
+stage and the one barrier of the tile is met, so that the last phases already read ahead into it.
 
 K tails: weights are packed with zero codes to a multiple of 128, and the last tile takes one MFMA
 step where that is no multiple of 256; a token's codes beyond K are zeros and its scales 2^0. Row
@@ -12,6 +16,7 @@ tails: blocks beyond the last row repeat it and are not stored. No load leaves i
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
@@ -21,6 +26,7 @@ from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, SCALE_BLOCK, WAVE, WORD
 from mixmoe.backends.cdna.config import THREADS, TILE_K, Gemm, Modes
 
 ONE = 127  # E8M0 of 1
+RING, AHEAD = 4, 2  # token fragments in registers; phases between a read and its use
 TOKEN_MASK = 0xFFFFFF  # a sorted route is token | slot << 24
 
 
@@ -127,6 +133,12 @@ class Loads:
             {key: fx.make_rmem_tensor(1, fx.Int32) for key in self.weight_scales()}
             for _ in range(2)
         ]
+        self.ring = [
+            fx.make_rmem_tensor(4 * cfg.token.pieces, fx.Int32) for _ in range(RING)
+        ]
+        self.token_scales = [
+            [fx.make_rmem_tensor(1, fx.Int32) for _ in range(cfg.tokens // 32)] for _ in range(2)
+        ]
         count = cfg.tokens * cfg.chunks // THREADS
         self.moving = [fx.make_rmem_tensor(4, fx.Int32) for _ in range(count)]
         self.rows = []
@@ -157,28 +169,39 @@ class Loads:
         index = self.place.tid + i * THREADS
         return index // self.cfg.chunks, index % self.cfg.chunks
 
-    def load(self, kt, stage: int, steps: int) -> None:
-        """Start K tile ``kt``: weights and scales into fragments, tokens into registers."""
-        cfg, place = self.cfg, self.place
-        pieces = cfg.weight.pieces
-        for (half, block, step), frag in self.weight_frags[stage].items():
-            if step >= steps:
-                continue
-            quarters = fx.logical_divide(frag, fx.make_layout(4, 1))
-            row = (place.r, self.blocks[block], half)
-            for p in range(pieces):
-                column = (step * pieces + p) * 4 + place.g
-                source = self.codes[row, (None, column)]
-                fx.copy(self.piece, source, quarters[None, p], soffset=kt * cfg.tile_stride)
-        shared = 1 if cfg.halves_share_scales else 2
-        for (half, group), frag in self.scale_frags[stage].items():
-            row = (place.r, self.blocks[group * shared] // shared, half)
-            source = fx.make_view(
-                fx.get_iter(self.scales[row, (place.g, None)]), fx.make_layout(1, 1)
-            )
-            fx.copy(self.word, source, frag, soffset=kt * cfg.scale_modes()[1][1][1])
+    def load_tokens(self, kt) -> None:
+        """Start the tokens of K tile ``kt`` towards registers.
+
+        The counter of loads in flight runs in order: with these before the weights, publishing
+        them waits for nothing else, and the weights stay in flight across the barrier.
+        """
         for (row, chunk), frag in zip(self.rows, self.moving, strict=True):
-            self._load_piece(row, kt * cfg.chunks + chunk, frag)
+            self._load_piece(row, kt * self.cfg.chunks + chunk, frag)
+
+    def weight_loads(self, kt, stage: int, steps: int):
+        """Functions that start one load each: the scales, then the weights, of K tile ``kt``."""
+        starts = [partial(self._load_scale, kt, stage, key) for key in self.weight_scales()]
+        for step in range(steps):
+            for key in (key for key in self.weights() if key[2] == step):
+                for p in range(self.cfg.weight.pieces):
+                    starts.append(partial(self._load_weight, kt, stage, key, p))
+        return starts
+
+    def _load_scale(self, kt, stage: int, key) -> None:
+        cfg, (half, group) = self.cfg, key
+        shared = 1 if cfg.halves_share_scales else 2
+        row = (self.place.r, self.blocks[group * shared] // shared, half)
+        column = self.scales[row, (self.place.g, None)]
+        source = fx.make_view(fx.get_iter(column), fx.make_layout(1, 1))
+        offset = kt * cfg.scale_modes()[1][1][1]
+        fx.copy(self.word, source, self.scale_frags[stage][key], soffset=offset)
+
+    def _load_weight(self, kt, stage: int, key, piece: int) -> None:
+        cfg, (half, block, step) = self.cfg, key
+        quarters = fx.logical_divide(self.weight_frags[stage][key], fx.make_layout(4, 1))
+        column = (step * cfg.weight.pieces + piece) * 4 + self.place.g
+        source = self.codes[(self.place.r, self.blocks[block], half), (None, column)]
+        fx.copy(self.piece, source, quarters[None, piece], soffset=kt * cfg.tile_stride)
 
     def _load_piece(self, row, chunk, frag) -> None:
         cfg = self.cfg
@@ -196,26 +219,24 @@ class Loads:
             token, chunk = self.slot(i)
             fx.copy(self.local, frag, self.shared[None, chunk, token, stage])
 
-    def token_codes(self, group: int, step: int, stage: int) -> fx.Tensor:
-        """16 tokens of one MFMA step, from LDS."""
+    def read_tokens(self, phase: int, stage: int) -> None:
+        """The 16 tokens of a phase, from LDS into the ring."""
         cfg, place = self.cfg, self.place
-        frag = fx.make_rmem_tensor(4 * cfg.token.pieces, fx.Int32)
-        quarters = fx.logical_divide(frag, fx.make_layout(4, 1))
+        step, group = divmod(phase, cfg.groups)
+        quarters = fx.logical_divide(self.ring[phase % RING], fx.make_layout(4, 1))
         for p in range(cfg.token.pieces):
             chunk = (step * cfg.token.pieces + p) * 4 + place.g
             token = group * MFMA_ROWS + place.r
             fx.copy(self.local, self.shared[None, chunk, token, stage], quarters[None, p])
-        return frag
 
-    def token_scales(self, kt):
+    def read_scales(self, kt, stage: int) -> None:
         """A dword per 32 tokens of K tile ``kt``, from LDS."""
         cfg, place = self.cfg, self.place
         words = fx.recast_iter(fx.Int32, self.lds.scales.ptr)
         lane = place.g * 16 + place.r
-        return [
-            (words + (((t * cfg.k_tiles) + kt) * WAVE + lane)).load()
-            for t in range(cfg.tokens // 32)
-        ]
+        for t, frag in enumerate(self.token_scales[stage]):
+            source = words + ((t * cfg.k_tiles + kt) * WAVE + lane)
+            fx.copy(self.local_word, source.view(fx.make_layout(1, 1)), frag)
 
 
 def make_accumulators(cfg: Gemm):
@@ -223,59 +244,83 @@ def make_accumulators(cfg: Gemm):
     acc = {}
     for half in range(cfg.halves):
         for block in range(cfg.blocks):
-            for group in range(cfg.tokens // MFMA_ROWS):
+            for group in range(cfg.groups):
                 acc[half, block, group] = fx.make_rmem_tensor(4, fx.Float32)
                 acc[half, block, group].fill(0.0)
     return acc
 
 
-def multiply(cfg: Gemm, loads: Loads, acc, kt, stage: int, steps: int) -> None:
-    """The MFMAs of K tile ``kt``."""
-    scales = loads.token_scales(kt)
-    shared = cfg.halves_share_scales
-    for step in range(steps):
-        for group in range(cfg.tokens // MFMA_ROWS):
-            token = loads.token_codes(group, step, stage)
-            for half, block, _ in (key for key in loads.weights() if key[2] == step):
-                key = (0, block) if shared else (half, block // 2)
-                bytes_of = (cfg.scale_byte(half, block, step), 2 * step + group % 2)
-                fx.gemm(
-                    cfg.atoms.mma(cfg.weight, cfg.token, bytes_of),
-                    acc[half, block, group],
-                    loads.weight_frags[stage][half, block, step],
-                    token,
-                    acc[half, block, group],
-                    scale_a=loads.scale_frags[stage][key].load()[0],
-                    scale_b=scales[group // 2],
-                )
+def multiply(cfg: Gemm, loads: Loads, acc, phase: int, stage: int) -> None:
+    """The MFMAs of one phase: every row block times 16 tokens."""
+    step, group = divmod(phase, cfg.groups)
+    for half, block, _ in (key for key in loads.weights() if key[2] == step):
+        key = (0, block) if cfg.halves_share_scales else (half, block // 2)
+        bytes_of = (cfg.scale_byte(half, block, step), 2 * step + group % 2)
+        fx.gemm(
+            cfg.atoms.mma(cfg.weight, cfg.token, bytes_of),
+            acc[half, block, group],
+            loads.weight_frags[stage][half, block, step],
+            loads.ring[phase % RING],
+            acc[half, block, group],
+            scale_a=loads.scale_frags[stage][key].load()[0],
+            scale_b=loads.token_scales[stage][group // 2].load()[0],
+        )
+
+
+def hand_over(loads: Loads, kt, stage: int) -> None:
+    """Publish the tokens of tile ``kt`` and meet the other waves; its scales."""
+    loads.publish(stage)
+    fx.gpu.barrier()
+    loads.read_scales(kt, stage)
+
+
+def tile(cfg: Gemm, loads: Loads, acc, kt, steps: int, stage: int, next_steps: int) -> None:
+    """The phases of K tile ``kt``; ``next_steps`` MFMA steps follow, none after the last tile."""
+    phases, other = steps * cfg.groups, stage ^ 1
+    starts = loads.weight_loads(kt + 1, other, next_steps) if next_steps else []
+    share = -(-len(starts) // max(1, phases // 2))
+    for phase in range(phases):
+        if next_steps and phase == 0:
+            loads.load_tokens(kt + 1)
+        for start in starts[phase * share : (phase + 1) * share]:
+            start()
+        if next_steps and phase == phases - AHEAD:
+            hand_over(loads, kt + 1, other)
+        ahead = phase + AHEAD
+        if ahead < phases:
+            loads.read_tokens(ahead, stage)
+        elif next_steps:
+            loads.read_tokens(ahead - phases, other)
+        multiply(cfg, loads, acc, phase, stage)
+        fx.rocdl.sched_barrier(0)
 
 
 @flyc.jit
 def run(cfg: Gemm, loads: Loads, acc) -> None:
-    """All K tiles: load i + 1, multiply i, hand the tokens over."""
+    """All K tiles."""
     last = cfg.k_tiles - 1
-    # A shorter last tile is loaded by a step of its own, after the loop.
+    # A shorter last tile is loaded by a tile of its own, after the loop.
     looped = last if cfg.last_steps == cfg.steps else max(0, last - 1)
-    loads.load(0, 0, cfg.steps if last else cfg.last_steps)
-    loads.publish(0)
-    fx.gpu.barrier()
+    begin(cfg, loads, cfg.steps if last else cfg.last_steps)
     for pair in range(0, looped // 2, 1):
         kt = fx.Int32(pair) * 2
-        step(cfg, loads, acc, kt, 0, cfg.steps)
-        step(cfg, loads, acc, kt + 1, 1, cfg.steps)
+        tile(cfg, loads, acc, kt, cfg.steps, 0, cfg.steps)
+        tile(cfg, loads, acc, kt + 1, cfg.steps, 1, cfg.steps)
     if const_expr(looped % 2 == 1):
-        step(cfg, loads, acc, looped - 1, 0, cfg.steps)
+        tile(cfg, loads, acc, looped - 1, cfg.steps, 0, cfg.steps)
     if const_expr(looped < last):
-        step(cfg, loads, acc, last - 1, (last - 1) % 2, cfg.last_steps)
-    multiply(cfg, loads, acc, last, last % 2, cfg.last_steps)
+        tile(cfg, loads, acc, last - 1, cfg.steps, (last - 1) % 2, cfg.last_steps)
+    tile(cfg, loads, acc, last, cfg.last_steps, last % 2, 0)
 
 
-def step(cfg: Gemm, loads: Loads, acc, kt, stage: int, next_steps: int) -> None:
-    """Multiply tile ``kt`` while tile ``kt + 1`` travels."""
-    loads.load(kt + 1, stage ^ 1, next_steps)
-    multiply(cfg, loads, acc, kt, stage, cfg.steps)
-    loads.publish(stage ^ 1)
-    fx.gpu.barrier()
+def begin(cfg: Gemm, loads: Loads, steps: int) -> None:
+    """Tile 0 into place, its first phases read."""
+    loads.load_tokens(0)
+    for start in loads.weight_loads(0, 0, steps):
+        start()
+    hand_over(loads, 0, 0)
+    for phase in range(AHEAD):
+        loads.read_tokens(phase, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ NUMERIC = {
 }
 SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 MIN_BLOCK, TILES = 32, (128, 64, 32)
+# By bits of a token's code: 128 tokens of e4m3 spill registers (2 KB a wave, ROCm LLVM of FlyDSL
+# 0.4.2, 2026-11-24), 64 do not.
+MOST_TOKENS = {4: 128, 8: 64}
 EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
 LOADED_ORDERS = tuple(o for o in CDNA_ORDERS if "int4" not in o.name)
 
@@ -47,7 +50,7 @@ def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
     if order_named(orders[1]).codes.halves == 2:
         raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
     weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
-    tokens = next(t for t in TILES if block % t == 0)
+    tokens = next(t for t in TILES if block % t == 0 and t <= MOST_TOKENS[token.bits])
     shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
     first, second = (
         Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens)
