@@ -171,14 +171,14 @@ def device_mode() -> Any:
     return OnCpu
 
 
-@lru_cache(maxsize=None)
+@cache
 def cpu_generator() -> Any:
     """torch.Generator that accepts any device and lives on the CPU."""
     import torch
 
     class CpuGenerator(torch.Generator):
         def __new__(cls, device: Any = 'cpu') -> Any:
-            return super().__new__(cls, to_cpu(device))
+            return super().__new__(cls, to_cpu(device))  # type: ignore[call-arg]
 
     return CpuGenerator
 
