@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
+    HELPER_REGISTERS,
     SENTINEL_MASK,
     Blocks,
     Ring,
@@ -41,8 +42,6 @@ from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 __all__ = ["launch_rows", "launch_tokens"]
-
-ROLE_REGISTERS = 56  # of producer and epilogue warps; these keep the scales of four tiles
 
 
 @gluon.jit
@@ -123,7 +122,7 @@ def block_columns(ptr, blocks, sizes, tile, live, c, C: gl.constexpr):
 @gluon.jit
 def store_rows(sums, out_ptr, w, blocks, sizes, tokens, TOKENS: gl.constexpr,
                SLICES: gl.constexpr):
-    """Role of the epilogue warps: sum over the slices, row scale, bias -> a row per route."""
+    """Role of the epilogue warp: sum over the slices, row scale, bias -> a row per route."""
     C: gl.constexpr = sums.buffer.shape[2]
     LANES: gl.constexpr = C // 4 if C < 128 else 32
     PART: gl.constexpr = min(TOKENS, 8)  # tokens at a time, 32 values a lane
@@ -140,9 +139,6 @@ def store_rows(sums, out_ptr, w, blocks, sizes, tokens, TOKENS: gl.constexpr,
     first, last = share_of_blocks(blocks, sizes, TOKENS)
     done = first * 0
     scale = block_columns(w.scale, blocks, sizes, first, first < last, c, C)
-    scale1 = block_columns(w.scale, blocks, sizes, first + 1, first + 1 < last, c, C)
-    scale2 = block_columns(w.scale, blocks, sizes, first + 2, first + 2 < last, c, C)
-    scale3 = block_columns(w.scale, blocks, sizes, first + 3, first + 3 < last, c, C)
     gdc_wait()
     for tile in range(first, last):
         column = tile % sizes.row_tiles * C + c
@@ -150,8 +146,8 @@ def store_rows(sums, out_ptr, w, blocks, sizes, tokens, TOKENS: gl.constexpr,
             bias = block_columns(w.bias, blocks, sizes, tile, tile < last, c, C)
         id_ptr = blocks.ids + tile // sizes.row_tiles * TOKENS + n
         packed = gl.load(id_ptr)
-        scale4 = block_columns(  # four tiles ahead: a tile is shorter than a read of memory
-            w.scale, blocks, sizes, tile + 4, tile + 4 < last, c, C
+        next_scale = block_columns(  # a tile ahead: it comes from memory
+            w.scale, blocks, sizes, tile + 1, tile + 1 < last, c, C
         )
         mbarrier.wait(sums.ready.index(done & 1), (done >> 1) & 1)
         buffer = sums.buffer.index(done & 1)
@@ -169,10 +165,7 @@ def store_rows(sums, out_ptr, w, blocks, sizes, tokens, TOKENS: gl.constexpr,
             at = row[:, None] * H + column[None, :]
             gl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=live)
         mbarrier.arrive(sums.taken.index(done & 1), count=1)
-        scale = scale1
-        scale1 = scale2
-        scale2 = scale3
-        scale3 = scale4
+        scale = next_scale
         done += 1
 
 
@@ -180,8 +173,7 @@ def store_rows(sums, out_ptr, w, blocks, sizes, tokens, TOKENS: gl.constexpr,
 def gemm2_rows(
     w_desc, s_desc, h, out_ptr, w, blocks, sizes, tokens,
     TOKENS: gl.constexpr, SLICES: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, WIDE: gl.constexpr, EPILOGUE_WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     C: gl.constexpr = w_desc.block_type.shape[0] * 16
     ring = Ring(
@@ -205,7 +197,7 @@ def gemm2_rows(
             (stream_rows, (w_desc, s_desc, ring, blocks, sizes, TOKENS, STAGES)),
             (store_rows, (sums, out_ptr, w, blocks, sizes, tokens, TOKENS, SLICES)),
         ],
-        [1, EPILOGUE_WARPS],
+        [1, 1],
         [REGISTERS, REGISTERS],
     )
 
@@ -232,6 +224,6 @@ def launch_rows(
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(p.hidden, p.intermediate, p.experts, p.topk, -(-p.hidden // 16), row_tiles, steps),
         p.tokens, tile.tokens, tile.split_k, stream.chunks, tile.stages, steps * stream.chunks,
-        stream.wide, 1 if tile.tokens < 8 else 2, ROLE_REGISTERS, **stream.options,
+        stream.wide, HELPER_REGISTERS, **stream.options,
     )
     return out

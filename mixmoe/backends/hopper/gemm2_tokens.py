@@ -158,9 +158,6 @@ def store_tokens(sums, out_ptr, w, routes, sizes, tokens, TOPK: gl.constexpr):
     first, last = share(tokens * sizes.row_tiles)
     done = first * 0
     scale = expert_columns(w.scale, routes, sizes, first, first < last, s, c, TOPK, SPAN)
-    scale1 = expert_columns(w.scale, routes, sizes, first + 1, first + 1 < last, s, c, TOPK, SPAN)
-    scale2 = expert_columns(w.scale, routes, sizes, first + 2, first + 2 < last, s, c, TOPK, SPAN)
-    scale3 = expert_columns(w.scale, routes, sizes, first + 3, first + 3 < last, s, c, TOPK, SPAN)
     gdc_wait()
     for tile in range(first, last):
         token = tile // sizes.row_tiles
@@ -168,8 +165,8 @@ def store_tokens(sums, out_ptr, w, routes, sizes, tokens, TOPK: gl.constexpr):
             bias = expert_columns(w.bias, routes, sizes, tile, s % SPAN == 0, s, c, TOPK, SPAN)
             if routes.weights is not None:
                 bias *= gl.load(routes.weights + token * TOPK + s // SPAN)
-        scale4 = expert_columns(  # four tiles ahead: a tile is shorter than a read of memory
-            w.scale, routes, sizes, tile + 4, tile + 4 < last, s, c, TOPK, SPAN
+        next_scale = expert_columns(  # a tile ahead: it comes from memory
+            w.scale, routes, sizes, tile + 1, tile + 1 < last, s, c, TOPK, SPAN
         )
         mbarrier.wait(sums.ready.index(done & 1), (done >> 1) & 1)
         part = sums.buffer.index(done & 1).load(L) * scale
@@ -181,10 +178,7 @@ def store_tokens(sums, out_ptr, w, routes, sizes, tokens, TOPK: gl.constexpr):
             out_ptr + token.to(gl.int64) * sizes.hidden + at,
             gl.sum(part, axis=0).to(out_ptr.dtype.element_ty), mask=at < sizes.hidden,
         )
-        scale = scale1
-        scale1 = scale2
-        scale2 = scale3
-        scale3 = scale4
+        scale = next_scale
         done += 1
 
 

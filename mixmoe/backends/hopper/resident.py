@@ -143,10 +143,10 @@ def quantise_rows(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: g
                   L: gl.constexpr):
     """float32 rows -> `resident`: scale = max(amax / 448, 2^-126), fp8_token bit for bit.
 
-    Up to four groups and the last few stay in registers; the others are read twice.
+    Four groups and the last few stay in registers; the others are read twice, four at a time.
     """
     GROUPS: gl.constexpr = resident.shape[0]
-    COUNT: gl.constexpr = min(GROUPS, 4, max(1, 64 // resident.shape[1]))
+    COUNT: gl.constexpr = min(GROUPS, 4)
     TAIL: gl.constexpr = GROUPS % COUNT
     values = load_groups(h, row, live, 0, columns, COUNT, SPAN, CHUNKS, L)
     amax = amax_of(values, SPAN, L)
