@@ -11,7 +11,7 @@ from .asm import Instr, Operand
 from .batch import EXEC, M0, VCC
 
 TWO_RESULTS = re.compile(
-    r'^v_(add|sub|subrev|addc|subb|subbrev)(_co)?_(co_)?u32|^v_div_scale|^v_mad_(u64|i64)'
+    r'^v_(add|sub|subrev|addc|subb|subbrev)_co_u32|^v_div_scale|^v_mad_(u64|i64)'
 )
 NO_RESULT = re.compile(
     r'^(s_cmp|s_bitcmp|s_waitcnt|s_nop|s_branch|s_cbranch|s_barrier|s_endpgm|s_setprio|s_sleep|s_setpc|'

@@ -285,9 +285,21 @@ def div_fmas(ins: Instr) -> Closure:
         raw: Any = np.asarray(z).view(bits)
         e = (raw >> bits(shift)) & bits(field)
         up = np.where(e > field // 2, by, -by)
-        put(w, np.ldexp(r, np.where(mask_to_bool(w.vcc64(), w.n), up, 0)).astype(fl))
+        power = np.where(mask_to_bool(w.vcc64(), w.n), up, 0)
+        if ty == 'D':
+            r = off_the_tie(r, fma64(x, y, z - r), power)
+        put(w, np.ldexp(r, power).astype(fl))
 
     return f
+
+
+def off_the_tie(r: Any, rest: Any, power: Any) -> Any:
+    """``r``, which stands for ``r + rest``, ready for a scaling by 2^power that rounds once: where
+    it would be halfway between two denormals it moves to the side of the rest.
+    """
+    units = np.ldexp(r, power + 1074)  # of the smallest denormal; whole where nothing is dropped
+    tie = (np.abs(units) < 2.0**52) & (units - np.floor(units) == 0.5) & (rest != 0)
+    return np.where(tie, np.nextafter(r, np.where(rest > 0, np.inf, -np.inf)), r)
 
 
 def constant_fma(ins: Instr) -> Closure:
