@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -235,17 +236,18 @@ def marked(answer: list[int], other: list[int]) -> Iterator[str]:
 def table(lines: list[Line]) -> Table:
     """A row per MoE layer."""
     title = "experts, each layer on the input transformers' own run gave it"
-    made = Table(title=title, title_justify="left")
-    made.add_column("layer")
-    made.add_column("recipe")
-    for column in ("mean error", "worst row", "expected", "us", "eager us", "bytes", "of dense"):
-        made.add_column(column, justify="right")
+    tight: Any = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    made = Table(title=title, title_justify="left", **tight)  # fits 80 columns
+    made.add_column("layer", no_wrap=True)
+    made.add_column("recipe", no_wrap=True)
+    for column in ("error", "worst", "allowed", "us", "eager us", "bytes", "dense"):
+        made.add_column(column, justify="right", no_wrap=True)
     for line in lines:
         expected = accuracy.layer_noise(line.recipe)
         colour = "green" if line.worst <= 1.25 * expected else "yellow"
         made.add_row(
-            short(line.name), line.recipe.name, f"{line.mean:.2e}", f"[{colour}]{line.worst:.2e}",
-            f"{expected:.2e}", f"{line.us:.0f}", f"{line.eager_us:.0f}", f"{line.bytes:,}",
+            short(line.name), line.recipe.name, f"{line.mean:.2%}", f"[{colour}]{line.worst:.2%}",
+            f"{1.25 * expected:.2%}", f"{line.us:.0f}", f"{line.eager_us:.0f}", f"{line.bytes:,}",
             f"{line.bytes / line.dense_bytes:.0%}",
         )
     return made
@@ -264,6 +266,6 @@ def summary(model: str, lines: list[Line], want: Tensor, got: Tensor, agree: flo
     same = "the same tokens as" if torch.equal(want, got) else "tokens that part from"
     return (
         f"[bold]{model}[/]: {len(lines)} MoE layers in {lines[0].recipe.name}, mean error "
-        f"{mean:.2e}, weights {size / 1e6:.2f} MB of {dense / 1e6:.2f} MB ({dense / size:.1f}x "
+        f"{mean:.2%}, weights {size / 1e6:.2f} MB of {dense / 1e6:.2f} MB ({dense / size:.1f}x "
         f"smaller), {same} transformers, {agree:.0%} of its tokens ranked first"
     )
