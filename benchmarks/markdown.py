@@ -150,5 +150,6 @@ def absent(about: dict[str, Any], rows: Sequence[Row]) -> str:
     """What the rivals' times leave out, and who did not run where."""
     lines = [f"* {line}" for line in dict.fromkeys(left_out_lines(rows))]
     lines += [f"* not run: {line}" for line in failures(about.get("left_out", []))]
+    lines += [f"* out of time before: {line}" for line in about.get("not_reached", [])]
     whose = f"All of it is in {OURS}'s times." if lines else ""
     return "\n".join(["**Left out of the rivals' times, and cases not run.** " + whose, "", *lines])

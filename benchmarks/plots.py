@@ -19,7 +19,9 @@ RIVAL_INKS = (
     "#57606a",
     "#0a7ea4",
     "#953800",
-    "#6e7781",
+    "#e85aad",
+    "#24292f",
+    "#6fdd8b",
 )
 MARKS = {"stage1": "o", "stage2": "s", "layer": "^"}
 
@@ -100,8 +102,8 @@ def draw_roofline(about: dict[str, Any], rows: Sequence[Row], path: Path) -> Pat
                 linewidths=0,
                 label=f"{name}, {stage}",
             )
-    roof_lines(axis, about, rows)
     dress(axis, "roofline", "FLOP per byte of the active experts' floor", "TFLOP/s", base=10)
+    roof_lines(axis, about, rows)
     axis.legend(fontsize=8, frameon=False)
     sign(figure, about, "L2 clean, uniform routing")
     figure.tight_layout(rect=(0, 0, 1, 0.95))
@@ -120,8 +122,9 @@ def roof_lines(axis: Any, about: dict[str, Any], rows: Sequence[Row]) -> None:
         axis.plot([low, high], [low * rate, high * rate], "k--", linewidth=1, label=label)
     for kind, rate in roofs.get("dense_tflops", {}).items():
         axis.axhline(rate, color="black", linestyle=":", linewidth=1)
-        axis.text(low, rate * 1.04, f"dense {kind} GEMM {rate:.0f} TFLOP/s", fontsize=8)
-    axis.set_ylim(top=3000)
+        axis.text(low, rate * 1.06, f"dense {kind} GEMM {rate:.0f} TFLOP/s", fontsize=8)
+    rates = [row.flops / row.us * 1e-6 for row in rows]
+    axis.set_ylim(min(rates) / 2, 3 * max([*rates, *roofs.get("dense_tflops", {}).values()]))
 
 
 def line(axis: Any, rows: Sequence[Row], ink: str, name: str, width: float = 1.3) -> None:

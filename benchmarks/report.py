@@ -78,6 +78,8 @@ def print_all(
     out.print(error_table(rows))
     for line in dict.fromkeys(left_out_lines(rows)):
         out.print(f"  {escape(line)}")
+    for line in about.get("not_reached", []):
+        out.print(f"  [yellow]out of time before[/yellow] {escape(line)}")
     for item in failures(about.get("left_out", [])):
         out.print(f"  [yellow]left out[/yellow] {escape(item)}")
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import markdown as tables
@@ -54,10 +55,21 @@ def collect(plan: Plan, device: str, status: int = 0) -> Path:
     path = plan.folder / f"{file_name(device)}.json"
     left_out = [dataclasses.asdict(item) for item in journal.left_out]
     about = results.meta(device, plan.commit or None)
-    results.save(
-        path, about, journal.rows, left_out=left_out, roofs=journal.roofs, worker_status=status
-    )
+    more = {"left_out": left_out, "roofs": journal.roofs, "worker_status": status}
+    results.save(path, about, journal.rows, not_reached=not_reached(plan, journal.rows), **more)
     return path
+
+
+def not_reached(plan: Plan, rows: Sequence[results.Row]) -> list[str]:
+    """The planned cases that the time did not suffice for, a line per shape and routing."""
+    reached = {(row.shape, row.routing, row.tokens) for row in rows}
+    lines = []
+    for shape in plan.shapes:
+        for skew in plan.skews:
+            counts = [t for t in plan.tokens if (shape, skew, t) not in reached]
+            if counts:
+                lines.append(f"{shape}, {skew} routing: T {', '.join(map(str, counts))}")
+    return lines
 
 
 def file_name(device: str) -> str:

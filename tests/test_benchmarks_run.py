@@ -462,6 +462,14 @@ def test_the_tables_of_a_document_are_replaced(tmp_path):
         markdown.update(path, about, rows)
 
 
+def test_cases_that_the_time_did_not_suffice_for_are_listed():
+    plan = Plan(shapes=("dsv3_tp8",), tokens=(1, 8), skews=("uniform", "zipf"))
+    assert run.not_reached(plan, [row(tokens=8)]) == [
+        "dsv3_tp8, uniform routing: T 1",
+        "dsv3_tp8, zipf routing: T 1, 8",
+    ]
+
+
 def test_the_file_is_named_after_the_device():
     assert run.file_name("NVIDIA H200") == "h200"
     assert run.file_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
