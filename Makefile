@@ -12,6 +12,8 @@ run: $(STAMP)
 
 test: $(STAMP) $(VENV)/.llvm $(VENV)/triton39/.ready
 	$(PY) -m pytest -q -n 2 --dist loadscope
+	PYTHONPATH=$(VENV)/triton39 $(PY) -m pytest -q -n 2 tests/test_hopper_decode.py \
+	  tests/test_hopper_prefill.py tests/test_hopper_compile.py -k "not ring"
 
 # On a machine with a Hopper GPU and its own torch and Triton: no virtual environment.
 test-gpu:

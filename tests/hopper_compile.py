@@ -22,6 +22,9 @@ from triton.runtime.jit import MockTensor, create_function_from_signature
 
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TUNED_FOR = triton.__version__.startswith("3.6")  # the version whose resources the tiles fit
+# The assembler Triton itself uses for sm_90a: from 3.9 on PTX is too new for the plain one.
+PTXAS = TOOLS / ("ptxas" if TUNED_FOR else "ptxas-blackwell")
 SASS_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)(.*);")
 
 
@@ -124,7 +127,7 @@ def inspect(ptx: str, shared: int, warps: int) -> Resources:
         source, cubin = os.path.join(folder, "k.ptx"), os.path.join(folder, "k.cubin")
         Path(source).write_text(ptx)
         log = subprocess.run(
-            [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", cubin],
+            [PTXAS, "-v", "--gpu-name=sm_90a", source, "-o", cubin],
             capture_output=True, text=True, check=True,
         ).stderr
         sass = subprocess.run(

