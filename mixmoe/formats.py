@@ -269,7 +269,7 @@ class Format:
         self, scale: Tensor, shape: torch.Size, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Scales in storage dtype -> float factors that broadcast over values of ``shape``."""
-        factor = e8m0_value(scale, dtype) if self.scale is ScaleKind.E8M0 else scale.to(dtype)
+        factor = self.scale_value(scale, dtype)
         if self.rows > 1:
             factor = factor.repeat_interleave(self.rows, dim=-2)[..., : shape[-2], :]
         if self.cols:
@@ -299,15 +299,15 @@ class Format:
             return values.to(dtype)
         if self.rows == 1 and self.cols and values.shape[-1] % self.cols == 0:
             # One multiply over a view: no spread copy of the scales.
-            factor = self._spread_rows(scales, work)
+            factor = self.scale_value(scales, work).unsqueeze(-1)
             values = values.unflatten(-1, (-1, self.cols)).mul_(factor).flatten(-2)
         else:
             values = values.mul_(self._spread(scales, values.shape, work))
         return values.to(dtype)
 
-    def _spread_rows(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        factor = e8m0_value(scales, dtype) if self.scale is ScaleKind.E8M0 else scales.to(dtype)
-        return factor.unsqueeze(-1)
+    def scale_value(self, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Stored scales as float factors, one per block."""
+        return e8m0_value(scales, dtype) if self.scale is ScaleKind.E8M0 else scales.to(dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

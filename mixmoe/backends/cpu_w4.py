@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmoe.formats import Quantised, ScaleKind, e2m1, e8m0_value, int4
+from mixmoe.formats import Quantised, e2m1, int4
 
 SOURCE = Path(__file__).with_name("cpu_w4.c")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
@@ -35,8 +35,7 @@ def matmul(x: Tensor, weights: Quantised) -> Tensor:
     """``x @ dequantised.T`` in float32: x (m, K) f32, weights (N, K) -> (m, N) f32."""
     rows, k = weights.shape
     assert weights.scales is not None, "4-bit formats have scales"
-    scales = weights.scales
-    scales = e8m0_value(scales) if weights.format.scale is ScaleKind.E8M0 else scales.float()
+    scales = weights.format.scale_value(weights.scales)
     halves = x.view(-1, k // 2, 2).transpose(1, 2).contiguous()
     codes, y = weights.codes.contiguous(), torch.empty(len(x), rows)
     tensors = (halves, codes, scales.contiguous(), table(weights.format.element), y)
