@@ -199,6 +199,7 @@ def general(gemm: Gemm, block: int = 1) -> Tile:
     return best.tile
 
 
+SUM_TOKENS = 2  # up to which a layer's stage 2 adds the experts up in one kernel
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
@@ -220,11 +221,42 @@ def decode_stage1(block: int) -> Tile:
     return ring(block, 128, {1: 8, 2: 8, 4: 4, 8: 2}.get(block, 1), None)
 
 
-def decode_rows(problem: Problem, block: int) -> Tile:
-    """Decode stage 2 with a row per route."""
+def one_token(hidden: int) -> Tile:
+    """Decode stage 1 of one token, x resident: one 16-row unit, K over the 8 matrix warps."""
+    return ring(1, 128, 8, resident_bytes(hidden, 128 * 8))
+
+
+def rows_memory(tile: Tile, intermediate: int, buffers: int, itemsize: int) -> int:
+    """Bytes of shared memory of decode stage 2: ring, `buffers` blocks of h, two tiles of rows."""
+    n = max(8, tile.tokens)
+    a_stage = tile.rows // 16 * (tile.k // 64) * 544 + 2 * 4 * tile.rows
+    h = n * -(-intermediate // tile.k) * tile.k
+    return tile.stages * a_stage + buffers * (h + 4 * n) + 2 * n * tile.rows * itemsize + 768
+
+
+def decode_rows(problem: Problem, block: int, itemsize: int = 2) -> Tile:
+    """Decode stage 2 with a row per route of `itemsize` bytes a value.
+
+    Two CTAs an SM where each keeps four stages in flight beside two blocks of h, else one block
+    of h, else one CTA an SM.
+    """
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
-    slices = max(1, 8 // block)
-    return ring(block, k, slices, block * resident_columns(problem, k * slices))
+    for ctas, buffers in ((2, 2), (2, 1), (1, 2), (1, 1)):
+        room = HALF_SM if ctas == 2 else SMEM
+        for stages in range(16, 3, -1):
+            tile = Tile(block, 128, k, stages, 8, 1, ctas)
+            if rows_memory(tile, problem.intermediate, buffers, itemsize) <= room:
+                return tile
+    raise MixMoEError(
+        f"a block of {block} rows of h fits beside the ring in decode: I", problem.intermediate,
+        SMEM // (2 * max(8, block)),
+    )
+
+
+def rows_buffers(tile: Tile, intermediate: int, itemsize: int = 2) -> int:
+    """Blocks of h that a tile of `decode_rows` leaves room for: 2, so that the next one waits."""
+    room = HALF_SM if tile.ctas_per_sm == 2 else SMEM
+    return 2 if rows_memory(tile, intermediate, 2, itemsize) <= room else 1
 
 
 def decode_sums(problem: Problem) -> Tile | None:
@@ -233,12 +265,12 @@ def decode_sums(problem: Problem) -> Tile | None:
     An expert (or half, a quarter) goes to a warp, so topk divides 8; an expert that two tokens
     share is read twice, so tokens are few.
     """
-    if problem.tokens > 16 or 8 % problem.topk:
+    if problem.tokens > SUM_TOKENS or 8 % problem.topk:
         return None
     span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
-    return ring(1, 256, 8, problem.topk * resident_columns(problem, 256 * span))
+    return ring(1, 256, 8, problem.topk * resident_bytes(problem.intermediate, 256 * span))
 
 
-def resident_columns(problem: Problem, step: int) -> int:
-    """Columns of a row of h in shared memory, where a ring stage takes ``step`` of them."""
-    return -(-problem.intermediate // step) * step
+def resident_bytes(columns: int, step: int) -> int:
+    """Bytes of a row of e4m3 in shared memory, where a ring stage takes ``step`` columns of it."""
+    return -(-columns // step) * step

@@ -29,7 +29,7 @@ SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
 SHARED = 227 * 1024  # bytes a CTA may use; an SM has 1 KB more and takes 1 KB for each CTA
 MATRIX_WARPS = 8
 HELPER_WARPS = 4  # producer, epilogue, gather
-HELPER_REGISTERS = 48  # of those warps: 40 spill; the matrix warps get the rest of the CTA's
+HELPER_REGISTERS = 48
 
 
 class Ring(NamedTuple):
@@ -149,8 +149,9 @@ class Stream:
             raise MixMoEError("a decode tile has 8 warps and k 128 or 256", (t.warps, t.k))
         if self.rep < 1 or self.rows * t.split_k % t.warps:
             raise MixMoEError("rows / 16 * split_k must be a multiple of the warps", t, t.warps)
-        if not 8 <= t.tokens * t.split_k <= 64:
-            raise MixMoEError("tokens * split_k is an N of wgmma", t.tokens * t.split_k, "8..64")
+        n = t.tokens * t.split_k
+        if n > 64 or (n < 8 and t.split_k > 1):
+            raise MixMoEError("tokens * split_k is an N of wgmma", n, "8..64")
 
     @classmethod
     def of(cls, tile: Tile, packed: Packed) -> "Stream":

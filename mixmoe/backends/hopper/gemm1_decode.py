@@ -68,10 +68,11 @@ class Columns(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """H, I, routes of a token; tiles of a block, stages of a tile."""
+    """H, I, E, routes of a token; tiles of a block, stages of a tile."""
 
     hidden: Any
     intermediate: Any
+    experts: Any
     topk: Any
     row_tiles: Any
     steps: Any
@@ -217,11 +218,12 @@ def load_pair(ptr, expert, columns, column):
 
 
 @gluon.jit
-def activate_tiles(sums, h_ptr, x_scales, w, weight_ptr, blocks, sizes, act, tokens,
+def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes, act, tokens,
                    TOKENS: gl.constexpr, KIND: gl.constexpr):
     """Role of the epilogue warps: sums over the slices -> scale, bias, activation -> h (float32).
 
-    A row unit at a time; what does not depend on the sums is fetched before they are waited for.
+    x_memory: where the matrix warps have put the scale of the only token, 8 times; or None, and
+    x_scales are loaded. A row unit at a time; what does not depend on the sums is fetched before they are waited for.
     """
     ROWS: gl.constexpr = sums.buffer.shape[1]
     SLICES: gl.constexpr = sums.buffer.shape[2]
@@ -238,17 +240,21 @@ def activate_tiles(sums, h_ptr, x_scales, w, weight_ptr, blocks, sizes, act, tok
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block = tile // sizes.row_tiles
         expert = gl.load(blocks.experts + block).to(gl.int64)
+        expert = gl.where((expert >= 0) & (expert < sizes.experts), expert, 0)
         packed = gl.load(blocks.ids + block * TOKENS + n)
         token = packed & SENTINEL_MASK
         column = tile % sizes.row_tiles * (ROWS * 8) + m
         gate_scale, up_scale = load_pair(w.scale, expert, I, column)
         if w.bias is not None:
             gate_bias, up_bias = load_pair(w.bias, expert, I, column)
-        x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
+        if x_memory is None:
+            x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
         if weight_ptr is not None:
             weight = gl.load(weight_ptr + block * TOKENS + n)
         row = h_ptr + (token * sizes.topk + (packed >> 24)).to(gl.int64) * I
         mbarrier.wait(sums.ready.index(done & 1), (done >> 1) & 1)
+        if x_memory is not None:
+            x_scale = x_memory.load(gl.SliceLayout(1, LY))[:, None]
         units = smem_cast(
             sums.buffer.index(done & 1), gl.float32, [ROWS, SLICES, 2, 8, TOKENS],
             gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
@@ -298,8 +304,8 @@ def gemm1_decode(
         [
             (multiply, (ring, sums, blocks, sizes, TOKENS, SLICES, REP, STAGES, WIDE)),
             (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, TOKENS, STAGES)),
-            (activate_tiles, (sums, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act, tokens,
-                              TOKENS, KIND)),
+            (activate_tiles, (sums, h_ptr, x.scales, None, w, weight_ptr, blocks, sizes, act,
+                              tokens, TOKENS, KIND)),
             (gather_rows, (x, ring, blocks, sizes, tokens, limit, TOKENS, SLICES, STAGES)),
         ],
         [1, EPILOGUE_WARPS, 3 - EPILOGUE_WARPS],
@@ -327,7 +333,7 @@ def launch(
         Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
-        Sizes(p.hidden, p.intermediate, p.topk, row_tiles, stream.steps(p.hidden)),
+        Sizes(p.hidden, p.intermediate, p.experts, p.topk, row_tiles, stream.steps(p.hidden)),
         Act(*activation_scalars(recipe.act)), p.tokens, limit,
         tile.tokens, tile.split_k, stream.rep, tile.stages, KINDS[recipe.act.kind], stream.wide,
         1 if tile.tokens < 32 else 2, HELPER_REGISTERS, **stream.options,

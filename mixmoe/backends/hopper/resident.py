@@ -100,14 +100,15 @@ def place_of(row, group, columns, SPAN: gl.constexpr, CHUNKS: gl.constexpr, L: g
 @gluon.jit
 def load_groups(h, row, live, first, columns, COUNT: gl.constexpr, SPAN: gl.constexpr,
                 CHUNKS: gl.constexpr, L: gl.constexpr):
-    """COUNT groups of float32 h, all loads under way at once; rows that are not live are 0.
+    """COUNT groups of h as float32, all loads under way at once; rows that are not live are 0.
 
     The loads do not wait for `live`: rows that are not hold anything, but must lie inside h.
     """
     raw = ()
     for i in gl.static_range(COUNT):
         at, inside = place_of(row, first + i, columns, SPAN, CHUNKS, L)
-        raw = raw + (gl.load(h.rows + at, mask=inside, other=0.0),)  # type: ignore[assignment]
+        some = gl.load(h.rows + at, mask=inside, other=0.0).to(gl.float32)
+        raw = raw + (some,)  # type: ignore[assignment]
     values = ()
     for i in gl.static_range(COUNT):
         values = values + (gl.where(live[:, None], raw[i], 0.0),)  # type: ignore[assignment]

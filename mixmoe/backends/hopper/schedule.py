@@ -16,7 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mixmoe.backends.hopper import choose, gemm1, gemm1_decode, gemm2, gemm2_decode
+from mixmoe.backends.hopper import (
+    choose,
+    gemm1,
+    gemm1_decode,
+    gemm1_token,
+    gemm2,
+    gemm2_decode,
+)
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
 from mixmoe.backends.hopper.combine import combine
@@ -153,7 +160,7 @@ class Decode:
         """Stage 2 of float32 or FP8 rows of h, a row per route."""
         p = routed.problem
         out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
-        tile = choose.decode_rows(p, routed.block)
+        tile = choose.decode_rows(p, routed.block, out.element_size())
         return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out)
 
     def down(
@@ -180,6 +187,8 @@ class Decode:
     def layer(self, call: Call, out: Tensor) -> Tensor:
         """See :class:`Schedule`."""
         p, fmt, recipe = call.problem, call.recipe.activation, call.recipe
+        if is_single(call, out):
+            return self.single(call, out)
         codes, scales = quantise_stage.empty_fp8(p.tokens, p.hidden, call.x.device)
         routed = route_with_codes(
             call, choose.block_for(p), codes, scales, p.hidden, quantise_stage.FP8_WRITERS[fmt.name]
@@ -190,6 +199,31 @@ class Decode:
             assert isinstance(h, Tensor)
             h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, routed.position)
         return self.finish(h, call.weights, routed, recipe, out)
+
+
+    def single(self, call: Call, out: Tensor) -> Tensor:
+        """One token: two launches, no routing; stage 1 quantises x, stage 2 adds the experts up."""
+        p, recipe = call.problem, call.recipe
+        ids, shares = call.topk_ids.contiguous(), call.topk_weights.to(torch.float32).contiguous()
+        h = torch.empty((p.topk, p.intermediate), dtype=torch.float32, device=call.x.device)
+        gemm1_token.launch(
+            call.x, call.weights, ids, shares, recipe, choose.one_token(p.hidden), h
+        )
+        sums = choose.decode_sums(p)
+        assert sums is not None
+        return gemm2_decode.launch_tokens(h, call.weights, ids, shares, None, recipe, sums, out)
+
+
+def is_single(call: Call, out: Tensor) -> bool:
+    """Whether the two launches for one token serve this layer."""
+    return (
+        call.problem.tokens == 1
+        and call.recipe.activation.name == "fp8_token"
+        and call.expert_map is None
+        and choose.decode_sums(call.problem) is not None
+        and call.x.is_contiguous()
+        and out.is_contiguous()
+    )
 
 
 def fp8_rows(q: Quantised) -> Quantised:
