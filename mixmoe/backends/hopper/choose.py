@@ -226,37 +226,35 @@ def one_token(hidden: int) -> Tile:
     return ring(1, 128, 8, resident_bytes(hidden, 128 * 8))
 
 
-def rows_memory(tile: Tile, intermediate: int, buffers: int, itemsize: int) -> int:
-    """Bytes of shared memory of decode stage 2: ring, `buffers` blocks of h, two tiles of rows."""
+def rows_memory(tile: Tile, intermediate: int, buffers: int) -> int:
+    """Bytes of shared memory of decode stage 2: the ring, and `buffers` blocks of h."""
     n = max(8, tile.tokens)
     a_stage = tile.rows // 16 * (tile.k // 64) * 544 + 2 * 4 * tile.rows
     h = n * -(-intermediate // tile.k) * tile.k
-    return tile.stages * a_stage + buffers * (h + 4 * n) + 2 * n * tile.rows * itemsize + 768
+    return tile.stages * a_stage + buffers * (h + 4 * n) + 1024
 
 
-def decode_rows(problem: Problem, block: int, itemsize: int = 2) -> Tile:
-    """Decode stage 2 with a row per route of `itemsize` bytes a value.
+def decode_rows(problem: Problem, block: int) -> Tile:
+    """Decode stage 2 with a row per route: 64 weight rows for each of two teams of 4 warps.
 
-    Two CTAs an SM where each keeps four stages in flight beside two blocks of h, else one block
-    of h, else one CTA an SM.
+    Two CTAs an SM where each keeps 32 KB of weights in flight beside two blocks of h, else one
+    block of h, else one CTA an SM.
     """
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
     for ctas, buffers in ((2, 2), (2, 1), (1, 2), (1, 1)):
         room = HALF_SM if ctas == 2 else SMEM
-        for stages in range(16, 3, -1):
-            tile = Tile(block, 128, k, stages, 8, 1, ctas)
-            if rows_memory(tile, problem.intermediate, buffers, itemsize) <= room:
+        for stages in range(16, 2048 // k - 1, -1):
+            tile = Tile(block, 64, k, stages, 4, 1, ctas)
+            if rows_memory(tile, problem.intermediate, buffers) <= room:
                 return tile
-    raise MixMoEError(
-        f"a block of {block} rows of h fits beside the ring in decode: I", problem.intermediate,
-        SMEM // (2 * max(8, block)),
-    )
+    rule = f"a block of {block} rows of h fits beside the ring in decode: I"
+    raise MixMoEError(rule, problem.intermediate, SMEM // (2 * max(8, block)))
 
 
-def rows_buffers(tile: Tile, intermediate: int, itemsize: int = 2) -> int:
+def rows_buffers(tile: Tile, intermediate: int) -> int:
     """Blocks of h that a tile of `decode_rows` leaves room for: 2, so that the next one waits."""
     room = HALF_SM if tile.ctas_per_sm == 2 else SMEM
-    return 2 if rows_memory(tile, intermediate, 2, itemsize) <= room else 1
+    return 2 if rows_memory(tile, intermediate, 2) <= room else 1
 
 
 def decode_sums(problem: Problem) -> Tile | None:

@@ -145,8 +145,9 @@ class Stream:
 
     def __post_init__(self) -> None:
         t = self.tile
-        if t.warps != MATRIX_WARPS or t.k not in (128, 256):
-            raise MixMoEError("a decode tile has 8 warps and k 128 or 256", (t.warps, t.k))
+        if t.warps not in (MATRIX_WARPS // 2, MATRIX_WARPS) or t.k not in (128, 256):
+            rule = "a decode tile has 4 warps (of each of two teams) or 8, and k 128 or 256"
+            raise MixMoEError(rule, (t.warps, t.k))
         if self.rep < 1 or self.rows * t.split_k % t.warps:
             raise MixMoEError("rows / 16 * split_k must be a multiple of the warps", t, t.warps)
         n = t.tokens * t.split_k
@@ -184,7 +185,7 @@ class Stream:
     @property
     def options(self) -> dict[str, Any]:
         """Launch options: all registers of the SM, shared by ctas_per_sm CTAs."""
-        threads = 32 * (self.tile.warps + HELPER_WARPS)
+        threads = 32 * (MATRIX_WARPS + HELPER_WARPS)
         registers = 65536 // (self.tile.ctas_per_sm * threads) // 8 * 8
         return {"num_warps": self.tile.warps, "maxnreg": registers, "launch_pdl": True}
 

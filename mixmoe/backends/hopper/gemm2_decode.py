@@ -1,17 +1,18 @@
 """Stage 2 for few rows per expert, by blocks: out = h Wd^T + bd, a row per route for combine.
 
-A tile is 128 weight rows x all of K x one block of routes; a CTA takes a contiguous share of the
-tiles, block by block, so that it meets few blocks. With K of a few hundred a tile lasts a
+A tile is 64 weight rows x all of K x one block of routes; a CTA takes a contiguous share of the
+tiles, block by block, so that it meets few blocks. With K of a few hundred a tile lasts half a
 microsecond, so nothing that comes from memory may be waited for within it:
 
 ========================  =======================================================================
-`multiply` (matrix warps)  the products of a tile, scaled, as rows of the output type in `out`
+`multiply` (2 teams of 4)  every second tile: products, scales, bias, the rows to memory
 `stream` (producer warp)   weights, and with them the scales (and biases) of the tile's rows
 `prepare` (2 warps)        the h of the NEXT block: loaded, quantised, in shared memory
-`store` (1 warp)           a tile's live rows from `out` to memory
 ========================  =======================================================================
 
-The other form is `launch_tokens`.
+Two teams and two CTAs make four tiles an SM whose latencies (LDS, decoding, wgmma, barriers) hide
+behind each other: with one team of eight warps a tile of 128 rows took 2200 clocks where its
+instructions take 1120 (H100, 2026-11-28). The other form is `launch_tokens`.
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +66,9 @@ from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 __all__ = ["launch_rows", "launch_tokens"]
 
-ROWS = 128  # weight rows of a tile
+ROWS = 64  # weight rows of a tile: a warpgroup's
+TEAMS = gl.constexpr(2)
+TEAM_REGISTERS = 88  # of the second team; the first gets the same
 REGISTERS = 64  # a thread of the helper warps: `prepare` holds 32 values of h
 
 
@@ -76,14 +79,6 @@ class Prepared(NamedTuple):
     scales: Any
     ready: Any
     free: Any
-
-
-class Staged(NamedTuple):
-    """Finished tiles (2, N, 128 columns) on their way to memory."""
-
-    rows: Any
-    ready: Any
-    taken: Any
 
 
 class Vectors(NamedTuple):
@@ -195,13 +190,19 @@ def stream(w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS:
     first, last = share_of_blocks(blocks, sizes, TOKENS)
     stage = first * 0
     phase = first * 0 + 1
-    expert = gl.load(blocks.experts + first // sizes.row_tiles, mask=first < last, other=0)
+    block = first // sizes.row_tiles
+    row_tile = first - block * sizes.row_tiles
+    expert = gl.load(blocks.experts + block, mask=first < last, other=0)
+    after = gl.load(blocks.experts + block + 1, mask=first + sizes.row_tiles < last, other=0)
     for tile in range(first, last):
-        row_tile = tile % sizes.row_tiles
+        if row_tile == sizes.row_tiles:
+            row_tile = 0
+            block += 1
+            expert = after
+            after = gl.load(
+                blocks.experts + block + 1, mask=tile + sizes.row_tiles < last, other=0
+            )
         unit = expert * sizes.units + row_tile * UNITS
-        mine = expert
-        ahead = (tile + 1) // sizes.row_tiles
-        expert = gl.load(blocks.experts + ahead, mask=tile + 1 < last, other=0)
         for step in range(sizes.steps):
             barrier = ring.full.index(stage)
             mbarrier.wait(ring.empty.index(stage), phase)
@@ -210,12 +211,12 @@ def stream(w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS:
             )
             tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
             tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
-            tma_load(r_desc, [mine, row_tile * (UNITS * 16)], barrier, vectors.scale.index(stage))
+            column = row_tile * (UNITS * 16)
+            tma_load(r_desc, [expert, column], barrier, vectors.scale.index(stage))
             if b_desc is not None:
-                tma_load(
-                    b_desc, [mine, row_tile * (UNITS * 16)], barrier, vectors.bias.index(stage)
-                )
+                tma_load(b_desc, [expert, column], barrier, vectors.bias.index(stage))
             stage, phase = advance(stage, phase, STAGES)
+        row_tile += 1
 
 
 @gluon.jit
@@ -252,30 +253,66 @@ def operand(prepared, group, N: gl.constexpr):
 
 
 @gluon.jit
-def multiply(ring, vectors, prepared, staged, blocks, sizes, TOKENS: gl.constexpr,
-             N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-             BUFFERS: gl.constexpr, WIDE: gl.constexpr):
-    """Role of the matrix warps. The words of the next stage, be it the next tile's, are read while
-    a product is under way; every 128 of K is added in float32."""
+def meet(prepared, turn, N: gl.constexpr, BUFFERS: gl.constexpr, L: gl.constexpr):
+    """Give the h of the block before back and wait for the turn-th block's; its buffer, scales."""
+    slot = turn % BUFFERS
+    mbarrier.arrive(prepared.free.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=turn > 0)
+    mbarrier.wait(prepared.ready.index(slot), (turn // BUFFERS) & 1)
+    scales = smem_cast(
+        prepared.scales.index(slot * (N // 8)), gl.float32, [N],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )
+    return slot, scales.load(L)
+
+
+@gluon.jit
+def rows_of(blocks, sizes, block, tokens, N: gl.constexpr, TOKENS: gl.constexpr, L: gl.constexpr):
+    """Rows of the result of a block's N routes, -1 where there is none."""
+    n = gl.arange(0, N, layout=L)
+    packed = gl.load(blocks.ids + block * TOKENS + n, mask=n < TOKENS, other=SENTINEL_MASK)
+    token = packed & SENTINEL_MASK
+    return gl.where(token < tokens, token * sizes.topk + (packed >> 24), -1)
+
+
+@gluon.jit
+def store(value, out_ptr, row, column, columns, O: gl.constexpr):
+    """value (64 columns, N) -> out[row[n], column ..]. The conversion stays within warps; a lane
+    stores four columns, a warp whole sectors of 32 bytes of eight rows (16-bit values)."""
+    value = gl.convert_layout(value.to(out_ptr.dtype.element_ty), O)
+    m = column + gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, O))
+    at = (row.to(gl.int64) * columns)[None, :] + m[:, None]
+    gl.store(out_ptr + at, value, mask=(row >= 0)[None, :] & (m < columns)[:, None])
+
+
+@gluon.jit
+def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes, tokens,
+             TOKENS: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+             GROUPS: gl.constexpr, BUFFERS: gl.constexpr, WIDE: gl.constexpr):
+    """Role of a team: every TEAMS-th tile. The words of its next stage are read while a product is
+    under way; every 128 of K is added in float32."""
     WARPS: gl.constexpr = gl.num_warps()
     zero = zeros(1, N)
     L: gl.constexpr = zero.type.layout
     A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
+    O: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [WARPS, 1], [0, 1])
     first, last = share_of_blocks(blocks, sizes, TOKENS)
-    stage = first * 0
-    phase = first * 0
-    done = first * 0
-    turn = first * 0  # blocks met
-    slot = first * 0
+    gdc_wait()  # the rows may still be read by what ran before
     origin = first // sizes.row_tiles
+    met = (last + sizes.row_tiles - 1) // sizes.row_tiles - origin  # blocks of this CTA
+    turn = first * 0
+    slot = first * 0
     until = first  # the tile at which the next block begins
-    mbarrier.wait(ring.full.index(stage), phase, pred=first < last)
-    raw, byte, scale, bias = take(ring, vectors, stage, CHUNKS, L)
-    for tile in range(first, last):
-        if tile == until:
-            mbarrier.arrive(prepared.free.index(slot), count=1, pred=turn > 0)
-            slot = turn % BUFFERS
-            mbarrier.wait(prepared.ready.index(slot), (turn // BUFFERS) & 1)
+    row = rows_of(blocks, sizes, origin, tokens, N, TOKENS, gl.SliceLayout(0, O))
+    h_scale = gl.full([N], 0.0, gl.float32, gl.SliceLayout(0, L))
+    at = first * 0 + team * sizes.steps  # stages before this team's next one
+    mbarrier.wait(ring.full.index(at % STAGES), (at // STAGES) & 1, pred=first + team < last)
+    raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
+    for tile in range(first + team, last, TEAMS):
+        while tile >= until:
+            slot, h_scale = meet(prepared, turn, N, BUFFERS, gl.SliceLayout(0, L))
+            row = rows_of(
+                blocks, sizes, origin + turn, tokens, N, TOKENS, gl.SliceLayout(0, O)
+            )
             turn += 1
             until = (origin + turn) * sizes.row_tiles
         total = zero
@@ -285,9 +322,10 @@ def multiply(ring, vectors, prepared, staged, blocks, sizes, TOKENS: gl.constexp
             row_scale = scale
             row_bias = bias
             lo, hi = decode(raw, byte, WIDE)
-            ahead, ahead_phase = advance(stage, phase, STAGES)
-            more = (step + 1 < sizes.steps) | (tile + 1 < last)
-            mbarrier.wait(ring.full.index(ahead), ahead_phase, pred=more)
+            stage = at % STAGES
+            at += gl.where(step + 1 < sizes.steps, 1, 1 + (TEAMS - 1) * sizes.steps)
+            more = (step + 1 < sizes.steps) | (tile + TEAMS < last)
+            mbarrier.wait(ring.full.index(at % STAGES), (at // STAGES) & 1, pred=more)
             group = slot * GROUPS + step * CHUNKS
             part = warpgroup_mma(
                 fragment(chunk_of(lo, 0), chunk_of(hi, 0), A, 1, WARPS),
@@ -299,70 +337,31 @@ def multiply(ring, vectors, prepared, staged, blocks, sizes, TOKENS: gl.constexp
                     operand(prepared, group + 1, N), zero, use_acc=False,
                     is_async=True,
                 )
-                raw, byte, scale, bias = take(ring, vectors, ahead, CHUNKS, L)
+                raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
                 part, second = warpgroup_mma_wait(0, deps=[part, second])
                 part += second
             else:
-                raw, byte, scale, bias = take(ring, vectors, ahead, CHUNKS, L)
+                raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
                 part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(ring.empty.index(stage), count=1)
             total += part
-            stage = ahead
-            phase = ahead_phase
-        value = total * row_scale[:, None]
-        h_scale = smem_cast(
-            prepared.scales.index(slot * (N // 8)), gl.float32, [N],
-            gl.SwizzledSharedLayout(1, 1, 1, [0]),
-        )
-        value *= h_scale.load(gl.SliceLayout(0, L))[None, :]
+        value = total * row_scale[:, None] * h_scale[None, :]
         if vectors.bias is not None:
             value += row_bias[:, None]
-        mbarrier.wait(staged.taken.index(done & 1), ((done >> 1) & 1) ^ 1)
-        rows = staged.rows.index(done & 1)
-        rows.permute((1, 0)).store(value.to(rows.dtype))
-        mbarrier.arrive(staged.ready.index(done & 1), count=1)
-        done += 1
-
-
-@gluon.jit
-def store(staged, out_ptr, blocks, sizes, tokens, TOKENS: gl.constexpr):
-    """Role of a warp: the live rows of each tile, 8 at a time, 128 columns each."""
-    PARTS: gl.constexpr = staged.rows.shape[1] // 8
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    c = gl.arange(0, staged.rows.shape[2], layout=gl.SliceLayout(0, L))
-    first, last = share_of_blocks(blocks, sizes, TOKENS)
-    gdc_wait()
-    done = first * 0
-    for tile in range(first, last):
-        block = tile // sizes.row_tiles
-        column = tile % sizes.row_tiles * staged.rows.shape[2] + c
-        row, live = routes_of(blocks, sizes, block, 0, tokens, TOKENS, gl.SliceLayout(1, L))
-        mbarrier.wait(staged.ready.index(done & 1), (done >> 1) & 1)
-        rows = staged.rows.index(done & 1)
-        for part in gl.static_range(PARTS):
-            some = rows
-            if PARTS > 1:
-                some = rows.slice(part * 8, 8, dim=0)
-            gl.store(
-                out_ptr + (row * sizes.hidden)[:, None] + column[None, :], some.load(L),
-                mask=live[:, None] & (column < sizes.hidden)[None, :],
-            )
-            if part + 1 < PARTS:
-                row, live = routes_of(
-                    blocks, sizes, block, part + 1, tokens, TOKENS, gl.SliceLayout(1, L)
-                )
-        mbarrier.arrive(staged.taken.index(done & 1), count=1)
-        done += 1
+        column = (tile - (until - sizes.row_tiles)) * (WARPS * 16)
+        store(value, out_ptr, row, column, sizes.hidden, O)
+    for later in range(turn, met):
+        meet(prepared, later, N, BUFFERS, gl.SliceLayout(0, L))
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def gemm2_rows(
     w_desc, s_desc, r_desc, b_desc, h, out_ptr, blocks, sizes, tokens,
     TOKENS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    BUFFERS: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr,
+    BUFFERS: gl.constexpr, WIDE: gl.constexpr, TEAM_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
     N: gl.constexpr = TOKENS if TOKENS > 8 else 8
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
     ring = Ring(
         gl.allocate_shared_memory(gl.int32, [STAGES] + w_desc.block_type.shape, w_desc.layout),
         gl.allocate_shared_memory(gl.int32, [STAGES] + s_desc.block_type.shape, s_desc.layout),
@@ -386,27 +385,21 @@ def gemm2_rows(
         gl.allocate_shared_memory(
             gl.float32, [BUFFERS * N // 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [0])
         ),
-        barriers(BUFFERS, 1), barriers(BUFFERS, 1),
-    )
-    staged = Staged(
-        gl.allocate_shared_memory(
-            dtype, [2, N, r_desc.block_type.shape[1]],
-            gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2),
-        ),
-        barriers(2, 1), barriers(2, 1),
+        barriers(BUFFERS, 1), barriers(BUFFERS, TEAMS),
     )
     fence_async_shared()
     gl.warp_specialize(
         [
-            (multiply, (ring, vectors, prepared, staged, blocks, sizes, TOKENS, N, CHUNKS,
-                        STAGES, GROUPS, BUFFERS, WIDE)),
+            (multiply, (0, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
+                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE)),
+            (multiply, (1, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
+                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE)),
             (stream, (w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS,
                       STAGES)),
-            (store, (staged, out_ptr, blocks, sizes, tokens, TOKENS)),
             (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, BUFFERS)),
         ],
-        [1, 1, 2],
-        [REGISTERS, REGISTERS, REGISTERS],
+        [4, 1, 2],
+        [TEAM_REGISTERS, REGISTERS, REGISTERS],
     )
 
 
@@ -431,7 +424,7 @@ def launch_rows(
     if not limit or not p.tokens:
         return out
     steps = cut.steps(p.intermediate)
-    buffers = rows_buffers(tile, p.intermediate, out.element_size())
+    buffers = rows_buffers(tile, p.intermediate)
     bias = None if weights.w2_bias is None else row_box(weights.w2_bias)
     gemm2_rows[(cut.grid(limit),)](
         *cut.boxes(w2, cut.rows, tile.split_k), row_box(w2.row_scale), bias,
@@ -439,6 +432,6 @@ def launch_rows(
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(p.hidden, p.intermediate, p.experts, p.topk, -(-p.hidden // 16), row_tiles, steps),
         p.tokens, tile.tokens, cut.chunks, tile.stages, steps * cut.chunks, buffers, cut.wide,
-        REGISTERS, **cut.options,
+        TEAM_REGISTERS, REGISTERS, **cut.options,
     )
     return out

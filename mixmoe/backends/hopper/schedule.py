@@ -36,6 +36,9 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe, Weights
 
 
+QUANTISED_THERE = 256  # columns of h up to which decode stage 2 quantises it; longer rows wait
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """The operands of one layer."""
@@ -160,7 +163,7 @@ class Decode:
         """Stage 2 of float32 or FP8 rows of h, a row per route."""
         p = routed.problem
         out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
-        tile = choose.decode_rows(p, routed.block, out.element_size())
+        tile = choose.decode_rows(p, routed.block)
         return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out)
 
     def down(
@@ -178,6 +181,9 @@ class Decode:
         # the kernel takes float32 weights and contiguous rows, and trusts an expert map's length
         plain = out.is_contiguous() and routed.expert_map is None
         if sums is None or ids is None or topk_weights is None or not plain:
+            if isinstance(h, Tensor) and h.shape[1] > QUANTISED_THERE:
+                fmt, position = recipe.activation, routed.position
+                h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, position)
             rows = self.rows(h, weights, routed, recipe)
             return combine(rows, routed, recipe.weight_on, out)
         return gemm2_decode.launch_tokens(
