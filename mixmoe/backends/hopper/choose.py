@@ -6,7 +6,7 @@ replaces its answer for shapes that were timed. Constants: one H200, 2026-11-24 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import exp, log1p
 from pathlib import Path
@@ -211,14 +211,16 @@ def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
     """
     rows = 128 // slices
     weights = rows // 16 * (k * slices // 64) * 544  # 16 x 64: 512 B of codes, 32 of scales
-    a_stage = weights + (tokens * slices * k if resident is None else 0)
-    left = HALF_SM - 2 * tokens * slices * rows * 4 - (resident or 0) - 768
+    columns = max(16, tokens * slices)  # of both teams' products
+    a_stage = weights + (columns * k if resident is None else 0)
+    left = HALF_SM - 2 * columns * rows * 4 - (resident or 0) - 1024
     return Tile(tokens, rows, k, max(2, min(16, left // a_stage)), 8, slices, 2)
 
 
 def decode_stage1(block: int) -> Tile:
-    """Decode stage 1: few routes take many slices of K, because tiles of few rows end together."""
-    return ring(block, 128, {1: 8, 2: 8, 4: 4, 8: 2}.get(block, 1), None)
+    """Decode stage 1, two teams of 4 warps: few routes take many slices of K, because tiles of few
+    rows end together."""
+    return replace(ring(block, 128, {1: 8, 2: 8, 4: 4}.get(block, 2), None), warps=4)
 
 
 def one_token(hidden: int) -> Tile:

@@ -29,7 +29,11 @@ SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
 SHARED = 227 * 1024  # bytes a CTA may use; an SM has 1 KB more and takes 1 KB for each CTA
 MATRIX_WARPS = 8
 HELPER_WARPS = 4  # producer, epilogue, gather
-HELPER_REGISTERS = 48
+HELPER_REGISTERS = 48  # of those warps: 40 spill; the matrix warps get the rest of the CTA's
+# Where two teams of four warps share a CTA: registers of the second team (the first gets the
+# same) and of the helpers.
+TEAMS = gl.constexpr(2)
+TEAM_REGISTERS, TEAM_HELPERS = 88, 64
 
 
 class Ring(NamedTuple):
@@ -150,9 +154,8 @@ class Stream:
             raise MixMoEError(rule, (t.warps, t.k))
         if self.rep < 1 or self.rows * t.split_k % t.warps:
             raise MixMoEError("rows / 16 * split_k must be a multiple of the warps", t, t.warps)
-        n = t.tokens * t.split_k
-        if n > 64 or (n < 8 and t.split_k > 1):
-            raise MixMoEError("tokens * split_k is an N of wgmma", n, "8..64")
+        if t.tokens * t.split_k > 64:
+            raise MixMoEError("tokens * split_k is an N of wgmma", t.tokens * t.split_k, 64)
 
     @classmethod
     def of(cls, tile: Tile, packed: Packed) -> "Stream":

@@ -77,7 +77,7 @@ def stream_token(w_desc, s_desc, ring, blocks, sizes, tiles, STAGES: gl.constexp
 @gluon.jit
 def multiply_token(ring, resident, x_memory, sums, x, sizes, tiles, STAGES: gl.constexpr,
                    WIDE: gl.constexpr):
-    """Role of the matrix warps: quantise x, its scale to `x_memory`; then every tile of this CTA."""
+    """Role of the matrix warps: quantise x, its scale to `x_memory`; then this CTA's tiles."""
     WARPS: gl.constexpr = gl.num_warps()
     L: gl.constexpr = resident_layout(SLICES, WARPS, False)
     zero = zeros(1, SLICES)
@@ -140,7 +140,7 @@ def gemm1_token(
             (multiply_token, (ring, resident, x_memory, sums, x, sizes, tiles, STAGES, WIDE)),
             (stream_token, (w_desc, s_desc, ring, blocks, sizes, tiles, STAGES)),
             (activate_tiles, (sums, h_ptr, None, x_memory, w, weight_ptr, blocks, sizes, act, 1, 1,
-                              KIND)),
+                              1, 1, KIND)),
         ],
         [1, 1],
         [REGISTERS, REGISTERS],

@@ -33,6 +33,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mixmoe.backends.hopper.choose import rows_buffers
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
+    TEAM_HELPERS,
+    TEAM_REGISTERS,
+    TEAMS,
     Blocks,
     Ring,
     Stream,
@@ -56,6 +59,7 @@ from mixmoe.backends.hopper.resident import (
     TINY,
     Sizes,
     amax_of,
+    encode,
     hidden_of,
     load_groups,
     place_of,
@@ -67,9 +71,6 @@ from mixmoe.spec import Recipe, Routed, Tile, Weights
 __all__ = ["launch_rows", "launch_tokens"]
 
 ROWS = 64  # weight rows of a tile: a warpgroup's
-TEAMS = gl.constexpr(2)
-TEAM_REGISTERS = 88  # of the second team; the first gets the same
-REGISTERS = 64  # a thread of the helper warps: `prepare` holds 32 values of h
 
 
 class Prepared(NamedTuple):
@@ -107,12 +108,10 @@ def routes_of(blocks, sizes, block, part, tokens, TOKENS: gl.constexpr, L: gl.co
 
 
 @gluon.jit
-def encode(codes, values, scale, at, EIGHTS: gl.constexpr):
-    """codes = rne(h / scale), saturated."""
+def store_eight(codes, values, scale, at, EIGHTS: gl.constexpr):
+    """The codes of eight rows, a group of 128 columns after the other."""
     for i in gl.static_range(len(values)):
-        divisor, value = gl.broadcast(scale.expand_dims(1), values[i])
-        code = gl.minimum(gl.maximum(gl.div_rn(value, divisor), -448.0), 448.0)
-        codes.index(at + i * EIGHTS).store(code.to(gl.float8e4nv))
+        codes.index(at + i * EIGHTS).store(encode(values[i], scale))
 
 
 @gluon.jit
@@ -131,10 +130,10 @@ def quantise_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHT
         amax = gl.maximum(amax, amax_of(more, 1, L))
     largest = gl.full([8], 448.0, gl.float32, gl.SliceLayout(1, L))
     scale = gl.maximum(gl.div_rn(amax, largest), TINY)
-    encode(codes, values, scale, at, EIGHTS)
+    store_eight(codes, values, scale, at, EIGHTS)
     for group in range(KEPT, GROUPS):
         more = load_groups(h, row, live, group, columns, 1, 1, 1, L)
-        encode(codes, more, scale, at + group * EIGHTS, EIGHTS)
+        store_eight(codes, more, scale, at + group * EIGHTS, EIGHTS)
     return scale
 
 
@@ -193,7 +192,8 @@ def stream(w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS:
     block = first // sizes.row_tiles
     row_tile = first - block * sizes.row_tiles
     expert = gl.load(blocks.experts + block, mask=first < last, other=0)
-    after = gl.load(blocks.experts + block + 1, mask=first + sizes.row_tiles < last, other=0)
+    more = (block + 1) * sizes.row_tiles < last
+    after = gl.load(blocks.experts + block + 1, mask=more, other=0)
     for tile in range(first, last):
         if row_tile == sizes.row_tiles:
             row_tile = 0
@@ -432,6 +432,6 @@ def launch_rows(
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(p.hidden, p.intermediate, p.experts, p.topk, -(-p.hidden // 16), row_tiles, steps),
         p.tokens, tile.tokens, cut.chunks, tile.stages, steps * cut.chunks, buffers, cut.wide,
-        TEAM_REGISTERS, REGISTERS, **cut.options,
+        TEAM_REGISTERS, TEAM_HELPERS, **cut.options,
     )
     return out

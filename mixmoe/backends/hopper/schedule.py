@@ -35,7 +35,6 @@ from mixmoe.formats import Format, Quantised, ScaleKind
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe, Weights
 
-
 QUANTISED_THERE = 256  # columns of h up to which decode stage 2 quantises it; longer rows wait
 
 
