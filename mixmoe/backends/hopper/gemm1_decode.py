@@ -4,8 +4,9 @@ Roles of a CTA: `multiply` (two teams of four matrix warps, each with half of th
 `stream_weights` and `gather_rows`, which keep the ring full, and `activate_tiles` (sum over the K
 slices in fixed order, scales, bias, activation, store), so that the stream never stops for an
 epilogue. Two teams and two CTAs make four chains an SM whose latencies hide behind each other. The
-grid is persistent and sweeps the tiles of one block after the other. Launched dependently (PDL): the CTAs are set up while the kernel
-before still runs; the kernel after may start once this one has seen its input.
+grid is persistent and sweeps the tiles of one block after the other. Launched dependently (PDL):
+the CTAs are set up while the kernel before still runs; the kernel after may start once this one has
+seen its input.
 """
 
 from typing import Any, NamedTuple
@@ -144,9 +145,11 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
     128 columns.
 
     The copies of a step are announced LAG steps later, once they have landed and a fence has made
-    them visible to the tensor cores; rows of padding and columns past H are filled with zeros.
+    them visible to the tensor cores; rows of padding and columns past H are filled with zeros. The
+    teams give a stage back after they have seen the next one, so LAG + 2 stages are in use.
     """
-    LAG: gl.constexpr = 3
+    gl.static_assert(STAGES >= 3)
+    LAG: gl.constexpr = 3 if STAGES > 4 else STAGES - 2
     N: gl.constexpr = TOKENS * PART
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     n = gl.arange(0, N, layout=gl.SliceLayout(1, L))

@@ -150,10 +150,12 @@ def copy_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHTS: g
 
 @gluon.jit
 def prepare(prepared, h, blocks, sizes, tokens, TOKENS: gl.constexpr, GROUPS: gl.constexpr,
-            BUFFERS: gl.constexpr):
+            BUFFERS: gl.constexpr, EARLY: gl.constexpr):
     """Role of two warps: each block's h, as soon as a buffer is free."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     EIGHTS: gl.constexpr = prepared.scales.shape[0] // BUFFERS
+    if not EARLY:
+        gdc_wait()
     first, last = share_of_blocks(blocks, sizes, TOKENS)
     gdc_wait()
     gdc_launch_dependents()
@@ -181,8 +183,10 @@ def prepare(prepared, h, blocks, sizes, tokens, TOKENS: gl.constexpr, GROUPS: gl
 
 @gluon.jit
 def stream(w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS: gl.constexpr,
-           STAGES: gl.constexpr):
-    """Role of the producer warp. It does not wait for stage 1: routing ended before that began."""
+           STAGES: gl.constexpr, EARLY: gl.constexpr):
+    """Role of the producer warp. EARLY: it does not wait for stage 1, as routing ended before."""
+    if not EARLY:
+        gdc_wait()
     UNITS: gl.constexpr = w_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
     VECTORS: gl.constexpr = r_desc.block_type.nbytes * (1 if b_desc is None else 2)
@@ -287,7 +291,8 @@ def store(value, out_ptr, row, column, columns, O: gl.constexpr):
 @gluon.jit
 def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes, tokens,
              TOKENS: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-             GROUPS: gl.constexpr, BUFFERS: gl.constexpr, WIDE: gl.constexpr):
+             GROUPS: gl.constexpr, BUFFERS: gl.constexpr, WIDE: gl.constexpr,
+             EARLY: gl.constexpr):
     """Role of a team: every TEAMS-th tile. The words of its next stage are read while a product is
     under way; every 128 of K is added in float32."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -295,6 +300,8 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
     L: gl.constexpr = zero.type.layout
     A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
     O: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [WARPS, 1], [0, 1])
+    if not EARLY:
+        gdc_wait()
     first, last = share_of_blocks(blocks, sizes, TOKENS)
     gdc_wait()  # the rows may still be read by what ran before
     origin = first // sizes.row_tiles
@@ -358,8 +365,8 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
 def gemm2_rows(
     w_desc, s_desc, r_desc, b_desc, h, out_ptr, blocks, sizes, tokens,
     TOKENS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    BUFFERS: gl.constexpr, WIDE: gl.constexpr, TEAM_REGISTERS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    BUFFERS: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     N: gl.constexpr = TOKENS if TOKENS > 8 else 8
     ring = Ring(
@@ -391,12 +398,12 @@ def gemm2_rows(
     gl.warp_specialize(
         [
             (multiply, (0, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE)),
+                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE, EARLY)),
             (multiply, (1, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE)),
+                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE, EARLY)),
             (stream, (w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS,
-                      STAGES)),
-            (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, BUFFERS)),
+                      STAGES, EARLY)),
+            (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, BUFFERS, EARLY)),
         ],
         [4, 1, 2],
         [TEAM_REGISTERS, REGISTERS, REGISTERS],
@@ -409,13 +416,15 @@ def row_box(vectors: Tensor) -> TensorDescriptor:
 
 
 def launch_rows(
-    h: Tensor | Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
+    h: Tensor | Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile,
+    out: Tensor, early: bool = False,
 ) -> Tensor:
     """Run stage 2 by blocks: out (T * topk, H), a row per route without its routing weight.
 
     h: (T * topk, I) float32 or e4m3 with a scale per row, a row per route; weights.w2 in the order
     hopper_fp4_w1 (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
-    The kernel before must be one that starts its dependents after it has waited (gemm1_decode).
+    early: the lists of `routed` are complete when the kernel before this one starts its dependents
+    (gemm1_decode does so after it has waited for them), so weights may be streamed at once.
     """
     p, w2 = routed.problem, fragments(weights.w2)
     cut = Stream.of(tile, w2)
@@ -427,11 +436,12 @@ def launch_rows(
     buffers = rows_buffers(tile, p.intermediate)
     bias = None if weights.w2_bias is None else row_box(weights.w2_bias)
     gemm2_rows[(cut.grid(limit),)](
-        *cut.boxes(w2, cut.rows, tile.split_k), row_box(w2.row_scale), bias,
+        *cut.boxes(w2, cut.rows, tile.split_k),
+        row_box(w2.row_scale), bias,  # type: ignore[arg-type]
         hidden_of(h), out,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(p.hidden, p.intermediate, p.experts, p.topk, -(-p.hidden // 16), row_tiles, steps),
         p.tokens, tile.tokens, cut.chunks, tile.stages, steps * cut.chunks, buffers, cut.wide,
-        TEAM_REGISTERS, TEAM_HELPERS, **cut.options,
+        early, TEAM_REGISTERS, TEAM_HELPERS, **cut.options,
     )
     return out

@@ -157,13 +157,14 @@ class Decode:
         return self.rows(fp8_rows(h), weights, routed, recipe)
 
     def rows(
-        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe
-    ) -> Tensor:
-        """Stage 2 of float32 or FP8 rows of h, a row per route."""
+        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe,
+        early: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Stage 2 of float32 or FP8 rows of h, a row per route; early: right behind stage 1."""
         p = routed.problem
         out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
         tile = choose.decode_rows(p, routed.block)
-        return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out)
+        return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out, early)
 
     def down(
         self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
@@ -172,8 +173,9 @@ class Decode:
         return self.finish(fp8_rows(h), weights, routed, recipe, out)
 
     def finish(
-        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
-    ) -> Tensor:
+        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        early: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum over a token's routes, in one kernel where tokens are few."""
         ids, topk_weights = routed.topk_ids, routed.topk_weights
         sums = choose.decode_sums(routed.problem)
@@ -183,7 +185,7 @@ class Decode:
             if isinstance(h, Tensor) and h.shape[1] > QUANTISED_THERE:
                 fmt, position = recipe.activation, routed.position
                 h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, position)
-            rows = self.rows(h, weights, routed, recipe)
+            rows = self.rows(h, weights, routed, recipe, early)
             return combine(rows, routed, recipe.weight_on, out)
         return gemm2_decode.launch_tokens(
             h, weights, ids, topk_weights.to(torch.float32), None, recipe, sums, out
@@ -203,8 +205,7 @@ class Decode:
         if fmt.name != "fp8_token":  # fp8_token rows of h are quantised where stage 2 loads them
             assert isinstance(h, Tensor)
             h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, routed.position)
-        return self.finish(h, call.weights, routed, recipe, out)
-
+        return self.finish(h, call.weights, routed, recipe, out, early=True)
 
     def single(self, call: Call, out: Tensor) -> Tensor:
         """One token: two launches, no routing; stage 1 quantises x, stage 2 adds the experts up."""
