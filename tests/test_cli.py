@@ -16,22 +16,6 @@ from mixmoe.cli import run as run_command  # noqa: E402
 from mixmoe.hf.models import small_model  # noqa: E402
 from mixmoe.preshuffle import ORDERS  # noqa: E402
 
-
-@pytest.fixture
-def mixmoe(monkeypatch, capsys):
-    """Run a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mixmoe", *words])
-        monkeypatch.setenv("COLUMNS", "140")
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out = capsys.readouterr()
-        return stop.value.code or 0, out.out, out.err
-
-    return call
-
-
 FEW = tuple(case for case in verify.CASES if case.name in ("plain", "T=0", "masked ids"))
 
 
