@@ -97,6 +97,9 @@ BROKEN_RULES = {
     "backend": (("check", "--backend", "tpu"), "unknown backend: got tpu, nearest legal: cpu"),
     "cell": (("check", "--recipe", "a9w9"), "unknown recipe: got a9w9"),
     "order": (("inspect", "spiral"), "got spiral"),
+    "inspected": (("inspect", "--backend", "hopper"), "got hopper, nearest legal: cdna"),
+    "shape": (("build", "--shape", "gpt5", "-o", "/nowhere"), "unknown shape: got gpt5"),
+    "tokens": (("inspect", "--backend", "cdna", "--tokens", "1;2"), "got 1;2, nearest legal: 1,8"),
 }
 
 
@@ -176,5 +179,5 @@ def test_module_entry_and_bench_mount():
         [sys.executable, "-m", "mixmoe.cli", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for command in ("run", "check", "info", "inspect", "bench"):
+    for command in ("run", "check", "info", "inspect", "build", "bench"):
         assert command in done.stdout

@@ -8,8 +8,9 @@ pytest.importorskip("flydsl")
 pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 
 from mixmoe import verify  # noqa: E402
-from mixmoe.backends.cdna import combine, gemm1, gemm2, mainloop, quantise  # noqa: E402
+from mixmoe.backends.cdna import gemm1, mainloop  # noqa: E402
 from mixmoe.cli import simulated  # noqa: E402
+from mixmoe.cli.compiled import forget  # noqa: E402
 
 CHECK = ("check", "--backend", "cdna", "--simulate", "--jobs", "1")
 STAGES = len(verify.STAGES) + 1  # and what the simulator found
@@ -18,11 +19,9 @@ STAGES = len(verify.STAGES) + 1  # and what the simulator found
 @pytest.fixture
 def fresh():
     """Kernels compiled anew, before and after a fault is planted."""
-    for module in (quantise, gemm1, gemm2, combine):
-        module.build.cache_clear()
+    forget()
     yield
-    for module in (quantise, gemm1, gemm2, combine):
-        module.build.cache_clear()
+    forget()
 
 
 def test_check_simulates(mixmoe):

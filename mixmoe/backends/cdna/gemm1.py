@@ -17,6 +17,7 @@ from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, WAVE
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import encode, scale_byte
 from mixmoe.formats import Rounding
 
@@ -143,4 +144,4 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
             expert_ids, tokens, topk, limit, alpha, beta, beta2,
         ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)

@@ -9,6 +9,7 @@ from mixmoe.backends.cdna import mainloop
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna.prebuilt import launcher
 
 
 @cache
@@ -87,4 +88,4 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
             rows, h, h_scales, codes, scales, bias_rows, sorted_ids, expert_ids, tokens, topk
         ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)
