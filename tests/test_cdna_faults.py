@@ -45,7 +45,7 @@ def test_swapped_gate_and_up(fresh, monkeypatch):
 
 
 def test_dropped_k_step(fresh, monkeypatch):
-    monkeypatch.setattr(config.Gemm, "last_steps", property(lambda cfg: 1))
+    monkeypatch.setattr(config.Gemm, "steps_of", lambda cfg, kt: 1)
     assert stages_that_fail()[0] >= {"gemm1"}
 
 
@@ -82,14 +82,29 @@ def test_wrong_activation(fresh, monkeypatch):
 
 def test_missing_barrier(fresh, monkeypatch):
     """The stage that a slower wave still reads is overwritten: a race, whatever the numbers."""
+    def hand_over(tile):
+        mainloop.fx.rocdl.wait_asyncmark(tile.younger())
 
-    def hand_over(loads, kt, stage):
-        loads.publish(stage)
-        loads.read_scales(kt, stage)
-
-    monkeypatch.setattr(mainloop, "hand_over", hand_over)
+    monkeypatch.setattr(mainloop.Tile, "hand_over", hand_over)
     _, found = stages_that_fail(case="plain", hidden=640)
     assert any("race" in line for line in found)
+
+
+def test_missing_wait(fresh, monkeypatch):
+    """A tile is read before its copies have landed: what the stage held comes back."""
+    monkeypatch.setattr(mainloop.Tile, "hand_over", lambda tile: mainloop.fx.gpu.barrier())
+    failed, found = stages_that_fail(case="plain", hidden=1280)
+    assert failed or found
+
+
+def test_lost_swizzle(fresh, monkeypatch):
+    """Copies that are not swizzled where reads are."""
+    real, calls = config.Gemm.swizzled, iter(range(1000))
+    monkeypatch.setattr(
+        config.Gemm, "swizzled",
+        lambda cfg, token, chunk: real(cfg, token * (next(calls) % 2), chunk),
+    )
+    assert stages_that_fail()[0] >= {"gemm1"}
 
 
 def test_padding_that_is_stored(fresh, monkeypatch):

@@ -73,7 +73,7 @@ class CdnaBackend:
         expert_map: Tensor | None = None,
         block: int | None = None,
     ) -> Routed:
-        """Sort without waiting for the device; ``block`` is a multiple of 32."""
+        """Sort without waiting for the device; ``block`` is a multiple of 16."""
         return self.kernels.route(topk_ids, topk_weights, problem, expert_map, block)
 
     def quantise(self, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
