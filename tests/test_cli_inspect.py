@@ -34,7 +34,7 @@ def test_inspect_counts_what_a_kernel_does(mixmoe, toy):
     assert gemm["global_load_bytes"] >= 2 * TOY.intermediate * TOY.hidden // 2
     loop = gemm["loop"]
     assert loop["iterations"] * loop["mix"]["mfma"] <= gemm["mfma"] // 4
-    assert loop["iterations"] > K_STEPS // 8 and 0 < loop["mfma_busy"] <= 1
+    assert loop["iterations"] >= K_STEPS // 16 and 0 < loop["mfma_busy"] <= 1
     assert 0 < loop["cycles"] * loop["iterations"] < gemm["cycles"]
     assert 0 < gemm["compile_seconds"] < 60 and gemm["code_bytes"] > 1000
 

@@ -96,7 +96,7 @@ class Step:
 
 def spread(starts, slots: int):
     """Functions in order and evenly over ``slots``."""
-    out = [[] for _ in range(slots)]
+    out: list[list] = [[] for _ in range(slots)]
     for i, start in enumerate(starts):
         out[i * slots // len(starts)].append(start)
     return out
@@ -245,7 +245,7 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
     unrolled = max(cfg.ring, STEPS_OF_DWORD) // cfg.steps
     looped = trips(cfg, unrolled)
     if const_expr(looped > 0):
-        for i in range(0, looped, 1):
+        for i in range(0, looped, 1, unroll=1):
             for tile in fx.range_constexpr(unrolled):
                 Tile(cfg, ops, fx.Int32(i) * unrolled + tile, tile, None).run(acc)
     for tile in fx.range_constexpr(cfg.k_tiles - looped * unrolled):
