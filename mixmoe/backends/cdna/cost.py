@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, exp, lgamma, log, log1p, sqrt
 
+from mixmoe.spec import Problem
+
 TILE_K = 256  # K of a step of the main loop
 OTHER_REGISTERS = 100  # of a wave: operands on their way, addresses
 LARGE = 4000.0  # expected routes from which a block is lost to rounding on average: half of one
@@ -65,6 +67,8 @@ MI300X = replace(
     MI355X, cus=304, cycles=2100.0, memory=4.77e6, path=64 * 2100.0, lds=128 * 2100.0,
     mfma=((8, 64), (16, 128)), lds_bytes=64 << 10,
 )  # fmt: skip
+# These kernels on MI355X: cycles of a product in the main loop as simulated (docs/cdna.md).
+OURS = replace(MI355X, issue=18.0)
 DEVICES = {"gfx950": MI355X, "gfx942": MI300X}
 
 
@@ -190,6 +194,19 @@ def predict(device: Device, work: Work, cut: Cut) -> Cost:
 def ranked(device: Device, work: Work, cuts: list[Cut]) -> list[tuple[Cut, Cost]]:
     """Cuts by predicted time, the shortest first; of equal ones the first given."""
     return sorted(((cut, predict(device, work, cut)) for cut in cuts), key=lambda pair: pair[1].us)
+
+
+def works_of(
+    problem: Problem, weight_bits: float = 4.25, token_bits: float = 8.25
+) -> tuple[Work, Work]:
+    """Both GEMMs of a layer. What sorts the routes does not know the formats: by default e2m1
+    weights and 8-bit tokens, with their scales."""
+    p = problem
+    routed, bits = (p.tokens, p.topk, p.experts), (weight_bits, token_bits)
+    return (
+        Work(*routed, 2, p.intermediate, p.hidden, *bits, token_bits / 8),
+        Work(*routed, 1, p.hidden, p.intermediate, *bits, 2.0, 1.0),
+    )
 
 
 def choose(device: Device, works: tuple[Work, ...], cuts: Mapping[int, tuple[Cut, ...]]) -> int:

@@ -1,6 +1,7 @@
 """The stages: choose a tile, allocate, launch. No maths here."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import flydsl.expr as fx
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from mixmoe.activations import Activation
 from mixmoe.backends.cdna import combine as combine_kernels
+from mixmoe.backends.cdna import cost
 from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
@@ -97,11 +99,18 @@ def prepare(weights: Weights, recipe: Recipe) -> Weights:
     return Weights(w13, w2, **extra)
 
 
+@cache
+def fastest_block(problem: Problem) -> int:
+    """The tile of tokens whose GEMMs the cost model expects to take least together."""
+    works = cost.works_of(problem)
+    cuts = {t: tuple(cost.Cut(t, 4 * WAVES * MFMA_ROWS // w.halves) for w in works) for t in TILES}
+    return cost.choose(cost.OURS, works, cuts)
+
+
 def sort_block(problem: Problem, block: int | None) -> int:
-    """Routes of a sorted block: about an expert's share, 16 to 128."""
+    """Routes of a sorted block: the fastest of 16 to 128, or a multiple of 16."""
     if block is None:
-        share = problem.routes // problem.experts
-        return next((t for t in TILES if share >= t), MIN_BLOCK)
+        return fastest_block(problem) if problem.tokens else MIN_BLOCK
     if block < MIN_BLOCK or block % MIN_BLOCK:
         rule = f"cdna sorts into blocks of a multiple of {MIN_BLOCK} routes"
         raise MixMoEError(rule, block, nearest_multiple(block, MIN_BLOCK))
