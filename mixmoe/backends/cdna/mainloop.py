@@ -245,7 +245,7 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
     unrolled = max(cfg.ring, STEPS_OF_DWORD) // cfg.steps
     looped = trips(cfg, unrolled)
     if const_expr(looped > 0):
-        for i in range(0, looped, 1, unroll=1):
+        for i in range(0, looped, 1, unroll=1):  # type: ignore[call-overload]  # FlyDSL reads it
             for tile in fx.range_constexpr(unrolled):
                 Tile(cfg, ops, fx.Int32(i) * unrolled + tile, tile, None).run(acc)
     for tile in fx.range_constexpr(cfg.k_tiles - looped * unrolled):
