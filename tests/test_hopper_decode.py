@@ -12,9 +12,10 @@ from hopper_compile import TUNED_FOR, Resources, compile_gluon
 from mixmoe.activations import gelu, silu, situv2, swiglu
 from mixmoe.backends.hopper import choose, gemm1_decode, gemm2_decode, gemm2_tokens
 from mixmoe.backends.hopper.decode import Stream
+from mixmoe.backends.hopper.slots import SlotRows, padded
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
-from mixmoe.formats import Quantised, fp8_token, mxfp4
+from mixmoe.formats import mxfp4
 from mixmoe.preshuffle import HopperTile, Packed, hopper_fp4
 from mixmoe.spec import Problem, Recipe, Routed, Tile, Weights
 
@@ -90,11 +91,12 @@ def assert_good(resources: Resources, tile: Tile) -> None:
     assert resources.shared <= HALF_SM, (tile, resources.shared)  # two CTAs on an SM
 
 
+def rows_of(rows: int, columns: int) -> SlotRows:
+    return SlotRows(meta(rows, padded(columns), dtype=torch.float8_e4m3fn), meta(rows, 1))
+
+
 def stage1(compiled, problem: Problem, w: Weights, recipe: Recipe, tile: Tile) -> Resources:
-    x = Quantised(
-        meta(problem.tokens, problem.hidden, dtype=torch.float8_e4m3fn), meta(problem.tokens, 1),
-        fp8_token,
-    )
+    x = rows_of(problem.tokens, problem.hidden)
     h, lists = meta(problem.routes, problem.intermediate), routed(problem, tile.tokens)
     return compiled(
         gemm1_decode, "gemm1_decode",
@@ -102,11 +104,9 @@ def stage1(compiled, problem: Problem, w: Weights, recipe: Recipe, tile: Tile) -
     )
 
 
-def hidden(problem: Problem, quantised: bool) -> torch.Tensor | Quantised:
+def hidden(problem: Problem, quantised: bool) -> torch.Tensor | SlotRows:
     shape = problem.routes, problem.intermediate
-    if quantised:
-        return Quantised(meta(*shape, dtype=torch.float8_e4m3fn), meta(shape[0], 1), fp8_token)
-    return meta(*shape)
+    return rows_of(*shape) if quantised else meta(*shape)
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
@@ -169,6 +169,10 @@ def test_stage2_tokens(compiled, shape):
         ),
     )
     assert_good(resources, tile)
+    if shape != "dsv3_ep":  # float32 h: four columns a load, in slot order too
+        assert resources.count("LDG.E.128") >= 4
+    else:
+        assert resources.count("LDGSTS.E.BYPASS.128") >= 1
 
 
 def test_a_tile_that_fits_no_warps_is_refused():

@@ -209,7 +209,7 @@ def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
     memory; None: rows come through the ring with the weights.
     """
     rows = 128 // slices
-    weights = rows // 16 * (k * slices // 64) * 544  # 16 x 64: 512 B of codes, 32 of scales
+    weights = rows // 16 * (k * slices // 128) * 1088  # 16 x 128: 1 KiB of codes, 64 B of scales
     a_stage = weights + (tokens * slices * k if resident is None else 0)
     left = HALF_SM - 2 * tokens * slices * rows * 4 - (resident or 0) - 768
     return Tile(tokens, rows, k, max(2, min(16, left // a_stage)), 8, slices, 2)

@@ -48,12 +48,12 @@ from mixmoe.backends.hopper.mainloop import (
     smem_cast,
     tma_load,
 )
-from mixmoe.formats import Quantised
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 
 class Rows(NamedTuple):
-    """x: e4m3 codes, their row pitch, float32 scales."""
+    """x: e4m3 slots, their row pitch, float32 scales."""
 
     codes: Any
     pitch: Any
@@ -68,9 +68,9 @@ class Columns(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """H, I, routes of a token; tiles of a block, stages of a tile."""
+    """Slots of a row of x, I, routes of a token; tiles of a block, stages of a tile."""
 
-    hidden: Any
+    columns: Any
     intermediate: Any
     topk: Any
     row_tiles: Any
@@ -116,7 +116,7 @@ def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, TOKENS: gl.conste
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
             tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
-            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 16)], barrier, ring.scales.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -126,7 +126,7 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, TOKENS: gl.constexpr,
     """Role of the gather warps: each block's rows of x, as B = (token, slice) rows of 128 columns.
 
     The copies of a step are announced LAG steps later, once they have landed and a fence has made
-    them visible to the tensor cores; rows of padding and columns past H are filled with zeros.
+    them visible to the tensor cores; rows of padding and slots past the row are filled with zeros.
     """
     LAG: gl.constexpr = 3
     N: gl.constexpr = TOKENS * SLICES
@@ -152,7 +152,7 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, TOKENS: gl.constexpr,
             at = step * (SLICES * 128) + k
             mbarrier.wait(ring.empty.index(stage), phase)
             cp_async(ring.rows.index(stage), row[:, None] + at,
-                     mask=live[:, None] & (at < sizes.hidden))
+                     mask=live[:, None] & (at < sizes.columns))
             async_copy.commit_group()
             stage, phase = advance(stage, phase, STAGES)
             issued += 1
@@ -308,12 +308,12 @@ def gemm1_decode(
 
 
 def launch(
-    x: Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
+    x: SlotRows, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
 ) -> Tensor:
     """Run stage 1: out (T * topk, I) float32, a row per route; skipped routes are not written.
 
-    x: e4m3 codes (T, H) with a float32 scale per row, 16-byte aligned rows; weights.w13 in the
-    order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens.
+    x: rows (T, H); weights.w13 in the order hopper_fp4q_gu_w1 (or _wide); routed.block ==
+    tile.tokens.
     """
     p, w13 = routed.problem, fragments(weights.w13)
     stream = Stream.of(tile, w13)
@@ -327,7 +327,7 @@ def launch(
         Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
-        Sizes(p.hidden, p.intermediate, p.topk, row_tiles, stream.steps(p.hidden)),
+        Sizes(x.codes.shape[1], p.intermediate, p.topk, row_tiles, stream.steps(p.hidden)),
         Act(*activation_scalars(recipe.act)), p.tokens, limit,
         tile.tokens, tile.split_k, stream.rep, tile.stages, KINDS[recipe.act.kind], stream.wide,
         1 if tile.tokens < 32 else 2, HELPER_REGISTERS, **stream.options,

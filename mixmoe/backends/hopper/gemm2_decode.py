@@ -38,7 +38,7 @@ from mixmoe.backends.hopper.resident import (
     take,
     vector_layout,
 )
-from mixmoe.formats import Quantised
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 __all__ = ["launch_rows", "launch_tokens"]
@@ -106,7 +106,7 @@ def stream_rows(w_desc, s_desc, ring, blocks, sizes, TOKENS: gl.constexpr, STAGE
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
             tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
-            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 16)], barrier, ring.scales.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -203,12 +203,12 @@ def gemm2_rows(
 
 
 def launch_rows(
-    h: Tensor | Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
+    h: Tensor | SlotRows, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
 ) -> Tensor:
     """Run stage 2 by blocks: out (T * topk, H), a row per route without its routing weight.
 
-    h: (T * topk, I) float32 or e4m3 with a scale per row, a row per route; weights.w2 in the order
-    hopper_fp4_w1 (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
+    h: (T * topk, I) float32 or e4m3 slots, a row per route; weights.w2 in the order hopper_fp4q_w1
+    (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
     The kernel before must be one that starts its dependents after it has waited (gemm1_decode).
     """
     p, w2 = routed.problem, fragments(weights.w2)
