@@ -1,7 +1,11 @@
 """Kernels built ahead of time: manifest -> HIP's calls -> the simulator -> right numbers."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from mixmoe.errors import MixMoEError  # noqa: E402
 from mixmoe.shapes import SHAPES, Shape  # noqa: E402
 from mixmoe.spec import Recipe  # noqa: E402
 
+HERE = Path(__file__).parent
 CASE = CASES["tail 288 x 96"]
 TOY = Shape("toy", CASE.hidden, CASE.intermediate, CASE.experts, CASE.topk)
 
@@ -26,8 +31,6 @@ TOY = Shape("toy", CASE.hidden, CASE.intermediate, CASE.experts, CASE.topk)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A folder of the toy's kernels, by the command line."""
-    import sys
-
     from mixmoe import cli
 
     folder = tmp_path_factory.mktemp("kernels")
@@ -139,7 +142,8 @@ def test_every_source_counts():
 
 def test_a_kernel_that_was_not_built_is_named(built, tmp_path):
     with simulated.session("gfx950", run=False) as session:
-        held = prebuilt.read(built, "gfx950", Simulator(tmp_path, session.memory).hip)
+        simulator = Simulator(tmp_path, session.memory)
+        held = prebuilt.read(built, "gfx950", simulator.hip)
         with pytest.raises(MixMoEError, match="none called gemm3"):
             held.launch("gemm3", (), None)
         entry = next(iter(held.entries.values()))
@@ -170,3 +174,16 @@ def test_kernarg_layout():
     assert entry.sizes((x, 7, 1.0)) == ((21, 3, 1), (64, 1, 1), 0)
     with pytest.raises(MixMoEError, match="n is of kind: got Tensor, nearest legal: i32"):
         entry.kernarg((x, x, 1.0))
+
+
+def test_without_flydsl(built, tmp_path):
+    """The same on a machine that has no FlyDSL: only its names are imported, nothing compiles."""
+    words = [sys.executable, str(HERE / "without_flydsl.py"), str(built), CASE.name, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert "flydsl is not installed" in found["without"] and found["error"] == "None"
+    assert [row[0] for row in found["rows"]] == list(verify.STAGES)
+    assert all(worst <= tolerance for _, worst, tolerance, _ in found["rows"])
+    assert "launch, and flydsl is not installed" in found["refused"]

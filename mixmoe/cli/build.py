@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mixmoe.backends.cdna import prebuilt
 from mixmoe.cli.inspect import counts, listed
-from mixmoe.cli.survey import Kernel, survey
+from mixmoe.cli.survey import Kernel, Layer, survey
 from mixmoe.shapes import TABLE_TOKENS, shape_named
 from mixmoe.spec import Recipe
 
@@ -34,14 +34,14 @@ def build(
     On a machine with ROCm, mixmoe.backends.cdna.prebuilt.use(DIR) then launches them through HIP
     and compiles nothing.
     """
-    layer, found = shape_named(shape), dict[str, Built]()
+    chosen, found = shape_named(shape), dict[str, Built]()
     with Console(stderr=True).status("compiling") as status:
         for name in listed(recipe):
-            chosen = Recipe.named(name, act=layer.act)
-            options = {"simulate": False, "progress": status.update}
-            for kernel in survey(target, layer, chosen, counts(tokens), **options):  # type: ignore[arg-type]
-                variant = {"shape": asdict(layer), "recipe": chosen.key, "tokens": kernel.tokens}
-                found.setdefault(kernel.name, (kernel, []))[1].append(variant)
+            layer = Layer(chosen, Recipe.named(name, act=chosen.act))
+            for kernel in survey(target, layer, counts(tokens), False, status.update):
+                variants = found.setdefault(kernel.name, (kernel, []))[1]
+                asked = {"shape": asdict(chosen), "recipe": layer.recipe.key}
+                variants.append(asked | {"tokens": kernel.tokens})
     write(out, target, list(found.values()))
     size = sum((out / file_of(name)).stat().st_size for name in found)
     Console().print(f"{len(found)} kernels for {target}, {size / 1e3:.0f} KB: {out}")

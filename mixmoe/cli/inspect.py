@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mixmoe.cli.survey import Kernel, survey
+from mixmoe.cli.survey import Kernel, Layer, survey
 from mixmoe.errors import MixMoEError
 from mixmoe.preshuffle import ORDERS, order_named
 from mixmoe.shapes import TABLE_TOKENS, shape_named
@@ -74,10 +74,10 @@ def counts(text: str) -> list[int]:
 
 def inspected(target: str, shape: str, recipe: str, tokens: str) -> list[Kernel]:
     """The kernels of a layer, with what is going on shown on standard error."""
-    layer = shape_named(shape)
-    chosen = Recipe.named(recipe, act=layer.act)
+    chosen = shape_named(shape)
+    layer = Layer(chosen, Recipe.named(recipe, act=chosen.act))
     with Console(stderr=True).status(f"compiling {shape}, {recipe}") as status:
-        return survey(target, layer, chosen, counts(tokens), progress=status.update)
+        return survey(target, layer, counts(tokens), progress=status.update)
 
 
 def as_dict(kernel: Kernel) -> dict[str, Any]:

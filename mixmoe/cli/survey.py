@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmoe.cli.compiled import Compiled, recorded
 from mixmoe.cli.loops import MainLoop, main_loop
 from mixmoe.cli.simulated import session
-from mixmoe.preshuffle import Packed
+from mixmoe.preshuffle import Packed, order_named
 from mixmoe.shapes import Shape
 from mixmoe.spec import Problem, Recipe, Weights
 
@@ -37,25 +37,35 @@ class Kernel:
         return self.compiled.name
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What is asked of the backend: a shape, a recipe, and what is left to it by default: biases as
+    the model has them, the weights' memory orders, the block of sorted routes."""
+
+    shape: Shape
+    recipe: Recipe
+    bias: bool | None = None
+    orders: tuple[str, str] | None = None
+    block: int | None = None
+
+
 def survey(
     target: str,
-    shape: Shape,
-    recipe: Recipe,
+    layer: Layer,
     tokens: Sequence[int],
     simulate: bool = True,
     progress: Callable[[str], None] = lambda text: None,
-    bias: bool | None = None,
 ) -> list[Kernel]:
-    """Kernels of a layer of this shape for these token counts, in order of stage.
+    """Kernels of a layer for these token counts, in order of stage.
 
     Raises MixMoEError where the backend has no kernels for it.
     """
     kernels: dict[str, Kernel] = {}
     with recorded() as compiled, session(target, run=False) as simulated:
-        weights = placeholders(shape, recipe, shape.biased if bias is None else bias)
+        weights = placeholders(layer)
         for count in tokens:
             progress(f"compiling for T = {count}")
-            for stage, launch in launches(simulated, shape, recipe, weights, count):
+            for stage, launch in launches(simulated, layer, weights, count):
                 known = kernels.get(launch.name)
                 if known is None:
                     known = Kernel(stage, compiled[launch.name], launch, ())
@@ -69,18 +79,22 @@ def survey(
     return sorted(kernels.values(), key=lambda k: order[k.stage])
 
 
-def placeholders(shape: Shape, recipe: Recipe, bias: bool) -> Weights:
+def placeholders(layer: Layer) -> Weights:
     """Weights of zeros in the backend's order: one expert is packed, room for E is made."""
     from mixmoe.backends.cdna import cdna
 
+    shape, recipe = layer.shape, layer.recipe
     h, i, experts = shape.hidden, shape.intermediate, shape.experts
     one = Weights.from_dense(torch.zeros(1, 2 * i, h), torch.zeros(1, h, i), recipe.weight)
     extra: dict[str, Tensor] = {}
-    if bias:
+    if shape.biased if layer.bias is None else layer.bias:
         extra = {"w13_bias": torch.zeros(1, 2 * i), "w2_bias": torch.zeros(1, h)}
     if recipe.activation.name == "int8_smooth":
         extra |= {"w13_smooth": torch.ones(1, h), "w2_smooth": torch.ones(1, i)}
-    packed = cdna().prepare(replace(one, **extra), recipe)  # type: ignore[arg-type]
+    one = replace(one, **extra)  # type: ignore[arg-type]
+    if layer.orders is not None:
+        one = one.packed(*map(order_named, layer.orders))
+    packed = cdna().prepare(one, recipe)
 
     def room(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.new_zeros((experts, *t.shape[1:]))
@@ -95,18 +109,19 @@ def placeholders(shape: Shape, recipe: Recipe, bias: bool) -> Weights:
 
 
 def launches(
-    simulated: Any, shape: Shape, recipe: Recipe, weights: Weights, tokens: int
+    simulated: Any, layer: Layer, weights: Weights, tokens: int
 ) -> Iterator[tuple[str, Any]]:
     """(stage, launch) of one call of the layer, uniform routing. A stage's tensors live on while
     its launches are looked at."""
     from mixmoe.backends.cdna import cdna
 
-    backend, topk = cdna(), shape.topk
+    backend, shape, recipe = cdna(), layer.shape, layer.recipe
+    topk = shape.topk
     problem = Problem(tokens, shape.hidden, shape.intermediate, shape.experts, topk)
     backend.check(recipe, weights, problem)
     g = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, shape.experts, generator=g).topk(topk, dim=1).indices
-    routed = backend.route(ids, torch.rand(tokens, topk, generator=g), problem, None, None)
+    routed = backend.route(ids, torch.rand(tokens, topk, generator=g), problem, None, layer.block)
     seen = len(simulated.launches)
 
     def fresh(stage: str) -> Iterator[tuple[str, Any]]:
@@ -150,7 +165,7 @@ def figures_of(simulated: Any, kernel: Kernel) -> dict[str, Any]:
         "limit": taken.limit,
         "instructions": report.instructions,
         "mfma": report.by_class.get("mfma", 0),
-        "global_load_bytes": counters.global_load_bytes + counters.lds_dma_bytes,
+        "global_load_bytes": counters.global_load_bytes,
         "global_store_bytes": counters.global_store_bytes + counters.global_atomic_bytes,
         "lds_cycles": counters.lds_cycles,
         "lds_conflict_cycles": counters.lds_conflict_cycles,
