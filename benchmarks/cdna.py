@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from mixmoe.shapes import SHAPES, Shape
 from mixmoe.spec import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "cdna-simulated.json"
+DOCUMENT = RESULTS.parents[2] / "docs" / "cdna-figures.md"
 UNIT = Shape("unit", 4096, 512, 8, 2)  # the layer whose options are set side by side
 
 
@@ -176,6 +177,48 @@ def read() -> dict[str, Any]:
     return json.loads(RESULTS.read_text())
 
 
+def markdown(held: dict[str, Any]) -> str:
+    """docs/cdna-figures.md: a line for each GEMM of each option."""
+    lines = [HEAD.format(**held), row_of(COLUMNS), "|---|---" + "|---:" * 11 + "|"]
+    for name, option in held["options"].items():
+        for kernel in option["kernels"]:
+            if kernel["stage"] in ("gemm1", "gemm2"):
+                lines.append(row_of((name, *cells(kernel))))
+    return "\n".join(lines) + "\n"
+
+
+def row_of(cells: Iterable[str]) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """# Simulated figures of the CDNA kernels
+
+Written by `python -m benchmarks.cdna` at commit {commit}, FlyDSL {flydsl}; compared with the
+kernels by `make test-sim`, some lines of it by `make test`. Nothing here is measured on a card.
+
+One workgroup of each GEMM at true size. *a CU*: workgroups that fit one. *VALU*: vector
+instructions for each MFMA of the main loop. *busy*: share of the matrix cores' time in the main
+loop, with as many workgroups on the CU as the grid puts there; a dash: no loop of three rounds.
+*cycles*: of the workgroups on one CU. *lost*: share of LDS cycles that bank conflicts take. *read*:
+from global memory. No kernel spills a register.
+"""
+COLUMNS = ("option", "stage", "VGPR", "AGPR", "SGPR", "LDS, B", "a CU", "MFMA", "VALU", "busy",
+           "cycles", "lost", "read, KB")  # fmt: skip
+
+
+def cells(kernel: dict[str, Any]) -> list[str]:
+    """A GEMM's cells."""
+    loop = kernel["loop"] or {"per_mfma": {"valu": None}, "mfma_busy": None}
+    valu, busy = loop["per_mfma"]["valu"], loop["mfma_busy"]
+    lost = kernel["lds_conflict_cycles"] / max(1, kernel["lds_cycles"])
+    names = ("vgpr", "agpr", "sgpr", "lds_bytes", "workgroups_per_cu", "mfma")
+    shown = ["-" if v is None else f"{v:.2f}" for v in (valu, busy)]
+    read_kb = f"{kernel['global_load_bytes'] / 1e3:.0f}"
+    numbers, lost_share = [str(kernel[name]) for name in names], f"{100 * lost:.0f} %"
+    return [kernel["stage"], *numbers, *shown, str(kernel["cycles"]), lost_share, read_kb]
+
+
 def commit() -> str:
     """The commit that is measured, with a plus where files differ from it."""
     words = ("git", "describe", "--always", "--dirty=+", "--abbrev=12")
@@ -207,6 +250,8 @@ def write(
         "options": kept,
     }
     out.write_text(json.dumps(held, indent=1) + "\n")
+    if out == RESULTS:
+        DOCUMENT.write_text(markdown(held))
     console.print(f"wrote {len(chosen)} options: {out}")
 
 

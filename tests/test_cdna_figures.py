@@ -50,6 +50,10 @@ def test_every_option_is_stored():
             assert kernel["vgpr_spills"] == kernel["sgpr_spills"] == kernel["scratch_bytes"] == 0
 
 
+def test_the_document_shows_what_is_stored():
+    assert cdna.DOCUMENT.read_text() == cdna.markdown(cdna.read())
+
+
 def change(kernels, stage, name, value):
     """A copy with one figure of the kernel of a stage changed."""
     changed = copy.deepcopy(kernels)
