@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
-.PHONY: run test test-gpu lint bench check clean
+.PHONY: run test test-sim test-gpu lint bench check clean
 
 run: $(STAMP)
 	$(PY) -m mixmoe.cli run
@@ -14,6 +14,10 @@ test: $(STAMP) $(VENV)/.llvm $(VENV)/triton39/.ready
 	$(PY) -m pytest -q -n 2 --dist loadscope
 	PYTHONPATH=$(VENV)/triton39 $(PY) -m pytest -q -n 2 tests/test_hopper_decode.py \
 	  tests/test_hopper_prefill.py tests/test_hopper_compile.py -k "not ring"
+
+# The CDNA kernels in the simulator, at length.
+test-sim: $(STAMP) $(VENV)/.llvm
+	$(PY) -m pytest -q -n 2 -m sim_long tests
 
 # On a machine with a Hopper GPU and its own torch and Triton: no virtual environment.
 test-gpu:

@@ -102,7 +102,9 @@ def public_stage2(call: Call) -> Run:
 
 
 def _decode_stage1(call: Call, chosen: Any, routed: Any) -> Run:
-    x, out = call.quantised(call.case.x_in("fp8_token")), list[Tensor]()
+    from mixmoe.backends.hopper.quantise import slot_rows
+
+    x, out = slot_rows(call.quantised(call.case.x_in("fp8_token"))), list[Tensor]()
 
     def launch() -> None:
         out[:] = [chosen.stage1(x, call.weights, routed, call.recipe)]
@@ -135,14 +137,15 @@ def _part(rows: Operand, part: slice) -> Operand:
 
 def _prefill_stage1(call: Call, chosen: Any) -> Run:
     from mixmoe.backends.hopper.prefill_schedule import cut_tiles
-    from mixmoe.backends.hopper.quantise import quantise_fp8
+    from mixmoe.backends.hopper.quantise import quantise_fp8, slot_rows
+    from mixmoe.backends.hopper.slots import SlotRows
 
     recipe, x = call.recipe, call.case.x_in("fp8_token")
     passes = []
     for tokens, routes in _passes(call):
         routed = call.routed(tokens)
         work = cut_tiles(routed, recipe)
-        passes.append((call.quantised(_part(x, tokens)), routed, work, routes))
+        passes.append((slot_rows(call.quantised(_part(x, tokens))), routed, work, routes))
     out: list[Any] = []
 
     def launch() -> None:
@@ -158,7 +161,8 @@ def _prefill_stage1(call: Call, chosen: Any) -> Run:
         for h, (_, routed, _, span) in zip(out, passes, strict=True):
             here = (routes >= span.start) & (routes < span.stop)
             where = routed.position[routes[here] - span.start].long()
-            picked[here] = rows_of(h, where).double()
+            some = SlotRows(h.codes[where], h.scales[where]).natural(shape[1])
+            picked[here] = rows_of(some, slice(None)).double()
         return picked
 
     return Run(launch, rows, Shows.HIDDEN_REQUANTISED)
@@ -181,7 +185,7 @@ def _prefill_stage2(call: Call, chosen: Any) -> Run:
     return Run(launch, lambda tokens: y[tokens], Shows.TOKEN)
 
 
-def rows_of(h: Any, routes: Tensor) -> Tensor:
+def rows_of(h: Any, routes: Tensor | slice) -> Tensor:
     """Rows of a quantised matrix as float64."""
     if h.scales is None:
         return h.codes[routes]

@@ -189,7 +189,9 @@ class Group:
         if seen < LINE_SAMPLES and lanes:
             self.line_samples[pc] = seen + 1
             row = addr[0][w.m[0]] if not w.full else addr[0]
-            if len(row):
+            if len(row) and self.memory.regions:
+                # From the buffer's start: a GPU's allocator begins at a line, a host's may not.
+                row = row - self.memory.region_at(int(row.min())).base
                 lines = len(np.unique(np.concatenate([row // LINE, (row + n - 1) // LINE])))
                 c.line_sample(pc, lines)
 

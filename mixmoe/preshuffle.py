@@ -318,11 +318,21 @@ ROWS = Order(
 # and g + 8 ("half") of the warp's 16, and of every 32 k the bytes 4 q .. 4 q + 3 ("by") at 0 and
 # at 16 ("lohi"). A tile is 16 rows a warp x 128 k. Its parts, slowest first, are
 #   row = tile rep warp half g      (gate and up: the half is that of the whole matrix, "gu")
-#   k   = slice kt ks1 ks0 lohi q by
+#   k   = slice kt q ks lohi by     (4-bit codes, "ks" the k32 step: see HOPPER_SLOTS)
+#   k   = slice kt ks1 ks0 lohi q by                                 (8-bit codes)
 # and they are stored so that a lane reads 16 bytes that are its own registers. With k_slices, so
 # many warps share their rows ("slice"), each with its own slice of K, and add up.
-FRAGMENT_4BIT = "tile kt {rep_ks1} warp slice g q ks0 {half} lohi by"
+FRAGMENT_4BIT = "tile kt rep warp slice {half} g q ks lohi by"
 FRAGMENT_8BIT = "tile kt {rep_ks1} ks0 warp slice g q lohi {half} by"
+K_4BIT, K_8BIT = "q ks lohi by", "ks1 ks0 lohi q by"
+# The k32 steps of a wgmma may take the columns of a row in any order that A and B share. In the
+# order of 4-bit weights lane q of a quad owns the whole 32-block q of each 128 columns, so that
+# its 32 codes need one scale. Stated for the rows of B, x and h, as the hardware counts k: slot
+# 16 (2 ks + lohi) + 4 q + by of a group "kg" holds column 32 q + 4 (2 ks + lohi) + by, the layout
+# (4,8,4):(1,16,4) of columns by, (ks lohi), q. Rows are padded to whole groups with zeros.
+HOPPER_SLOTS = Arrangement(
+    "(n) (kg q ks lohi by) -> n kg ks lohi q by", (("q", 4), ("ks", 4), ("lohi", 2), ("by", 4))
+)
 # Signs leave the nibble so that prmt can use its low three bits: codes 0..3 keep their sign at
 # bits 7, 15, 23, 31, codes 4..7 at 3, 11, 19, 27. One mask and one shift sign all eight results.
 HOPPER_WORD = Word(Layout(8, 1), Layout((4, 2), (2, 1)), flip=1)
@@ -358,28 +368,32 @@ class HopperTile:
         parts += [(f"r{self.repeat}", self.repeat != 1), (f"s{self.k_slices}", self.k_slices != 1)]
         return "".join(f"_{text}" for text, said in [*parts, ("k64", self.k64)] if said)
 
-    def arrangement(self, stored: str) -> Arrangement:
-        """The order of the codes; ``stored`` leaves open where the half and the repeats go."""
+    def arrangement(self, k: str, stored: str) -> Arrangement:
+        """The order of the codes; ``k`` names the parts of 128 columns, ``stored`` leaves open
+        where the half and the repeats go."""
         half = "gu" if self.gate_up else "half"
         row = "gu tile rep warp g" if self.gate_up else "tile rep warp half g"
         order = stored.format(half=half, rep_ks1="ks1 rep" if self.k64 else "rep ks1")
         apart = self.warps // self.k_slices
         teams = ("rep", self.repeat), ("warp", apart), ("slice", self.k_slices)
-        lane = ((half, 2), ("g", 8), ("ks1", 2), ("ks0", 2), ("lohi", 2), ("q", 4), ("by", 4))
-        return Arrangement(f"({row}) (slice kt ks1 ks0 lohi q by) -> {order}", teams + lane)
+        parts = {"ks1": 2, "ks0": 2, "ks": 4, "lohi": 2, "q": 4, "by": 4}
+        lane = ((half, 2), ("g", 8), *((name, parts[name]) for name in k.split()))
+        return Arrangement(f"({row}) (slice kt {k}) -> {order}", teams + lane)
 
 
 def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold = Fold.NARROW) -> Order:
-    """mxfp4 as the A fragment of an FP8 wgmma.
+    """mxfp4 as the A fragment of an FP8 wgmma whose B rows are in the order ``HOPPER_SLOTS``.
 
     Codes: int32 (E, 8 * warps * repeat * tiles, 32), one word = 8 codes of one row and one
-    32-block; scales: uint8 (E, warps * repeat / 2 * tiles, 128), the bytes that ``fold`` says,
-    stored as the codes are, without the parts inside a block.
+    32-block, a lane's four words = one block; scales: uint8 (E, warps * repeat / 2 * tiles, 128),
+    the bytes that ``fold`` says, stored as the codes are, without the parts inside a block.
     """
-    codes = tile.arrangement(FRAGMENT_4BIT)
+    if tile.k64:
+        raise MixMoEError("4-bit orders keep 128 k together", "k64", "k64=False")
+    codes = tile.arrangement(K_4BIT, FRAGMENT_4BIT)
     suffix = "_wide" if fold is Fold.WIDE else ""
-    scales = ((ScaleKind.E8M0, codes.without("lohi", "q", "by")),)
-    name = f"hopper_fp4{tile}{suffix}"
+    scales = ((ScaleKind.E8M0, codes.without("ks", "lohi", "by")),)
+    name = f"hopper_fp4q{tile}{suffix}"
     return Order(
         name, (e2m1,), codes, unit=4, word=HOPPER_WORD, scales=scales, fold=fold, line=True
     )
@@ -388,7 +402,7 @@ def hopper_fp4(tile: HopperTile = HopperTile(), fold: Fold = Fold.NARROW) -> Ord
 def hopper_fp8(tile: HopperTile = HopperTile()) -> Order:
     """e4m3fn as the A fragment of an FP8 wgmma: a lane's 16 bytes are the four registers of one
     m16k32 step. Codes: int32 (E, 16 * warps * repeat * tiles, 32); block scales stay plain."""
-    return Order(f"hopper_fp8{tile}", (e4m3fn,), tile.arrangement(FRAGMENT_8BIT), line=True)
+    return Order(f"hopper_fp8{tile}", (e4m3fn,), tile.arrangement(K_8BIT, FRAGMENT_8BIT), line=True)
 
 
 # CDNA. A lane reads 16 bytes of one row ("b"), 16 lanes 16 rows ("r"): 256 bytes, and the wave's
@@ -466,7 +480,7 @@ ORDERS: dict[str, Order] = {
     for order in (
         ROWS,
         *CDNA_ORDERS,
-        *(hopper_fp4(tile, fold) for tile in HOPPER_TILES for fold in Fold),
+        *(hopper_fp4(tile, fold) for tile in HOPPER_TILES if not tile.k64 for fold in Fold),
         *(hopper_fp8(tile) for tile in HOPPER_TILES),
     )
 }
@@ -477,6 +491,6 @@ def order_named(name: str | Order) -> Order:
     if isinstance(name, Order):
         return name
     if name not in ORDERS:
-        near = difflib.get_close_matches(name, ORDERS, 4) or ["rows", "hopper_fp4", "cdna_n16"]
+        near = difflib.get_close_matches(name, ORDERS, 4) or ["rows", "hopper_fp4q", "cdna_n16"]
         raise MixMoEError("unknown order of weights", name, ", ".join(near))
     return ORDERS[name]

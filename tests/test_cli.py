@@ -16,22 +16,6 @@ from mixmoe.cli import run as run_command  # noqa: E402
 from mixmoe.hf.models import small_model  # noqa: E402
 from mixmoe.preshuffle import ORDERS  # noqa: E402
 
-
-@pytest.fixture
-def mixmoe(monkeypatch, capsys):
-    """Run a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mixmoe", *words])
-        monkeypatch.setenv("COLUMNS", "140")
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out = capsys.readouterr()
-        return stop.value.code or 0, out.out, out.err
-
-    return call
-
-
 FEW = tuple(case for case in verify.CASES if case.name in ("plain", "T=0", "masked ids"))
 
 
@@ -113,6 +97,9 @@ BROKEN_RULES = {
     "backend": (("check", "--backend", "tpu"), "unknown backend: got tpu, nearest legal: cpu"),
     "cell": (("check", "--recipe", "a9w9"), "unknown recipe: got a9w9"),
     "order": (("inspect", "spiral"), "got spiral"),
+    "inspected": (("inspect", "--backend", "hopper"), "got hopper, nearest legal: cdna"),
+    "shape": (("build", "--shape", "gpt5", "-o", "/nowhere"), "unknown shape: got gpt5"),
+    "tokens": (("inspect", "--backend", "cdna", "--tokens", "1;2"), "got 1;2, nearest legal: 1,8"),
 }
 
 
@@ -192,5 +179,5 @@ def test_module_entry_and_bench_mount():
         [sys.executable, "-m", "mixmoe.cli", "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    for command in ("run", "check", "info", "inspect", "bench"):
+    for command in ("run", "check", "info", "inspect", "build", "bench"):
         assert command in done.stdout

@@ -41,8 +41,8 @@ def test_fold_table_catches_a_mutation(row):
 def wgmma_registers(packed, expert):
     """What the kernel makes of hopper_fp4 storage (warps=8): e4m3 values (rows, K), float64."""
     fold, table = packed.order.fold, fold_table().to(torch.int64)
-    words = packed.codes[expert].to(torch.int64).view(-1, 2, 8, 8, 4, 2, 2) & 0xFFFFFFFF
-    byte = packed.scales[expert].to(torch.int64).view(-1, 2, 8, 8, 1, 2, 2).expand_as(words)
+    words = packed.codes[expert].to(torch.int64).view(-1, 8, 2, 8, 4, 4) & 0xFFFFFFFF
+    byte = packed.scales[expert].to(torch.int64).view(-1, 8, 2, 8, 4, 1).expand_as(words)
     lut = table[byte // fold.step + fold.lowest - Fold.WIDE.lowest]
     halves = []
     for value, sign in ((words & 0x77777777, words), (words >> 16 & 0x7777, words << 4)):
@@ -51,8 +51,8 @@ def wgmma_registers(packed, expert):
         halves.append(torch.gather(lut, -1, places) | signs)
     x = torch.stack(halves, -2).to(torch.uint8).view(torch.float8_e4m3fn).double()
     tiles = -(-packed.shape[1] // 128)
-    x = x.view(tiles, -1, 2, 8, 8, 4, 2, 2, 2, 4)  # tile kt ks1 warp g q ks0 half lohi by
-    return x.permute(0, 3, 7, 4, 1, 2, 6, 8, 5, 9).reshape(128 * tiles, -1)
+    x = x.view(tiles, -1, 8, 2, 8, 4, 4, 2, 4)  # tile kt warp half g q ks lohi by
+    return x.permute(0, 2, 3, 4, 1, 5, 6, 7, 8).reshape(128 * tiles, -1)
 
 
 @pytest.mark.parametrize("kind", Fold)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E4
 from mixmoe.backends.hopper import gemm2_prefill  # noqa: E402
 from mixmoe.backends.hopper.mainloop import weight_descriptors  # noqa: E402
 from mixmoe.backends.hopper.prefill import grouped_prefill  # noqa: E402
+from mixmoe.backends.hopper.slots import padded  # noqa: E402
 from mixmoe.backends.hopper.worklist import Cut  # noqa: E402
 from mixmoe.spec import Problem  # noqa: E402
 from tests.hopper_compile import TUNED_FOR, Fake, Resources, compile_gluon  # noqa: E402
@@ -41,13 +42,13 @@ def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: b
             wide: bool = False) -> Resources:  # fmt: skip
     """`grouped_prefill` as a launch for E 256, topk 8, I 256 compiles it."""
     cut = Cut.of(Problem(tokens, H, 256, 256, 8), precise)
-    units = Fake(torch.int32, (8192, 112, 128)), Fake(torch.int32, (8192, 896))
-    words = weight_descriptors(*units, 4, 2)
+    units = Fake(torch.int32, (8192, 56, 256)), Fake(torch.int32, (8192, 896))
+    words = weight_descriptors(*units, 4, 1)
     scalars = (float("inf"), 1.702, 4.0, 25.0)
     return compile_gluon(
         grouped_prefill, *words, Fake(torch.float8_e4m3fn), I32, F32, I32, I32, BF16, 256, F32,
         F32 if bias else None, F32 if bias and kind is not None else None, 256, 0, *scalars, 32, 4,
-        H, H, KIND=kind, EVEN=H % 128 == 0, WIDE=wide, **cut.options(H),
+        H, padded(H), KIND=kind, WIDE=wide, **cut.options(H),
     )  # fmt: skip
 
 
@@ -82,11 +83,11 @@ def ring(I: int, bias: bool = False, wide: bool = False) -> Resources:
     cut = gemm2_prefill.Ring.of(Problem(4096, 7168, I, 256, 8), torch.device("cpu"))
     assert cut is not None
     words = weight_descriptors(
-        Fake(torch.int32, (114688, 2 * cut.steps, 128)),
-        Fake(torch.int32, (114688, 16 * cut.steps)), 4, 2,
+        Fake(torch.int32, (114688, cut.steps, 256)),
+        Fake(torch.int32, (114688, 16 * cut.steps)), 4, 1,
     )  # fmt: skip
     h = TensorDescriptor.from_tensor(
-        Fake(torch.float8_e4m3fn, (40704, I)), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
+        Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
     slots = TensorDescriptor.from_tensor(
         Fake(torch.bfloat16, (4 * 40704, 64)), [32, 64], gl.NVMMASharedLayout(128, 16, 2)

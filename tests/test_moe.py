@@ -283,9 +283,9 @@ def test_module_state_and_shape():
 PACKAGE = pathlib.Path(mixmoe.__file__).parent
 RANK = {
     "errors": 0, "formats": 1, "layout": 1, "activations": 1, "timing": 1, "fold": 2,
-    "arrangement": 2, "gating": 2, "preshuffle": 3, "spec": 4, "accuracy": 5, "backends": 5,
-    "checkpoint": 5, "moe": 6, "module": 7, "__init__": 7, "parallel": 8, "tune": 8, "hf": 8,
-    "verify": 8, "bench_cli": 9, "cli": 9,
+    "arrangement": 2, "gating": 2, "preshuffle": 3, "spec": 4, "shapes": 4,
+    "accuracy": 5, "backends": 5, "checkpoint": 5, "moe": 6, "module": 7, "__init__": 7,
+    "parallel": 8, "tune": 8, "hf": 8, "verify": 8, "bench_cli": 9, "cli": 9,
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mixmoe run | check | info | inspect``, and ``bench`` where it is present.
+"""The command line: ``mixmoe run | check | info | inspect | build``, ``bench`` where it is present.
 
 One module per command. A broken rule is one line on standard error and exit code 2.
 """
@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
     message = f"mixmoe: {missing.name} is not installed: pip install 'mixmoe[cli]'"
     raise SystemExit(message) from None
 
-from mixmoe.cli import check, info, inspect, run
+from mixmoe.cli import build, check, info, inspect, run
 from mixmoe.errors import MixMoEError
 
 MOUNTED = ("bench_cli", "tune_cli")  # typer apps of their own, mounted where they are installed
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (run.run, check.check, info.info, inspect.inspect):
+for command in (run.run, check.check, info.info, inspect.inspect, build.build):
     app.command()(command)
 for mounted in MOUNTED:
     if find_spec(f"mixmoe.{mounted}") is not None:

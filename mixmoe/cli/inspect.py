@@ -1,20 +1,49 @@
-"""``mixmoe inspect``: the picture of a memory order."""
+"""``mixmoe inspect``: the picture of a memory order; the kernels of a layer on a CDNA GPU."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mixmoe.cli.survey import Kernel, Layer, survey
 from mixmoe.errors import MixMoEError
 from mixmoe.preshuffle import ORDERS, order_named
+from mixmoe.shapes import TABLE_TOKENS, shape_named
+from mixmoe.spec import Recipe
+
+Flag = Annotated[bool, typer.Option("--json", help="with --backend: JSON on standard output")]
 
 
 def inspect(
     order: Annotated[str | None, typer.Argument(help="an order's name; none lists them")] = None,
     element: Annotated[str | None, typer.Option(help="an element it holds: e2m1, e4m3fn")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="cdna: the kernels of a layer, compiled and simulated")
+    ] = None,
+    target: Annotated[str, typer.Option(help="with --backend: gfx950 or gfx942")] = "gfx950",
+    shape: Annotated[str, typer.Option(help="with --backend: dsv3_tp8, gptoss120b")] = "dsv3_tp8",
+    recipe: Annotated[str, typer.Option(help="with --backend: names, comma-separated")] = "a4w4",
+    tokens: Annotated[
+        str, typer.Option(help="with --backend: T, comma-separated; the tile chooser sees each")
+    ] = ",".join(map(str, TABLE_TOKENS)),
+    as_json: Flag = False,
 ) -> None:
-    """Show which row and column of a weight matrix lies where in memory."""
+    """Show which row and column of a weight matrix lies where in memory; or, with --backend cdna,
+    each kernel that a layer launches: registers, LDS, occupancy, instructions, simulated cycles.
+    """
+    if backend is not None:
+        if backend != "cdna":
+            raise MixMoEError("inspect compiles the kernels of", backend, "cdna")
+        kernels = {name: inspected(target, shape, name, tokens) for name in listed(recipe)}
+        if as_json:
+            print(json.dumps({n: [as_dict(k) for k in ks] for n, ks in kernels.items()}, indent=1))
+            return
+        for name, found in kernels.items():
+            show(found, f"{shape}, {name} on {target}, simulated")
+        return
     if order is None:
         table = Table(title="memory orders", title_justify="left")
         for column in ("order", "elements"):
@@ -28,3 +57,97 @@ def inspect(
     if element is not None and element not in held:
         raise MixMoEError(f"{order} holds other elements", element, ", ".join(held))
     print(chosen.picture(None if element is None else held[element]), end="")
+
+
+def listed(text: str) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def counts(text: str) -> list[int]:
+    """The numbers of a comma-separated list. Raises MixMoEError for what is none."""
+    try:
+        return [int(name) for name in listed(text)]
+    except ValueError:
+        raise MixMoEError("token counts are numbers with commas between", text, "1,8,64") from None
+
+
+def inspected(target: str, shape: str, recipe: str, tokens: str) -> list[Kernel]:
+    """The kernels of a layer, with what is going on shown on standard error."""
+    chosen = shape_named(shape)
+    layer = Layer(chosen, Recipe.named(recipe, act=chosen.act))
+    with Console(stderr=True).status(f"compiling {shape}, {recipe}") as status:
+        return survey(target, layer, counts(tokens), progress=status.update)
+
+
+def as_dict(kernel: Kernel) -> dict[str, Any]:
+    """One kernel for JSON."""
+    named = {"stage": kernel.stage, "kernel": kernel.name, "tokens": list(kernel.tokens)}
+    return named | kernel.figures
+
+
+def show(kernels: list[Kernel], title: str) -> None:
+    """Two tables: what a kernel takes; what one workgroup of it does."""
+    console = Console()
+    console.print(f"[bold]{title}[/]: one workgroup of each kernel; cycles are the model's")
+    for number, kernel in enumerate(kernels, 1):
+        counts_of = ", ".join(map(str, kernel.tokens))
+        console.print(f"{number} {kernel.name} [dim](T {counts_of})", soft_wrap=True)
+    for title, columns in (("takes", TAKES), ("does", DOES)):
+        console.print(f"[dim]{CAPTION[title]}")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+        table.add_column("")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for number, kernel in enumerate(kernels, 1):
+            cells = (str(cell(kernel.figures)) for cell in columns.values())
+            table.add_row(str(number), *cells)
+        console.print(table)
+
+
+def spills(f: dict[str, Any]) -> str:
+    """Registers spilled, red where any."""
+    n = f["vgpr_spills"] + f["sgpr_spills"]
+    return f"[red]{n}" if n or f["scratch_bytes"] else "0"
+
+
+def of_loop(key: str) -> Any:
+    """A figure of the main loop, a dash where there is none."""
+    return lambda f: "-" if not f["loop"] or f["loop"][key] is None else f["loop"][key]
+
+
+def per_mfma(unit: str) -> Any:
+    """Instructions of a unit for each matrix instruction of the main loop."""
+    return lambda f: f"{f['loop']['per_mfma'][unit]:.2f}" if f["loop"] else "-"
+
+
+CAPTION = {
+    "takes": "groups: workgroups that fit a CU; waves: a SIMD; seconds: to compile",
+    "does": "VALU SALU LDS memory: instructions per MFMA of the main loop; loop: cycles an "
+    "iteration; busy: of the matrix cores in it; lost: LDS cycles to bank conflicts",
+}
+TAKES: dict[str, Any] = {
+    "VGPR": lambda f: f["vgpr"],
+    "AGPR": lambda f: f["agpr"],
+    "SGPR": lambda f: f["sgpr"],
+    "spills": spills,
+    "LDS": lambda f: f["lds_bytes"],
+    "groups": lambda f: f["workgroups_per_cu"],
+    "waves": lambda f: f["waves_per_simd"],
+    "limit": lambda f: {"registers": "regs", "wave slots": "slots"}.get(f["limit"], f["limit"]),
+    "code": lambda f: f["code_bytes"],
+    "seconds": lambda f: f["compile_seconds"],
+}
+DOES: dict[str, Any] = {
+    "MFMA": lambda f: f["mfma"],
+    "VALU": per_mfma("valu"),
+    "SALU": per_mfma("salu"),
+    "LDS": per_mfma("lds"),
+    "memory": per_mfma("global"),
+    "loop": of_loop("cycles"),
+    "busy": of_loop("mfma_busy"),
+    "cycles": lambda f: f["cycles"],
+    "MB in": lambda f: f"{f['global_load_bytes'] / 1e6:.3f}",
+    "KB out": lambda f: f"{f['global_store_bytes'] / 1e3:.1f}",
+    "lost": lambda f: f"{100 * f['lds_conflict_cycles'] // max(1, f['lds_cycles'])} %",
+}

@@ -4,12 +4,13 @@
 when a kernel is first needed, so that this module can say why it cannot run.
 """
 
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from mixmoe.backends.cdna import prebuilt
+from mixmoe.backends.cdna.absent import is_absent, stand_in
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Routed, Weights
@@ -38,13 +39,16 @@ class CdnaBackend:
             return "torch sees no AMD GPU (a ROCm build of torch and an MI350 are needed)"
         if arch not in ARCHITECTURES:
             return f"the GPU is {arch}, the kernels are for {', '.join(ARCHITECTURES)}"
-        if find_spec("flydsl") is None:
-            return "flydsl is not installed (pip install mixmoe[cdna])"
+        if is_absent() and not prebuilt.IN_USE:
+            return "flydsl is not installed (pip install mixmoe[cdna]) and no kernels are prebuilt"
         return None
 
     @property
     def kernels(self) -> ModuleType:
-        """The module of stage functions; importing it imports FlyDSL."""
+        """The module of stage functions; importing it imports FlyDSL, or its names alone where
+        kernels built ahead of time are in use."""
+        if prebuilt.IN_USE:
+            stand_in()
         from mixmoe.backends.cdna import stages
 
         return stages
@@ -73,7 +77,7 @@ class CdnaBackend:
         expert_map: Tensor | None = None,
         block: int | None = None,
     ) -> Routed:
-        """Sort without waiting for the device; ``block`` is a multiple of 32."""
+        """Sort without waiting for the device; ``block`` is a multiple of 16."""
         return self.kernels.route(topk_ids, topk_weights, problem, expert_map, block)
 
     def quantise(self, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:

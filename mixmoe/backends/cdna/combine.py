@@ -6,6 +6,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.backends.cdna.config import THREADS
+from mixmoe.backends.cdna.prebuilt import launcher
 
 COLUMNS = 4  # of a thread
 
@@ -69,4 +70,4 @@ def build(source: type[fx.Numeric], out: type[fx.Numeric], topk: int, weighted: 
             grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)

@@ -21,9 +21,12 @@ from mixmoe.formats import ScaleKind
 from mixmoe.layout import Layout
 from mixmoe.preshuffle import order_named
 
-TILE_K = 256  # one dword of scales per lane: two MFMA steps of two 16-row blocks
+TILE_K = 256  # one dword of weight scales per lane: two MFMA steps of two 16-row blocks
 WAVES = 4
 THREADS = WAVES * WAVE
+STEPS_OF_DWORD = 4  # MFMA steps that a lane's dword of token scales serves: two K tiles
+MOST_STAGES = 4
+TOKENS, BLOCKS, RINGS = (16, 32, 64, 128), (2, 4, 8), (4, 8)
 
 Modes = tuple[tuple[int, int], ...]  # (size, stride) of each part, fastest first
 
@@ -33,7 +36,8 @@ class Gemm:
     """Weights ``(halves * rows, k)`` of an expert times ``tokens`` sorted routes, per workgroup.
 
     ``halves`` is 2 for gate above up, else 1; a wave owns ``blocks`` 16-row blocks of each half;
-    ``sort_tiles`` tiles make up a block of the sorted routes.
+    ``sort_tiles`` tiles make up a block of the sorted routes; ``ring`` MFMA steps of weights live
+    in registers: the one multiplied and those on their way.
     """
 
     atoms: Atoms
@@ -46,12 +50,15 @@ class Gemm:
     tokens: int = 32
     blocks: int = 2
     sort_tiles: int = 1
+    ring: int = 4
 
     def __post_init__(self) -> None:
-        if self.tokens not in (32, 64, 128):
-            raise MixMoEError("a tile holds 32, 64 or 128 tokens", self.tokens, 32)
-        if self.blocks not in (2, 4):  # pairs: 32 rows share a dword of scales and an MX block
-            raise MixMoEError("a wave owns 2 or 4 blocks of 16 rows", self.blocks, 2)
+        if self.tokens not in TOKENS:
+            raise MixMoEError("a tile holds 16, 32, 64 or 128 tokens", self.tokens, 32)
+        if self.blocks not in BLOCKS:  # pairs: 32 rows share a dword of scales and an MX block
+            raise MixMoEError("a wave owns 2, 4 or 8 blocks of 16 rows", self.blocks, 2)
+        if self.ring not in RINGS:
+            raise MixMoEError("a ring holds 4 or 8 steps of weights", self.ring, 4)
         if self.lds_bytes > self.atoms.lds_bytes:
             raise MixMoEError(
                 f"{self.atoms.arch} has {self.atoms.lds_bytes} bytes of LDS: a tile of "
@@ -65,7 +72,7 @@ class Gemm:
         """All of it as one identifier: a kernel's name in profiles, and the cache's key."""
         formats = f"{self.atoms.arch}_{self.token.name}_{self.weight.name}"
         shape = f"{self.halves}x{self.rows}x{self.k}"
-        tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}"
+        tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}r{self.ring}"
         return f"{formats}_{self.order}_{shape}_{tile}"
 
     @property
@@ -94,9 +101,13 @@ class Gemm:
         return TILE_K // self.atoms.mfma_k
 
     @property
-    def last_steps(self) -> int:
-        """MFMA steps of the last K tile."""
-        return -(-self.k // self.atoms.mfma_k) - (self.k_tiles - 1) * self.steps
+    def k_steps(self) -> int:
+        """MFMA steps of all K."""
+        return -(-self.k // self.atoms.mfma_k)
+
+    def steps_of(self, kt: int) -> int:
+        """MFMA steps of a K tile: the last may be short."""
+        return min(self.steps, self.k_steps - kt * self.steps)
 
     @property
     def chunks(self) -> int:
@@ -116,7 +127,8 @@ class Gemm:
     @property
     def scale_unit(self) -> int:
         """Bytes of a token's scales that one load takes: rows start at multiples of it."""
-        return math.gcd(self.scale_blocks, WORD)
+        unit = math.gcd(self.scale_blocks, PIECE)
+        return WORD if unit == 2 * WORD else unit
 
     @property
     def code_bytes(self) -> int:
@@ -124,22 +136,48 @@ class Gemm:
         return self.tokens * self.token.row_bytes(TILE_K)
 
     @property
-    def scale_words(self) -> int:
-        """LDS words of the scales of all K: a lane's dword per 32 tokens and K tile."""
-        return self.tokens // 32 * self.k_tiles * WAVE
+    def scale_dwords(self) -> int:
+        """A lane's dwords of the scales of one token, for all K."""
+        return -(-self.k_steps // STEPS_OF_DWORD)
+
+    @property
+    def scale_stride(self) -> int:
+        """LDS words from one dword's token scales to the next's: a 16-byte piece of every token,
+        and two more, so that pieces of one token lie in different banks."""
+        return (self.tokens + 2) * PIECE // WORD
+
+    @property
+    def scale_room(self) -> int:
+        """LDS bytes of the token scales of all K."""
+        return self.scale_dwords * self.scale_stride * WORD
+
+    @property
+    def stages(self) -> int:
+        """K tiles of token codes in LDS: as many as fit, of at most four."""
+        fit = (self.atoms.lds_bytes - self.scale_room) // self.code_bytes
+        return max(2, min(MOST_STAGES, fit))
 
     @property
     def lds_bytes(self) -> int:
-        """LDS of a workgroup: two stages of codes and every scale."""
-        return 2 * self.code_bytes + WORD * self.scale_words
+        """LDS of a workgroup: the stages of codes and every scale."""
+        return self.stages * self.code_bytes + self.scale_room
 
     @property
-    def swizzle(self) -> tuple[int, int, int]:
-        """(bits, base, shift) in words: XOR a piece's number with its row, so that 16 lanes that
+    def copy_bytes(self) -> int:
+        """Bytes a lane moves to LDS at once: 16, or 4 where a stage is less for every thread."""
+        return PIECE if self.code_bytes >= THREADS * PIECE else WORD
+
+    @property
+    def copies(self) -> int:
+        """Copies of a thread that fill a stage."""
+        return self.code_bytes // (THREADS * self.copy_bytes)
+
+    def swizzled(self, token, chunk):
+        """Where in its row a 16-byte piece of codes lies: XOR with the row, so that 16 lanes that
         read one column of 16 rows cover all 64 banks. Rows of 128 bytes share a bank line in
-        pairs, hence row / 2 there."""
-        bits = int(math.log2(self.chunks))
-        return bits, 2, 4
+        pairs, hence row / 2 there. Its own inverse."""
+        shared = max(1, 256 // self.token.row_bytes(TILE_K))
+        return chunk ^ (token // shared % self.chunks)
 
     def code_modes(self) -> tuple[Modes, Modes]:
         """``((16, row blocks, halves), (4, 16-byte columns ..))`` of an expert's codes, in words.

@@ -17,7 +17,10 @@ from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, WAVE
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import encode, scale_byte
+from mixmoe.backends.cdna.tokens import ScaleFill, Tokens, shared_storage
+from mixmoe.backends.cdna.weights import Weights
 from mixmoe.formats import Rounding
 
 
@@ -68,27 +71,30 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         beta: fx.Float32,
         beta2: fx.Float32,
     ):
-        tile = mainloop.tile_of(cfg, sorted_ids, expert_ids, tokens)
-        if tile.used:
-            place = mainloop.stand(tile)
-            lds = fx.SharedAllocator().allocate(mainloop.shared_storage(cfg)).peek()
+        work = mainloop.work_of(cfg, sorted_ids, expert_ids, tokens)
+        if work.used:
+            place = mainloop.stand(work)
+            lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
             scalars = Scalars(limit, alpha, beta, beta2)
 
             # 1. Which tokens: padding reads row 0 and writes nothing
             def token_of(t):
-                token = fx.Int32(sorted_ids[tile.routes + t]) & TOKEN_MASK
+                token = fx.Int32(sorted_ids[work.routes + t]) & TOKEN_MASK
                 return (token < tokens).select(token, 0)
 
             # 2. Multiply
-            first = (tile.rows * WAVES + place.wave) * cfg.blocks
-            mainloop.fill_scales(cfg, place, lds, x_scales, token_of)
-            loads = mainloop.Loads(cfg, place, codes, scales, x, token_of, first, lds)
+            first = (work.rows * WAVES + place.wave) * cfg.blocks
+            ops = mainloop.Operands(
+                Weights(cfg, place, codes, scales, first),
+                Tokens(cfg, place, lds, x, token_of),
+                ScaleFill(cfg, place, lds, x_scales, token_of),
+            )
             acc = mainloop.make_accumulators(cfg)
-            mainloop.run(cfg, loads, acc)
+            mainloop.run(cfg, ops, acc)
 
             # 3. Activate, quantise and store blocks of 32 columns of one route
             for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = tile.routes + group * MFMA_ROWS + place.r
+                at = work.routes + group * MFMA_ROWS + place.r
                 packed = fx.Int32(sorted_ids[at])
                 token, slot = packed & TOKEN_MASK, packed >> 24
                 route = fx.Int64(token * topk + slot)
@@ -143,4 +149,4 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
             expert_ids, tokens, topk, limit, alpha, beta, beta2,
         ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)

@@ -9,6 +9,9 @@ from mixmoe.backends.cdna import mainloop
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna.prebuilt import launcher
+from mixmoe.backends.cdna.tokens import ScaleFill, Tokens, shared_storage
+from mixmoe.backends.cdna.weights import Weights
 
 
 @cache
@@ -29,28 +32,31 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
         tokens: fx.Int32,
         topk: fx.Int32,
     ):
-        tile = mainloop.tile_of(cfg, sorted_ids, expert_ids, tokens)
-        if tile.used:
-            place = mainloop.stand(tile)
-            lds = fx.SharedAllocator().allocate(mainloop.shared_storage(cfg)).peek()
+        work = mainloop.work_of(cfg, sorted_ids, expert_ids, tokens)
+        if work.used:
+            place = mainloop.stand(work)
+            lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
 
             # 1. Which routes: padding reads row 0 and writes nothing
             def route_of(t):
-                packed = fx.Int32(sorted_ids[tile.routes + t])
+                packed = fx.Int32(sorted_ids[work.routes + t])
                 token = packed & TOKEN_MASK
                 return (token < tokens).select(token * topk + (packed >> 24), 0)
 
             # 2. Multiply
-            first = (tile.rows * WAVES + place.wave) * cfg.blocks
-            mainloop.fill_scales(cfg, place, lds, h_scales, route_of)
-            loads = mainloop.Loads(cfg, place, codes, scales, h, route_of, first, lds)
+            first = (work.rows * WAVES + place.wave) * cfg.blocks
+            ops = mainloop.Operands(
+                Weights(cfg, place, codes, scales, first),
+                Tokens(cfg, place, lds, h, route_of),
+                ScaleFill(cfg, place, lds, h_scales, route_of),
+            )
             acc = mainloop.make_accumulators(cfg)
-            mainloop.run(cfg, loads, acc)
+            mainloop.run(cfg, ops, acc)
 
             # 3. Bias, store four columns of one route at a time
             quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
             for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = tile.routes + group * MFMA_ROWS + place.r
+                at = work.routes + group * MFMA_ROWS + place.r
                 packed = fx.Int32(sorted_ids[at])
                 token = packed & TOKEN_MASK
                 for b in fx.range_constexpr(cfg.blocks):
@@ -87,4 +93,4 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
             rows, h, h_scales, codes, scales, bias_rows, sorted_ids, expert_ids, tokens, topk
         ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)

@@ -11,6 +11,7 @@ import flydsl.expr as fx
 
 from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, Operand
 from mixmoe.backends.cdna.config import THREADS
+from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.formats import Rounding
 
 MANTISSA = 23  # explicit bits of a float32
@@ -118,7 +119,7 @@ def build(operand: Operand, source: type[fx.Numeric], rounding: Rounding):
             grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
-    return lambda *args, stream: launch(*args, variant, stream=stream)
+    return launcher(variant, launch)
 
 
 def store_codes(operand: Operand, codes: fx.Tensor, values: fx.Vector, byte, unit) -> None:

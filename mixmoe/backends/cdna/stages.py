@@ -1,6 +1,7 @@
 """The stages: choose a tile, allocate, launch. No maths here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import flydsl.expr as fx
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 
 from mixmoe.activations import Activation
 from mixmoe.backends.cdna import combine as combine_kernels
+from mixmoe.backends.cdna import cost
 from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
 from mixmoe.backends.cdna import route as routing
-from mixmoe.backends.cdna.atoms import GFX950, Atoms
-from mixmoe.backends.cdna.config import THREADS, Gemm
+from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, Atoms
+from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
@@ -26,11 +28,8 @@ NUMERIC = {
     torch.float16: fx.Float16,
     torch.float32: fx.Float32,
 }
-SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-MIN_BLOCK, TILES = 32, (128, 64, 32)
-# By bits of a token's code: 128 tokens of e4m3 spill registers (2 KB a wave, ROCm LLVM of FlyDSL
-# 0.4.2, 2026-11-24), 64 do not.
-MOST_TOKENS = {4: 128, 8: 64}
+SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 16: torch.int32}
+MIN_BLOCK, TILES = 16, (128, 64, 32, 16)
 EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
 LOADED_ORDERS = tuple(o for o in CDNA_ORDERS if "int4" not in o.name)
 
@@ -50,13 +49,27 @@ def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
     if order_named(orders[1]).codes.halves == 2:
         raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
     weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
-    tokens = next(t for t in TILES if block % t == 0 and t <= MOST_TOKENS[token.bits])
+    tokens = next(t for t in TILES if block % t == 0)
     shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
     first, second = (
-        Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens)
+        cut(Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens))
         for shape in shapes
     )
     return Plan(first, second)
+
+
+def cut(gemm: Gemm) -> Gemm:
+    """The same GEMM with the rows a wave owns and the ring of weights chosen.
+
+    Prefill: the path from L2 carries 64 bytes a cycle and an MFMA of e2m1 takes 16 cycles, so
+    ``rows x tokens / (rows + tokens)`` decides whether the matrix unit waits; 64 tokens take 512
+    rows where there are as many. Decode: bytes in flight decide, seven steps of weights.
+    """
+    many = gemm.tokens == 64 and gemm.weight.bits == 4 == gemm.token.bits
+    blocks = (8 if many else 4) // gemm.halves
+    while blocks > 2 and WAVES * blocks * MFMA_ROWS > gemm.rows:
+        blocks //= 2
+    return replace(gemm, blocks=blocks, ring=8 if gemm.tokens <= 32 else 4)
 
 
 def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
@@ -86,11 +99,18 @@ def prepare(weights: Weights, recipe: Recipe) -> Weights:
     return Weights(w13, w2, **extra)
 
 
+@cache
+def fastest_block(problem: Problem) -> int:
+    """The tile of tokens whose GEMMs the cost model expects to take least together."""
+    works = cost.works_of(problem)
+    cuts = {t: tuple(cost.Cut(t, 4 * WAVES * MFMA_ROWS // w.halves) for w in works) for t in TILES}
+    return cost.choose(cost.OURS, works, cuts)
+
+
 def sort_block(problem: Problem, block: int | None) -> int:
-    """Routes of a sorted block: about an expert's share, 32 to 128."""
+    """Routes of a sorted block: the fastest of 16 to 128, or a multiple of 16."""
     if block is None:
-        share = problem.routes // problem.experts
-        return next((t for t in TILES if share >= t), MIN_BLOCK)
+        return fastest_block(problem) if problem.tokens else MIN_BLOCK
     if block < MIN_BLOCK or block % MIN_BLOCK:
         rule = f"cdna sorts into blocks of a multiple of {MIN_BLOCK} routes"
         raise MixMoEError(rule, block, nearest_multiple(block, MIN_BLOCK))

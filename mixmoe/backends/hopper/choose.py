@@ -210,7 +210,7 @@ def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
     memory; None: rows come through the ring with the weights.
     """
     rows = 128 // slices
-    weights = rows // 16 * (k * slices // 64) * 544  # 16 x 64: 512 B of codes, 32 of scales
+    weights = rows // 16 * (k * slices // 128) * 1088  # 16 x 128: 1 KiB of codes, 64 B of scales
     columns = max(16, tokens * slices)  # of both teams' products
     a_stage = weights + (columns * k if resident is None else 0)
     left = HALF_SM - 2 * columns * rows * 4 - (resident or 0) - 1024
@@ -231,7 +231,7 @@ def one_token(hidden: int) -> Tile:
 def rows_memory(tile: Tile, intermediate: int, buffers: int) -> int:
     """Bytes of shared memory of decode stage 2: the ring, and `buffers` blocks of h."""
     n = max(8, tile.tokens)
-    a_stage = tile.rows // 16 * (tile.k // 64) * 544 + 2 * 4 * tile.rows
+    a_stage = tile.rows // 16 * (tile.k // 128) * 1088 + 2 * 4 * tile.rows
     h = n * -(-intermediate // tile.k) * tile.k
     return tile.stages * a_stage + buffers * (h + 4 * n) + 1024
 

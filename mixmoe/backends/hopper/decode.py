@@ -18,7 +18,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mixmoe.backends.hopper.mainloop import UNIT_SCALES, UNIT_WORDS, weight_descriptors
+from mixmoe.backends.hopper.mainloop import (
+    UNIT_COLUMNS,
+    UNIT_SCALES,
+    UNIT_WORDS,
+    weight_descriptors,
+)
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
 from mixmoe.formats import Quantised
@@ -195,7 +200,7 @@ class Stream:
     def boxes(self, packed: Packed, rows: int, slices: int) -> tuple[Any, Any]:
         """TMA boxes of one stage: `rows` units x the columns of `slices` slices, and scales."""
         assert packed.scales is not None
-        padded = -(-packed.shape[2] // 128) * 2
-        words = packed.codes.view(-1, padded, UNIT_WORDS)[:, : -(-packed.shape[2] // 64)]
-        scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)
-        return weight_descriptors(words, scales, rows, 2 * slices * self.chunks)
+        units = -(-packed.shape[2] // UNIT_COLUMNS)
+        words = packed.codes.view(-1, units, UNIT_WORDS)
+        scales = packed.scales.view(torch.int32).view(-1, units * UNIT_SCALES // 4)
+        return weight_descriptors(words, scales, rows, slices * self.chunks)

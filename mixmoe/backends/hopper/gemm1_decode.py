@@ -51,12 +51,12 @@ from mixmoe.backends.hopper.mainloop import (
     smem_cast,
     tma_load,
 )
-from mixmoe.formats import Quantised
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 
 class Rows(NamedTuple):
-    """x: e4m3 codes, their row pitch, float32 scales."""
+    """x: e4m3 slots, their row pitch, float32 scales."""
 
     codes: Any
     pitch: Any
@@ -71,9 +71,9 @@ class Columns(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """H, I, E, routes of a token; tiles of a block, stages of a tile."""
+    """Slots of a row of x, I, E, routes of a token; tiles of a block, stages of a tile."""
 
-    hidden: Any
+    columns: Any
     intermediate: Any
     experts: Any
     topk: Any
@@ -134,7 +134,7 @@ def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constex
                 k = (step * TEAMS + team) * COLUMNS
                 slot = stage * TEAMS + team
                 tma_load(w_desc, [unit, k, 0], barrier, ring.words.index(slot))
-                tma_load(s_desc, [unit, k * 8], barrier, ring.scales.index(slot))
+                tma_load(s_desc, [unit, k * 16], barrier, ring.scales.index(slot))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -145,8 +145,8 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
     128 columns.
 
     The copies of a step are announced LAG steps later, once they have landed and a fence has made
-    them visible to the tensor cores; rows of padding and columns past H are filled with zeros. The
-    teams give a stage back after they have seen the next one, so LAG + 2 stages are in use.
+    them visible to the tensor cores; rows of padding and slots past the row are filled with zeros.
+    The teams give a stage back after they have seen the next one, so LAG + 2 stages are in use.
     """
     gl.static_assert(STAGES >= 3)
     LAG: gl.constexpr = 3 if STAGES > 4 else STAGES - 2
@@ -173,7 +173,7 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
             for team in gl.static_range(TEAMS):
                 at = (step * TEAMS + team) * (PART * 128) + k
                 cp_async(ring.rows.index(stage * TEAMS + team), row[:, None] + at,
-                         mask=live[:, None] & (at < sizes.hidden))
+                         mask=live[:, None] & (at < sizes.columns))
             async_copy.commit_group()
             stage, phase = advance(stage, phase, STAGES)
             issued += 1
@@ -356,12 +356,12 @@ def gemm1_decode(
 
 
 def launch(
-    x: Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
+    x: SlotRows, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile, out: Tensor
 ) -> Tensor:
     """Run stage 1: out (T * topk, I) float32, a row per route; skipped routes are not written.
 
-    x: e4m3 codes (T, H) with a float32 scale per row, 16-byte aligned rows; weights.w13 in the
-    order hopper_fp4_gu_w1 (or _wide); routed.block == tile.tokens.
+    x: rows (T, H); weights.w13 in the order hopper_fp4q_gu_w1 (or _wide); routed.block ==
+    tile.tokens.
     """
     p, w13 = routed.problem, fragments(weights.w13)
     stream = Stream.of(tile, w13)
@@ -375,7 +375,8 @@ def launch(
         Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
-        Sizes(p.hidden, p.intermediate, p.experts, p.topk, row_tiles, stream.steps(p.hidden)),
+        Sizes(x.codes.shape[1], p.intermediate, p.experts, p.topk, row_tiles,
+              stream.steps(p.hidden)),
         Act(*activation_scalars(recipe.act)), p.tokens, limit,
         tile.tokens, tile.split_k // 2, tile.stages, KINDS[recipe.act.kind], stream.wide,
         TEAM_REGISTERS, TEAM_HELPERS, **stream.options,

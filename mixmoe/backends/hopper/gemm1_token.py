@@ -70,7 +70,7 @@ def stream_token(w_desc, s_desc, ring, blocks, sizes, tiles, STAGES: gl.constexp
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
             tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
-            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 16)], barrier, ring.scales.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -84,7 +84,7 @@ def multiply_token(ring, resident, x_memory, sums, x, sizes, tiles, STAGES: gl.c
     A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
     gdc_wait()
     row = gl.zeros([SLICES], gl.int64, gl.SliceLayout(1, L))
-    scale = make_resident(resident, x, row, row == 0, sizes.hidden, SLICES, 1, L)
+    scale = make_resident(resident, x, row, row == 0, sizes.columns, SLICES, 1, L)
     x_memory.store(scale)  # all slices are of one row
     stage = tiles * 0
     phase = tiles * 0

@@ -65,7 +65,7 @@ from mixmoe.backends.hopper.resident import (
     place_of,
     share,
 )
-from mixmoe.formats import Quantised
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 __all__ = ["launch_rows", "launch_tokens"]
@@ -140,9 +140,11 @@ def quantise_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHT
 @gluon.jit
 def copy_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHTS: gl.constexpr,
                L: gl.constexpr):
-    """e4m3 rows, asynchronously, all of them under way at once."""
+    """Rows of e4m3 slots, asynchronously, all of them under way at once."""
+    wide = (columns + 127) // 128 * 128
+    slot = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
     for group in range(GROUPS):
-        offset, inside = place_of(row, group, columns, 1, 1, L)
+        offset, inside = place_of(row, group, wide, slot, 1, 1, L)
         cp_async(codes.index(at + group * EIGHTS), h.rows + offset, mask=inside & live[:, None])
     async_copy.commit_group()
     return gl.load(h.scales + row, mask=live, other=0.0)
@@ -214,7 +216,7 @@ def stream(w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS:
                 barrier, w_desc.block_type.nbytes + s_desc.block_type.nbytes + VECTORS
             )
             tma_load(w_desc, [unit, step * COLUMNS, 0], barrier, ring.words.index(stage))
-            tma_load(s_desc, [unit, step * (COLUMNS * 8)], barrier, ring.scales.index(stage))
+            tma_load(s_desc, [unit, step * (COLUMNS * 16)], barrier, ring.scales.index(stage))
             column = row_tile * (UNITS * 16)
             tma_load(r_desc, [expert, column], barrier, vectors.scale.index(stage))
             if b_desc is not None:
@@ -416,13 +418,13 @@ def row_box(vectors: Tensor) -> TensorDescriptor:
 
 
 def launch_rows(
-    h: Tensor | Quantised, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile,
+    h: Tensor | SlotRows, weights: Weights, routed: Routed, recipe: Recipe, tile: Tile,
     out: Tensor, early: bool = False,
 ) -> Tensor:
     """Run stage 2 by blocks: out (T * topk, H), a row per route without its routing weight.
 
-    h: (T * topk, I) float32 or e4m3 with a scale per row, a row per route; weights.w2 in the order
-    hopper_fp4_w1 (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
+    h: (T * topk, I) float32 or e4m3 slots, a row per route; weights.w2 in the order hopper_fp4q_w1
+    (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
     early: the lists of `routed` are complete when the kernel before this one starts its dependents
     (gemm1_decode does so after it has waited for them), so weights may be streamed at once.
     """

@@ -43,9 +43,9 @@ from mixmoe.backends.hopper.mainloop import (
     tma_store,
 )
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import segments, weight_boxes
 from mixmoe.fold import Fold
-from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
@@ -127,7 +127,7 @@ def produce(
                 full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes)
             )
             for k in gl.static_range(STEPS):
-                tma_load(w_desc, [unit, 2 * k, 0], full, words.index(stage * STEPS + k))
+                tma_load(w_desc, [unit, k, 0], full, words.index(stage * STEPS + k))
                 tma_load(s_desc, [unit, 16 * k], full, scales.index(stage * STEPS + k))
             stage, phase = advance(stage, phase, STAGES)
 
@@ -429,13 +429,13 @@ class Ring:
 
 
 def launch(
-    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, recipe: Recipe,
+    h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, recipe: Recipe,
     ring: Ring, out: Tensor,
 ) -> Tensor:
     """Run stage 2 and the sum over a token's routes: out (T, H).
 
-    h: e4m3 codes (P, I) in sorted order, a row per sorted position, and a float32 scale per row;
-    weights: w2 in the order hopper_fp4_w1 (or _wide); routed.block == 32.
+    h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
+    _wide); routed.block == 32.
     """
     p = routed.problem
     device = out.device
@@ -445,7 +445,7 @@ def launch(
     counters = torch.empty(2 * slices, dtype=torch.int32, device=device)
     lists = segments(routed, ring.ctas, ring.room, counters)
     span = 16
-    words, scales = weight_boxes(weights, 4, 2)
+    words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     gemm2_ring[(ring.ctas,)](
         words, scales,

@@ -14,9 +14,9 @@ from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.prefill import grouped_prefill
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import Cut, Tiles, weight_boxes
 from mixmoe.fold import Fold
-from mixmoe.formats import Quantised
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Recipe
 
@@ -45,23 +45,23 @@ def sum_routes(
 
 
 def launch_group(
-    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut,
+    h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut,
     base: int, count: int, rows: Tensor,
 ) -> None:
     """`count` row tiles of 128 columns of H from tile `base` on -> rows (P, >= count * 128)."""
     p = routed.problem
-    words, scales = weight_boxes(weights, 4, 2)
+    words, scales = weight_boxes(weights, 4, 1)
     grouped_prefill[(min(multiprocessors(rows.device), tiles.room * count),)](
         words, scales, h.codes, routed.sorted_token_ids, h.scales, tiles.records, tiles.count,
         rows, rows.stride(0), weights.row_scale, bias, None, p.hidden, base,
         0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),
-        KIND=None, EVEN=p.intermediate % 128 == 0, WIDE=weights.order.fold is Fold.WIDE,
+        KIND=None, WIDE=weights.order.fold is Fold.WIDE,
         **cut.options(p.intermediate),
     )  # fmt: skip
 
 
 def product(
-    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut
+    h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut
 ) -> Tensor:
     """h W2^T + b, bf16 (P, H), a row per sorted position, without routing weights."""
     total = -(-routed.problem.hidden // ROWS)
@@ -72,7 +72,7 @@ def product(
 
 
 def launch(
-    h: Quantised, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
+    h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
     recipe: Recipe, cut: Cut, out: Tensor,
 ) -> Tensor:
     """Run stage 2 and the sum: out (T, H). Tiles as stage 1's, the rest as `gemm2_prefill`'s."""

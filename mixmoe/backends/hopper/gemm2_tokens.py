@@ -39,8 +39,8 @@ from mixmoe.backends.hopper.resident import (
     take,
     vector_layout,
 )
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import Quantised
 from mixmoe.spec import Recipe, Tile, Weights
 
 
@@ -125,14 +125,14 @@ def stream_tokens(w_desc, s_desc, ring, routes, sizes, tokens, TOPK: gl.constexp
             mbarrier.wait(ring.empty.index(stage), phase)
             mbarrier.expect(barrier, TOPK * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
             words = smem_cast(
-                ring.words.index(stage), gl.int32, [TOPK, 1, COLUMNS, 128], w_desc.layout
+                ring.words.index(stage), gl.int32, [TOPK, 1, COLUMNS, 256], w_desc.layout
             )
             scales = smem_cast(
-                ring.scales.index(stage), gl.int32, [TOPK, 1, COLUMNS * 8], s_desc.layout
+                ring.scales.index(stage), gl.int32, [TOPK, 1, COLUMNS * 16], s_desc.layout
             )
             for r in gl.static_range(TOPK):
                 tma_load(w_desc, [units[r], step * COLUMNS, 0], barrier, words.index(r))
-                tma_load(s_desc, [units[r], step * (COLUMNS * 8)], barrier, scales.index(r))
+                tma_load(s_desc, [units[r], step * (COLUMNS * 16)], barrier, scales.index(r))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -191,8 +191,8 @@ def gemm2_tokens(
     WARPS: gl.constexpr = gl.num_warps()
     COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
     ring = Ring(
-        gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS, 128], w_desc.layout),
-        gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS * 8], s_desc.layout),
+        gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS, 256], w_desc.layout),
+        gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS * 16], s_desc.layout),
         None, barriers(STAGES, 1), barriers(STAGES, 1),
     )
     resident = gl.allocate_shared_memory(
@@ -216,7 +216,7 @@ def gemm2_tokens(
 
 
 def launch_tokens(
-    h: Tensor | Quantised, weights: Weights, topk_ids: Tensor, topk_weights: Tensor,
+    h: Tensor | SlotRows, weights: Weights, topk_ids: Tensor, topk_weights: Tensor,
     expert_map: Tensor | None, recipe: Recipe, tile: Tile, out: Tensor,
 ) -> Tensor:
     """Run stage 2 and combine at once: out (T, H) = sum over a token's routes in slot order.

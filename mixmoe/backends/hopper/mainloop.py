@@ -1,19 +1,22 @@
 """What the Hopper matrix kernels share: the order of packed weights and their way into wgmma.
 
-Fragment order (weights, swapped to wgmma's A operand). A unit is 16 weight rows x 64 K:
+Fragment order (weights, swapped to wgmma's A operand). A unit is 16 weight rows x 128 K:
 
-    words   int32 (E * R/16, K64, 128)   K64 = ceil(K / 64), unit = [g 8][q 4][j 4] words of 8 codes
-    scales  uint8 (E * R/16, K64 * 32)   unit = [g 8][j 4] bytes, one per word, shared by the four q
+    words   int32 (E * R/16, K128, 256)  K128 = ceil(K / 128), unit = [r8 2][g 8][q 4][j 4] words
+    scales  uint8 (E * R/16, K128 * 64)  unit = [r8 2][g 8][q 4] bytes
 
-Lane 4g + q of a warp owns word j = 2 * ks + r8 of every unit: row 8 * r8 + g, columns
-32 * ks + 4q .. + 3 (codes 0-3) and 32 * ks + 16 + 4q .. + 3 (codes 4-7): the registers in which
-wgmma m64k32 takes A (PTX ISA, wgmma A fragment). In a word the magnitude of code i lies at bits
-4i .. 4i + 2, the sign of codes 0-3 at bits 7, 15, 23, 31 and of codes 4-7 at bits 3, 11, 19, 27.
+Lane 4g + q of a warp owns rows 8 * r8 + g and of each the 32-block q of the 128 columns, all of it:
+word j holds its columns 8j .. 8j + 7 and is what wgmma m64k32 takes in step j (PTX ISA, wgmma A
+fragment), codes 0-3 as slots 32j + 4q .. + 3 and codes 4-7 as slots 32j + 16 + 4q .. + 3. So four
+words share one scale byte and its tables, and the rows of B (x, h) lie in the order
+`mixmoe.preshuffle.HOPPER_SLOTS`: slot 16i + 4q + b of 128 holds column 32q + 4i + b (`column_of`).
+In a word the magnitude of code i lies at bits 4i .. 4i + 2, the sign of codes 0-3 at bits 7, 15,
+23, 31 and of codes 4-7 at bits 3, 11, 19, 27.
 In gate/up weights rows 0-7 of a unit are gate rows and rows 8-15 the up rows of the same columns.
 A block is worth 2^k relative to its row. Its scale byte is 8 * (k + 5), k in [-5, 6]; for kernels
 compiled with WIDE it is k + 8, k in [-8, 6]. Columns past K are zero words and zero bytes.
 
-One order serves every tile: a TMA box (rows/16, K/64, 128) is any block of 16 x 64 units.
+One order serves every tile: a TMA box (rows/16, K/128, 256) is any block of 16 x 128 units.
 """
 
 import math
@@ -46,7 +49,7 @@ KINDS = {
     ActivationKind.SITUV2: 3,
 }
 
-UNIT_ROWS, UNIT_COLUMNS, UNIT_WORDS, UNIT_SCALES = 16, 64, 128, 32
+UNIT_ROWS, UNIT_COLUMNS, UNIT_WORDS, UNIT_SCALES = 16, 128, 256, 64
 
 
 @builtin
@@ -62,10 +65,10 @@ def smem_cast(
 def weight_descriptors(
     words: Any, scales: Any, row_units: int, k_units: int
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """TMA boxes of row_units x k_units units: words (U, K64, 128) int32, scales (U, K64 * 8) int32.
+    """TMA boxes of row_units x k_units units: words (U, K128, 256), scales (U, K128 * 16), int32.
 
     `scales` is the uint8 tensor seen as int32. Both land dense in shared memory (no swizzle): a
-    warp reads a unit as 512 consecutive bytes, so there is no bank conflict to avoid.
+    warp reads half a unit as 512 consecutive bytes, so there is no bank conflict to avoid.
     """
     return (
         TensorDescriptor.from_tensor(
@@ -133,74 +136,93 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def dequantise(words, scale):
-    """8 e2m1 codes and one scale byte -> two int32 of four e4m3 each, exact for k in [-5, 6].
+def column_of(slot):
+    """The column of a row of x or h that wgmma takes at `slot` (`mixmoe.preshuffle.HOPPER_SLOTS`).
 
-    The look-up table {0, .5, 1, 1.5, 2, 3, 4, 6} * 2^k is linear in k as eight e4m3 bytes: two mads
-    build it, two byte permutes index it. 9 instructions per 8 weights.
+    Four consecutive slots are four consecutive columns. The compiler sees that, and loads them at
+    once, only where a remainder is the last step: it loses track of `slot % 16 // 4`.
+    """
+    return slot // 128 * 128 + slot // 4 % 4 * 32 + slot // 16 % 8 * 4 + slot % 4
+
+
+@gluon.jit
+def tables(scale):
+    """Scale bytes 8 (k + 5) -> {0, .5, 1, 1.5, 2, 3, 4, 6} * 2^k as eight e4m3 bytes, k in [-5, 6].
+
+    The table is linear in the byte: two mads build it, byte 0 stays 0.
     """
     return gl.inline_asm_elementwise(
         """{
-        .reg .b32 t0, t1, m, h, a, b, s;
-        mad.lo.u32 t0, $3, 0x01010100, 0x14100800;
-        mad.lo.u32 t1, $3, 0x01010101, 0x24201c18;
-        and.b32 m, $2, 0x77777777;
-        shr.u32 h, m, 16;
-        prmt.b32 a, t0, t1, m;
-        prmt.b32 b, t0, t1, h;
-        shl.b32 s, $2, 4;
-        lop3.b32 $0, $2, 0x80808080, a, 0xEA;
-        lop3.b32 $1, s, 0x80808080, b, 0xEA;
+        mad.lo.u32 $0, $2, 0x01010100, 0x14100800;
+        mad.lo.u32 $1, $2, 0x01010101, 0x24201c18;
         }""",
-        "=&r,=&r,r,r", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        "=&r,=r,r", [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )
 
 
 @gluon.jit
-def dequantise_wide(words, scale):
-    """`dequantise` for scale bytes k + 8 and all 15 exponents, k in [-8, 6].
+def tables_wide(scale):
+    """`tables` for scale bytes k + 8 and all 15 exponents, k in [-8, 6].
 
     The same two mads, shifted by three; the tables of k = -8, -7, -6 (e4m3 subnormals) are chosen.
     """
     return gl.inline_asm_elementwise(
         """{
-        .reg .b32 t0, t1, m, h, a, b, s;
+        .reg .b32 t0, t1;
         .reg .pred p0, p1, p2;
-        setp.eq.u32 p0, $3, 0;
-        setp.eq.u32 p1, $3, 1;
-        setp.eq.u32 p2, $3, 2;
-        mad.lo.u32 t0, $3, 0x08080800, 0xfbf7f000;
-        mad.lo.u32 t1, $3, 0x08080808, 0x0c080400;
+        setp.eq.u32 p0, $2, 0;
+        setp.eq.u32 p1, $2, 1;
+        setp.eq.u32 p2, $2, 2;
+        mad.lo.u32 t0, $2, 0x08080800, 0xfbf7f000;
+        mad.lo.u32 t1, $2, 0x08080808, 0x0c080400;
         selp.b32 t0, 0x03020100, t0, p0;
         selp.b32 t1, 0x0c080604, t1, p0;
         selp.b32 t0, 0x06040200, t0, p1;
         selp.b32 t1, 0x14100c08, t1, p1;
-        selp.b32 t0, 0x0c080400, t0, p2;
-        selp.b32 t1, 0x1c181410, t1, p2;
+        selp.b32 $0, 0x0c080400, t0, p2;
+        selp.b32 $1, 0x1c181410, t1, p2;
+        }""",
+        "=&r,=r,r", [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )
+
+
+@gluon.jit
+def look_up(words, low, high):
+    """8 e2m1 codes and the table of their block -> two int32 of four e4m3 each, 7 instructions.
+
+    Two byte permutes index the table. The high selectors come by dp2a, which is word >> 16 on the
+    multiplier pipe: the pipe of PRMT and LOP3 is the busier one.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 m, h, a, b, s;
         and.b32 m, $2, 0x77777777;
-        shr.u32 h, m, 16;
-        prmt.b32 a, t0, t1, m;
-        prmt.b32 b, t0, t1, h;
+        dp2a.lo.u32.u32 h, m, 256, 0;
+        prmt.b32 a, $3, $4, m;
+        prmt.b32 b, $3, $4, h;
         shl.b32 s, $2, 4;
         lop3.b32 $0, $2, 0x80808080, a, 0xEA;
         lop3.b32 $1, s, 0x80808080, b, 0xEA;
         }""",
-        "=&r,=&r,r,r", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+        "=&r,=r,r,r,r", [words, low, high], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
     )
 
 
 @gluon.jit
 def decode(raw, scale, WIDE: gl.constexpr):
-    """Words and scale bytes -> (lo, hi), two int32 of four e4m3 each."""
+    """Words (.., q, j) and scale bytes (.., q) -> (lo, hi), two int32 of four e4m3 each."""
     if WIDE:
-        return dequantise_wide(raw, scale)
+        low, high = tables_wide(scale)
     else:
-        return dequantise(raw, scale)
+        low, high = tables(scale)
+    low, _ = gl.broadcast(low.expand_dims(5), raw)
+    high, _ = gl.broadcast(high.expand_dims(5), raw)
+    return look_up(raw, low, high)
 
 
 @gluon.jit
 def load_fragments(words, scales, SHAPE: gl.constexpr, L: gl.constexpr):
-    """Words of a stage and their scale bytes, both int32 of SHAPE (.., .., half, g, q, j).
+    """Words of a stage, int32 of SHAPE (.., .., r8, g, q, j), and their scale bytes as int32.
 
     int32 is what may be carried over a loop edge; an 8-bit tensor there becomes a phi per byte.
     """
@@ -208,15 +230,14 @@ def load_fragments(words, scales, SHAPE: gl.constexpr, L: gl.constexpr):
         words, gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0])
     ).load(L)
     byte = smem_cast(
-        scales, gl.uint8, SHAPE[:4] + SHAPE[5:], gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    ).load(gl.SliceLayout(4, L))
-    scale, raw = gl.broadcast(byte.to(gl.int32).expand_dims(4), raw)
-    return raw, scale
+        scales, gl.uint8, SHAPE[:5], gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    ).load(gl.SliceLayout(5, L))
+    return raw, byte.to(gl.int32)
 
 
 @gluon.jit
 def load_raw(words, scales, REP: gl.constexpr, WARPS: gl.constexpr):
-    """REP * WARPS * 16 rows x 128 columns of a stage in the order rep, warp, K half.
+    """REP * WARPS * 16 rows x 128 columns of a stage in the order rep, warp.
 
     words: that many 16-row units of shared memory; scales: theirs. Returns (raw, scale).
     """
@@ -228,16 +249,16 @@ def load_raw(words, scales, REP: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def load_units(words, scales, REP: gl.constexpr, WARPS: gl.constexpr, WIDE: gl.constexpr):
-    """`load_raw`, decoded: (lo, hi) int32 (rep, warp, half, g, q, j)."""
+    """`load_raw`, decoded: (lo, hi) int32 (rep, warp, r8, g, q, j)."""
     raw, scale = load_raw(words, scales, REP, WARPS)
     return decode(raw, scale, WIDE)
 
 
 @gluon.jit
 def load_chunks(words, scales, CHUNKS: gl.constexpr, WARPS: gl.constexpr):
-    """WARPS * 16 rows x CHUNKS * 128 columns of a stage, in the order warp, chunk, K half.
+    """WARPS * 16 rows x CHUNKS * 128 columns of a stage, in the order warp, chunk.
 
-    Returns (raw, scale) int32 (warp, chunk, half, g, q, j); `chunk_of` takes one chunk of such.
+    Returns raw int32 (warp, chunk, r8, g, q, j) and scale; `chunk_of` takes a chunk of the decoded.
     """
     L: gl.constexpr = gl.BlockedLayout(
         [1, CHUNKS, 2, 1, 1, 4], [1, 1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1, 1], [5, 4, 3, 2, 1, 0]
@@ -247,7 +268,7 @@ def load_chunks(words, scales, CHUNKS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def chunk_of(x, CHUNK: gl.constexpr):
-    """Chunk 0 or 1 of (warp, chunk, half, g, q, j) as `fragment` takes it; no instruction."""
+    """Chunk 0 or 1 of (warp, chunk, r8, g, q, j) as `fragment` takes it; no instruction."""
     if x.shape[1] == 1:
         return x.permute((1, 0, 2, 3, 4, 5))
     else:
@@ -278,26 +299,28 @@ def fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
     )
     x = gl.convert_layout(gl.join(lo, hi), gl.SliceLayout(7, L), assert_trivial=True).expand_dims(7)
     x, _ = gl.broadcast(x, gl.full([REP, WARPS, 2, 8, 4, 4, 2, 4], 0, gl.int32, L))
-    x = as_e4m3(x).reshape([REP, WARPS, 2, 8, 4, 2, 2, 2, 4])  # rep w half g q ks r8 lohi byte
-    x = x.permute((0, 1, 6, 3, 2, 5, 7, 4, 8)).reshape([REP * WARPS * 16, 128])
+    x = as_e4m3(x)  # rep w r8 g q j lohi byte
+    x = x.permute((0, 1, 2, 3, 5, 6, 4, 7)).reshape([REP * WARPS * 16, 128])
     return gl.convert_layout(x, A, assert_trivial=True)
 
 
 @gluon.jit
 def halves(x):
-    """(rep, warp, half, g, q, j) -> its two K halves (rep, warp, g, q, j); no instruction."""
-    return x.permute((0, 1, 3, 4, 5, 2)).split()
+    """(rep, warp, r8, g, q, j) -> its words j 0-1 and 2-3, 64 slots each; no instruction."""
+    REP: gl.constexpr = x.shape[0]
+    WARPS: gl.constexpr = x.shape[1]
+    return x.reshape([REP, WARPS, 2, 8, 4, 2, 2]).permute((0, 1, 2, 3, 4, 6, 5)).split()
 
 
 @gluon.jit
 def half_fragment(lo, hi, A: gl.constexpr, REP: gl.constexpr, WARPS: gl.constexpr):
-    """`fragment` of one K half: e4m3 (REP * WARPS * 16, 64)."""
+    """`fragment` of one half of the slots: e4m3 (REP * WARPS * 16, 64)."""
     L: gl.constexpr = gl.BlockedLayout(
-        [REP, 1, 1, 1, 4, 2, 4], [1, 1, 8, 4, 1, 1, 1], [1, WARPS, 1, 1, 1, 1, 1],
-        [6, 5, 4, 3, 2, 1, 0],
+        [REP, 1, 2, 1, 1, 2, 2, 4], [1, 1, 1, 8, 4, 1, 1, 1], [1, WARPS, 1, 1, 1, 1, 1, 1],
+        [7, 6, 5, 4, 3, 2, 1, 0],
     )
-    x = gl.convert_layout(gl.join(lo, hi), gl.SliceLayout(6, L), assert_trivial=True).expand_dims(6)
-    x, _ = gl.broadcast(x, gl.full([REP, WARPS, 8, 4, 4, 2, 4], 0, gl.int32, L))
-    x = as_e4m3(x).reshape([REP, WARPS, 8, 4, 2, 2, 2, 4])  # rep w g q ks r8 lohi byte
-    x = x.permute((0, 1, 5, 2, 4, 6, 3, 7)).reshape([REP * WARPS * 16, 64])
+    x = gl.convert_layout(gl.join(lo, hi), gl.SliceLayout(7, L), assert_trivial=True).expand_dims(7)
+    x, _ = gl.broadcast(x, gl.full([REP, WARPS, 2, 8, 4, 2, 2, 4], 0, gl.int32, L))
+    x = as_e4m3(x)
+    x = x.permute((0, 1, 2, 3, 5, 6, 4, 7)).reshape([REP * WARPS * 16, 64])
     return gl.convert_layout(x, A, assert_trivial=True)

@@ -89,22 +89,21 @@ def tile_fragment(ptr, scale_ptr, row, k, K, STEP: tl.constexpr, LOWEST: tl.cons
                   R: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """float32 ``(R, BK)`` of folded mxfp4 in fragment order (the layout is stated in mainloop.py).
 
-    A word holds columns 4q..4q+3 and 16+4q..16+4q+3 of a block of 32; a word beyond K reads zero
-    words of the padding or is masked.
+    A unit of 16 rows x 128 columns is row-major: the four words of a block of 32 lie together. A
+    word beyond K reads zero words of the padding or is masked.
     """
     block = k // 32 + tl.arange(0, BK // 32)
-    units = (K + 127) // 128 * 2
-    lane = row % 8 * 4
-    unit = (row // 16 * units)[:, None] + (block // 2)[None, :]
-    part = (block % 2 * 2)[None, :] + (row // 8 % 2)[:, None]
+    units = (K + 127) // 128
+    unit = (row // 16 * units)[:, None] + (block // 4)[None, :]
+    place = unit * 64 + (row % 16 * 4)[:, None] + (block % 4)[None, :]
     known = (block < (K + 31) // 32)[None, :] & (row >= 0)[:, None]
-    byte = tl.load(scale_ptr + unit * 32 + lane[:, None] + part, mask=known, other=0)
+    byte = tl.load(scale_ptr + place, mask=known, other=0)
     power = ((byte.to(tl.int32) // STEP + LOWEST + 127) << 23).to(tl.float32, bitcast=True)
-    q = tl.arange(0, 4)[None, None, :]
-    at = unit[:, :, None] * 128 + lane[:, None, None] * 4 + q * 4 + part[:, :, None]
-    word = tl.load(ptr + at, mask=known[:, :, None], other=0)[:, :, None, :, None]
+    j = tl.arange(0, 4)[None, None, :]
+    word = tl.load(ptr + place[:, :, None] * 4 + j, mask=known[:, :, None], other=0)
+    word = word[:, :, :, None, None]
+    high = tl.arange(0, 2)[None, None, None, :, None]
     by = tl.arange(0, 4)[None, None, None, None, :]
-    high = tl.arange(0, 2)[None, None, :, None, None]
     bits = ((word >> (16 * high + 4 * by)) & 7) << 22
     bits |= ((word >> (8 * by + 7 - 4 * high)) & 1) << 31
     values = tl.reshape(bits.to(tl.float32, bitcast=True) * 2.0**126, (R, BK // 32, 32))

@@ -63,9 +63,8 @@ def addresses(x_ptr, ids_ptr, start, first: gl.constexpr, routes, pitch, N: gl.c
 @gluon.jit
 def gather(
     w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, tiles_ptr, count_ptr, words, scales,
-    xs, extra, x_scales, weights, full, empty, units, row_tiles, base, steps, K, pitch,
+    xs, extra, x_scales, weights, full, empty, units, row_tiles, base, steps, pitch,
     MAIN: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, BY_TOKEN: gl.constexpr,
-    EVEN: gl.constexpr,
 ):
     """Role of the gathering warps: weights by TMA, rows of x by cp.async, scales of the rows."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -111,17 +110,11 @@ def gather(
             )
             for t in gl.static_range(TEAMS):
                 slot = stage * TEAMS + t
-                tma_load(w_desc, [unit + t * TEAM_UNITS, 2 * k, 0], ready, words.index(slot))
+                tma_load(w_desc, [unit + t * TEAM_UNITS, k, 0], ready, words.index(slot))
                 tma_load(s_desc, [unit + t * TEAM_UNITS, 16 * k], ready, scales.index(slot))
-            inside = mask
-            inside2 = mask2
-            if not EVEN:
-                column = k * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-                inside = mask & (column < K)[None, :]
-                inside2 = mask2 & (column < K)[None, :]
-            cp_async(xs.index(stage), x_ptr + k * 128 + offset, mask=inside)
+            cp_async(xs.index(stage), x_ptr + k * 128 + offset, mask=mask)
             if routes > MAIN:
-                cp_async(extra.index(stage), x_ptr + k * 128 + offset2, mask=inside2)
+                cp_async(extra.index(stage), x_ptr + k * 128 + offset2, mask=mask2)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
         turn += 1
@@ -427,7 +420,7 @@ def grouped_prefill(
     out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
     limit, alpha, beta, beta2, units, row_tiles, K, pitch,
     MAIN: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr, EVEN: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """KIND None: rows of x lie in sorted order, plain epilogue; else rows by token, gated."""
@@ -471,8 +464,8 @@ def grouped_prefill(
                        MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE)),
             (gather, (w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, tiles_ptr,
                       count_ptr, words, scales, xs, extra, x_scales, weights, full, empty,
-                      units, row_tiles, base, steps, K, pitch, MAIN, STAGES, TEAMS,
-                      KIND is not None, EVEN)),
+                      units, row_tiles, base, steps, pitch, MAIN, STAGES, TEAMS,
+                      KIND is not None)),
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],
     )

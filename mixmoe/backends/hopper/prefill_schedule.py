@@ -17,7 +17,9 @@ from torch import Tensor
 from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_rows
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
+from mixmoe.backends.hopper.quantise import slot_rows
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import EXTRA, ROUTE_BLOCK, Cut, Tiles, tiles
 from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Weights
@@ -46,13 +48,13 @@ class Prefill:
 
     def gemm1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
         """h in the recipe's format, a row per route."""
-        h = self.stage1(fp8(x), weights, routed, recipe, *cut_tiles(routed, recipe))
+        h = self.stage1(slot_rows(x), weights, routed, recipe, *cut_tiles(routed, recipe))
         return quantise_stage.quantise(
             h, recipe.activation, recipe.rounding, routed.position, gather=True
         )
 
     def stage1(
-        self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe, cut: Cut, work: Tiles
+        self, x: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, cut: Cut, work: Tiles
     ) -> Tensor:
         """h in bf16, a row per sorted position; padding rows are not written."""
         shape = (routed.sorted_token_ids.shape[0], routed.problem.intermediate)
@@ -75,17 +77,16 @@ class Prefill:
         """gemm2 and combine of rows in route order."""
         return self.stage2(self.sorted_rows(h, routed), weights, routed, recipe, out)
 
-    def sorted_rows(self, h: Quantised, routed: Placed) -> Quantised:
+    def sorted_rows(self, h: Quantised, routed: Placed) -> SlotRows:
         """FP8 rows of h in sorted order; padding repeats a row."""
-        h, p = fp8(h), routed.problem
+        rows, p = slot_rows(h), routed.problem
         ids = routed.sorted_token_ids
         route = ((ids & 0xFFFFFF) * p.topk + (ids >> 24)).clamp_max(p.routes - 1).long()
-        codes = h.codes.view(torch.uint8)[route].view(torch.float8_e4m3fn)
-        assert h.scales is not None
-        return Quantised(codes, h.scales[route], h.format)
+        codes = rows.codes.view(torch.uint8)[route].view(torch.float8_e4m3fn)
+        return SlotRows(codes, rows.scales[route])
 
     def stage2(
-        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        self, h: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
         work: tuple[Cut, Tiles] | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum, h in sorted order."""
@@ -118,11 +119,6 @@ class Prefill:
         h = self.stage1(rows, weights, routed, recipe, cut, work)
         codes = quantise_stage.quantise_fp8(h, recipe.activation, recipe.rounding)
         self.stage2(codes, weights, routed, recipe, out[part], (cut, work))
-
-
-def fp8(q: Quantised) -> Quantised:
-    """e4m3 rows with a float32 scale: fp8_token as it is, MX formats folded."""
-    return q if q.format.name == "fp8_token" else quantise_stage.folded(q)
 
 
 PREFILL = Prefill()

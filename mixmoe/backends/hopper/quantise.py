@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.operands import operand
+from mixmoe.backends.hopper.slots import SlotRows, padded, to_slots
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, Rounding, ScaleKind, fp8_token
 
@@ -102,11 +103,32 @@ def store_rows(ptr, values, row, live, K, QB: tl.constexpr, KP: tl.constexpr):
 
 
 @triton.jit
-def write_fp8_row(x, codes_ptr, scales_ptr, row, live, K,
-                  QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+def store_slots(ptr, values, row, live, K, QB: tl.constexpr, KP: tl.constexpr):
+    """`store_rows` in slot order; K is a multiple of 128."""
+    store_rows(ptr, to_slots(values, QB, KP), row, live, K, QB, KP)
+
+
+@triton.jit
+def fp8_row(x):
+    """e4m3 codes of the rows of ``x`` and the scale of each."""
     scale = tl.maximum(tl.div_rn(row_amax(x), 448.0), TINY)
     y = quotient(x, scale[:, None])  # at most 448 (1 + 2^-23): nothing to saturate
-    store_rows(codes_ptr, y.to(tl.float8e4nv), row, live, K, QB, KP)
+    return y.to(tl.float8e4nv), scale
+
+
+@triton.jit
+def write_fp8_row(x, codes_ptr, scales_ptr, row, live, K,
+                  QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    codes, scale = fp8_row(x)
+    store_rows(codes_ptr, codes, row, live, K, QB, KP)
+    tl.store(scales_ptr + row, scale, mask=live)
+
+
+@triton.jit
+def write_fp8_slots(x, codes_ptr, scales_ptr, row, live, K,
+                    QB: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):  # fmt: skip
+    codes, scale = fp8_row(x)
+    store_slots(codes_ptr, codes, row, live, K, QB, KP)
     tl.store(scales_ptr + row, scale, mask=live)
 
 
@@ -163,10 +185,10 @@ def power_of_two(exponent):
 @triton.jit
 def fold(values, byte, codes_ptr, scales_ptr, row, live, K,
          QB: tl.constexpr, KP: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    """Values times ``2^(byte - top + SHIFT)`` as e4m3; row scale ``2^(top - 127 - SHIFT)``."""
+    """Slots of e4m3 values times ``2^(byte - top + SHIFT)``; scale ``2^(top - 127 - SHIFT)``."""
     top = tl.max(byte, 1)
     y = values * power_of_two(byte - top[:, None] + SHIFT)[:, :, None]
-    store_rows(codes_ptr, tl.reshape(y, (QB, KP)).to(tl.float8e4nv), row, live, K, QB, KP)
+    store_slots(codes_ptr, tl.reshape(y, (QB, KP)).to(tl.float8e4nv), row, live, K, QB, KP)
     tl.store(scales_ptr + row, power_of_two(top - 127 - SHIFT), mask=live)
 
 
@@ -243,10 +265,10 @@ def quantise_smooth(
 
 @triton.jit(do_not_specialize=["rows"])
 def fold_rows(
-    q_ptr, q_scales_ptr, codes_ptr, scales_ptr, rows, K,
+    q_ptr, q_scales_ptr, codes_ptr, scales_ptr, rows, K, pitch,
     X: tl.constexpr, SHIFT: tl.constexpr, QB: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Stored MX rows -> e4m3 and a scale per row, as :func:`fold` does from values."""
+    """Stored MX rows -> e4m3 slots and a scale per row, as :func:`fold` does from values."""
     start_dependents(PDL)
     row = (tl.program_id(0) * QB + tl.arange(0, QB)).to(tl.int64)
     live = row < rows
@@ -256,7 +278,7 @@ def fold_rows(
     byte = tl.load(q_scales_ptr + row[:, None] * (K // 32) + block[None, :], mask=mask, other=0)
     top = tl.max(byte.to(tl.int32), 1)
     y = x * power_of_two(127 - top)[:, None] * 2.0**SHIFT
-    store_rows(codes_ptr, y.to(tl.float8e4nv), row, live, K, QB, KP)
+    store_slots(codes_ptr, y.to(tl.float8e4nv), row, live, pitch, QB, KP)
     tl.store(scales_ptr + row, power_of_two(top - 127 - SHIFT), mask=live)
 
 
@@ -268,8 +290,8 @@ WRITERS = {
     "mxfp8": write_mxfp8,
     "mxfp4": write_mxfp4,
 }
-FP8_WRITERS = {
-    "fp8_token": write_fp8_row,
+FP8_WRITERS = {  # into rows of slots (`SlotRows`), whole groups of 128 of them
+    "fp8_token": write_fp8_slots,
     "mxfp8": write_folded_mxfp8,
     "mxfp4": write_folded_mxfp4,
 }
@@ -300,9 +322,9 @@ def empty_codes(fmt: Format, rows: int, K: int, device: torch.device) -> tuple[T
     return codes, torch.empty(fmt.scale_shape(rows, K), dtype=dtype, device=device)
 
 
-def empty_fp8(rows: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Uninitialised e4m3 codes ``(rows, K)`` and float32 scales ``(rows, 1)``."""
-    return empty_codes(fp8_token, rows, K, device)
+def empty_rows(rows: int, K: int, device: torch.device) -> SlotRows:
+    """Uninitialised rows of K columns."""
+    return SlotRows(*empty_codes(fp8_token, rows, padded(K), device))
 
 
 def writer_of(fmt: Format) -> object:
@@ -333,32 +355,37 @@ def quantise(
 
 def quantise_fp8(
     x: Tensor, fmt: Format, rounding: Rounding = Rounding.CEIL, position: Tensor | None = None,
-    gather: bool = False, pitch: int = 1,
-) -> Quantised:  # fmt: skip
-    """x as the FP8 tensor cores take it: e4m3 ``(R, K)`` and one float32 scale a row ``(R, 1)``.
+    gather: bool = False,
+) -> SlotRows:  # fmt: skip
+    """x as the FP8 tensor cores take it beside packed weights: e4m3 slots, one scale a row.
 
-    ``fp8_token`` as it is, MX formats folded (:func:`fold` states the bound). Rows of codes are a
-    multiple of ``pitch`` columns apart, zeros after K.
+    ``fp8_token`` as it is, MX formats folded (:func:`fold` states the bound).
     """
-    rows, K = (x if position is None else position).shape[0], x.shape[1]
-    wide = -(-K // pitch) * pitch
-    codes, scales = empty_fp8(rows, wide, x.device)
+    out = empty_rows((x if position is None else position).shape[0], x.shape[1], x.device)
     up = round_up_from(fmt, rounding)
-    launch_rows(x, codes, scales, wide, FP8_WRITERS[fmt.name], up, position, gather)
-    return Quantised(codes[:, :K], scales, fp8_token)
+    writer, pitch = FP8_WRITERS[fmt.name], out.codes.shape[1]
+    launch_rows(x, out.codes, out.scales, pitch, writer, up, position, gather)
+    return out
 
 
-def folded(q: Quantised) -> Quantised:
+def folded(q: Quantised) -> SlotRows:
     """A stored ``mxfp8`` or ``mxfp4`` matrix as :func:`quantise_fp8` would have made it."""
     rows, K = q.shape
-    codes, scales = empty_fp8(rows, K, q.device)
+    out = empty_rows(rows, K, q.device)
     if rows:
-        shape = plan(K, rows)
+        pitch = out.codes.shape[1]
+        shape = plan(pitch, rows)
         fold_rows[(-(-rows // shape["QB"]),)](
-            q.codes.contiguous(), q.scales, codes, scales, rows, K, X=operand(q.format),
-            SHIFT=6 if q.format.element.bits == 4 else 0, **shape, **options(q.device),
+            q.codes.contiguous(), q.scales, out.codes, out.scales, rows, K, pitch,
+            X=operand(q.format), SHIFT=6 if q.format.element.bits == 4 else 0,
+            **shape, **options(q.device),
         )  # fmt: skip
-    return Quantised(codes, scales, fp8_token)
+    return out
+
+
+def slot_rows(q: Quantised) -> SlotRows:
+    """Rows of a caller for the FP8 tensor cores: ``fp8_token`` reordered, MX formats folded."""
+    return SlotRows.of(q) if q.format.name == "fp8_token" else folded(q)
 
 
 def launch_rows(

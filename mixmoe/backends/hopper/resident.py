@@ -23,19 +23,20 @@ from mixmoe.backends.hopper.decode import own_parity, zeros
 from mixmoe.backends.hopper.mainloop import (
     advance,
     chunk_of,
+    column_of,
     cp_async,
     cta_barrier,
     decode,
     fragment,
     load_chunks,
 )
-from mixmoe.formats import Quantised
+from mixmoe.backends.hopper.slots import SlotRows
 
 TINY = gl.constexpr(2.0**-126)  # the least scale of a row, as in mixmoe.formats
 
 
 class Hidden(NamedTuple):
-    """h (T * topk, I): float32 and no scales, or e4m3 codes with a float32 scale per row."""
+    """h (T * topk, I): float32 and no scales, or e4m3 slots with a float32 scale per row."""
 
     rows: Any
     scales: Any
@@ -85,15 +86,16 @@ def share(total):
 
 
 @gluon.jit
-def place_of(row, group, columns, SPAN: gl.constexpr, CHUNKS: gl.constexpr, L: gl.constexpr):
+def place_of(row, group, columns, at, SPAN: gl.constexpr, CHUNKS: gl.constexpr, L: gl.constexpr):
     """Group `group` of h as wgmma's B (N, 128): row n is chunk n mod SPAN of route n // SPAN.
 
-    A stage holds SPAN * CHUNKS consecutive chunks of K, CHUNKS of them to a slice. Returns offsets
-    into h (T * topk, columns) and whether they lie inside a row.
+    A stage holds SPAN * CHUNKS consecutive chunks of K, CHUNKS of them to a slice; slot s of a
+    chunk is its column at[s]. Returns offsets into h (T * topk, columns) and whether they lie
+    inside a row.
     """
     piece = gl.arange(0, row.shape[0], layout=gl.SliceLayout(1, L)) % SPAN
     chunk = group // CHUNKS * (SPAN * CHUNKS) + piece * CHUNKS + group % CHUNKS
-    k = chunk[:, None] * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
+    k = chunk[:, None] * 128 + at[None, :]
     return row[:, None] * columns + k, k < columns
 
 
@@ -104,9 +106,10 @@ def load_groups(h, row, live, first, columns, COUNT: gl.constexpr, SPAN: gl.cons
 
     The loads do not wait for `live`: rows that are not hold anything, but must lie inside h.
     """
+    column = column_of(gl.arange(0, 128, layout=gl.SliceLayout(0, L)))
     raw = ()
     for i in gl.static_range(COUNT):
-        at, inside = place_of(row, first + i, columns, SPAN, CHUNKS, L)
+        at, inside = place_of(row, first + i, columns, column, SPAN, CHUNKS, L)
         some = gl.load(h.rows + at, mask=inside, other=0.0).to(gl.float32)
         raw = raw + (some,)  # type: ignore[assignment]
     values = ()
@@ -191,9 +194,11 @@ def quantise_rows(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: g
 @gluon.jit
 def copy_rows(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: gl.constexpr,
               L: gl.constexpr):
-    """e4m3 rows -> `resident`, asynchronously, all of them under way at once."""
+    """Rows of e4m3 slots -> `resident`, asynchronously, all of them under way at once."""
+    wide = (columns + 127) // 128 * 128
+    slot = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
     for group in range(resident.shape[0]):
-        at, inside = place_of(row, group, columns, SPAN, CHUNKS, L)
+        at, inside = place_of(row, group, wide, slot, SPAN, CHUNKS, L)
         cp_async(resident.index(group), h.rows + at, mask=inside & live[:, None])
     async_copy.commit_group()
     scale = gl.load(h.scales + row, mask=live, other=0.0)
@@ -273,6 +278,6 @@ def flat(own, sums):
     return own.permute((4, 1, 0, 2, 3)).reshape([sums.buffer.shape[1], sums.buffer.shape[2]])
 
 
-def hidden_of(h: Tensor | Quantised) -> Hidden:
-    """float32 rows, to be quantised to fp8_token; or e4m3 codes with their scale per row."""
-    return Hidden(h.codes, h.scales) if isinstance(h, Quantised) else Hidden(h, None)
+def hidden_of(h: Tensor | SlotRows) -> Hidden:
+    """float32 rows, to be quantised to fp8_token; or e4m3 slots with their scale per row."""
+    return Hidden(h.codes, h.scales) if isinstance(h, SlotRows) else Hidden(h, None)

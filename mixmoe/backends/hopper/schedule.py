@@ -29,7 +29,9 @@ from mixmoe.backends.hopper import route as route_stage
 from mixmoe.backends.hopper.combine import combine
 from mixmoe.backends.hopper.operands import PACKED
 from mixmoe.backends.hopper.prefill_schedule import PREFILL, suits
+from mixmoe.backends.hopper.quantise import slot_rows
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import ROUTE_BLOCK
 from mixmoe.formats import Format, Quantised, ScaleKind
 from mixmoe.preshuffle import Packed
@@ -142,22 +144,22 @@ class Decode:
 
     def gemm1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:
         """See :class:`Schedule`."""
-        h = self.stage1(fp8_rows(x), weights, routed, recipe)
+        h = self.stage1(slot_rows(x), weights, routed, recipe)
         return quantise_stage.quantise(h, recipe.activation, recipe.rounding, routed.position)
 
-    def stage1(self, x: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
+    def stage1(self, x: SlotRows, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
         """h in float32, a row per route; skipped rows undefined."""
         p = routed.problem
-        h = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=x.device)
+        h = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=x.codes.device)
         tile = choose.decode_stage1(routed.block)
         return gemm1_decode.launch(x, weights, routed, recipe, tile, h)
 
     def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
         """See :class:`Schedule`."""
-        return self.rows(fp8_rows(h), weights, routed, recipe)
+        return self.rows(slot_rows(h), weights, routed, recipe)
 
     def rows(
-        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe,
+        self, h: Tensor | SlotRows, weights: Weights, routed: Placed, recipe: Recipe,
         early: bool = False,
     ) -> Tensor:  # fmt: skip
         """Stage 2 of float32 or FP8 rows of h, a row per route; early: right behind stage 1."""
@@ -170,10 +172,10 @@ class Decode:
         self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
     ) -> Tensor:
         """See :class:`Schedule`."""
-        return self.finish(fp8_rows(h), weights, routed, recipe, out)
+        return self.finish(slot_rows(h), weights, routed, recipe, out)
 
     def finish(
-        self, h: Tensor | Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        self, h: Tensor | SlotRows, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
         early: bool = False,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum over a token's routes, in one kernel where tokens are few."""
@@ -196,12 +198,12 @@ class Decode:
         p, fmt, recipe = call.problem, call.recipe.activation, call.recipe
         if is_single(call, out):
             return self.single(call, out)
-        codes, scales = quantise_stage.empty_fp8(p.tokens, p.hidden, call.x.device)
+        x = quantise_stage.empty_rows(p.tokens, p.hidden, call.x.device)
         routed = route_with_codes(
-            call, choose.block_for(p), codes, scales, p.hidden, quantise_stage.FP8_WRITERS[fmt.name]
+            call, choose.block_for(p), x.codes, x.scales, x.codes.shape[1],
+            quantise_stage.FP8_WRITERS[fmt.name],
         )
-        x = Quantised(codes, scales, quantise_stage.fp8_token)
-        h: Tensor | Quantised = self.stage1(x, call.weights, routed, recipe)
+        h: Tensor | SlotRows = self.stage1(x, call.weights, routed, recipe)
         if fmt.name != "fp8_token":  # fp8_token rows of h are quantised where stage 2 loads them
             assert isinstance(h, Tensor)
             h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, routed.position)
@@ -230,11 +232,6 @@ def is_single(call: Call, out: Tensor) -> bool:
         and call.x.is_contiguous()
         and out.is_contiguous()
     )
-
-
-def fp8_rows(q: Quantised) -> Quantised:
-    """Codes that the FP8 tensor core takes: fp8_token as it is, MX folded."""
-    return q if q.format.name == "fp8_token" else quantise_stage.folded(q)
 
 
 def quantised(x: Tensor, weights: Weights, routed: Placed, recipe: Recipe) -> Quantised:

@@ -20,7 +20,12 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
-from mixmoe.backends.hopper.mainloop import UNIT_SCALES, UNIT_WORDS, weight_descriptors
+from mixmoe.backends.hopper.mainloop import (
+    UNIT_COLUMNS,
+    UNIT_SCALES,
+    UNIT_WORDS,
+    weight_descriptors,
+)
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Routed
 
@@ -168,9 +173,9 @@ def weight_boxes(
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """TMA boxes of packed weights: words and scales."""
     assert packed.scales is not None
-    padded = -(-packed.shape[2] // 128) * 2
-    words = packed.codes.view(-1, padded, UNIT_WORDS)
-    scales = packed.scales.view(torch.int32).view(-1, padded * UNIT_SCALES // 4)
+    units = -(-packed.shape[2] // UNIT_COLUMNS)
+    words = packed.codes.view(-1, units, UNIT_WORDS)
+    scales = packed.scales.view(torch.int32).view(-1, units * UNIT_SCALES // 4)
     return weight_descriptors(words, scales, row_units, k_units)
 
 

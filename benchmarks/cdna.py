@@ -1,0 +1,259 @@
+"""The CDNA kernels' simulated figures: a list of options, a command, a comparison.
+
+    python -m benchmarks.cdna                  # writes benchmarks/results/cdna-simulated.json
+    python -m benchmarks.cdna --only tile      # those options again, the others kept
+
+Every option of the kernels is a line of ``OPTIONS`` (or of ``recipes``, where one is made of each
+recipe an architecture has), compiled at true size and simulated for one workgroup. Nothing here is
+measured. ``worse`` says where figures got worse than stored ones: what the tests ask.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from mixmoe.activations import gelu, situv2, swiglu
+from mixmoe.cli.simulated import TARGETS, refusals
+from mixmoe.cli.survey import Layer, survey
+from mixmoe.formats import Rounding
+from mixmoe.shapes import SHAPES, Shape
+from mixmoe.spec import Recipe
+
+RESULTS = Path(__file__).parent / "results" / "cdna-simulated.json"
+DOCUMENT = RESULTS.parents[2] / "docs" / "cdna-figures.md"
+UNIT = Shape("unit", 4096, 512, 8, 2)  # the layer whose options are set side by side
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing the kernels can do: how to ask for it. ``cheap``: looked at on every commit."""
+
+    name: str
+    recipe: str = "a4w4"
+    shape: Shape = UNIT
+    tokens: int = 8
+    changes: dict[str, Any] = field(default_factory=dict)  # fields of Recipe
+    target: str = "gfx950"
+    bias: bool | None = None
+    orders: tuple[str, str] | None = None
+    block: int | None = None
+    cheap: bool = False
+
+    @property
+    def layer(self) -> Layer:
+        """What the backend is asked."""
+        changes = {"act": self.shape.act} | self.changes
+        recipe = replace(Recipe.named(self.recipe), **changes)
+        return Layer(self.shape, recipe, self.bias, self.orders, self.block)
+
+
+SHORT = Shape("short", 4096, 128, 8, 2)
+OPTIONS = (
+    # Tiles, of each pair of formats that the scaled MFMA takes.
+    *(
+        Option(f"{recipe}, tile of {block}", recipe, tokens=4 * block, block=block)
+        for recipe in ("a4w4", "a8w4_mx", "a8w8_mx")
+        for block in (16, 32, 64, 128)
+    ),
+    Option("sort block of several tiles", tokens=1024, block=256),
+    # Weights as they lie in memory.
+    Option("gate above up", orders=("cdna_n16", "cdna_n16")),
+    Option("k-major", orders=("cdna_k_major", "cdna_k_major")),
+    Option("k-major, gate and up interleaved", orders=("cdna_k_major_gui", "cdna_k_major")),
+    # Epilogues.
+    Option("bias", bias=True),
+    Option("swiglu", changes={"act": swiglu()}),
+    Option("gelu", changes={"act": gelu()}),
+    Option("situv2", changes={"act": situv2()}),
+    Option("routing weight on stage 1", changes={"weight_on": 1}),
+    Option("E8M0 rounding EVEN", changes={"rounding": Rounding.EVEN}),
+    Option("E8M0 rounding FLOOR", changes={"rounding": Rounding.FLOOR}),
+    Option("results in fp16", changes={"out_dtype": torch.float16}),
+    Option("results in f32", changes={"out_dtype": torch.float32}),
+    # Tails of K in both stages, of rows in both.
+    Option("tails", shape=Shape("tails", 4160, 352, 8, 2)),
+    # Whole layers.
+    *(
+        Option(f"{name}, T {tokens}", recipe, SHAPES[name], tokens)
+        for name, recipe in (("dsv3_tp8", "a4w4"), ("gptoss120b", "a8w4_mx"))
+        for tokens in (1, 64, 8192)
+    ),
+    Option("dsv3_ep, T 4096", shape=SHAPES["dsv3_ep"], tokens=4096),
+    # What a commit is compared by.
+    Option("short, tile of 16", shape=SHORT, cheap=True),
+    Option("short, tile of 64", "a8w4_mx", SHORT, tokens=256, block=64, cheap=True),
+)
+
+
+def recipes() -> Iterator[Option]:
+    """Every recipe that an architecture has kernels for, decode and prefill."""
+    for target in TARGETS:
+        for name, refused in refusals(target, None).items():
+            if refused is None:
+                for block in (32, 64):
+                    label = f"{target}, {name}, T {4 * block}"
+                    yield Option(label, name, tokens=4 * block, block=block, target=target)
+
+
+def options() -> list[Option]:
+    """All of them."""
+    return [*OPTIONS, *recipes()]
+
+
+LEFT_OUT = ("compile_seconds",)  # of the machine, not of the kernel
+
+
+def figures(option: Option) -> list[dict[str, Any]]:
+    """The kernels of an option: stage, name and figures."""
+    found = survey(option.target, option.layer, (option.tokens,))
+    return [
+        {"stage": kernel.stage, "kernel": kernel.name}
+        | {name: value for name, value in kernel.figures.items() if name not in LEFT_OUT}
+        for kernel in found
+    ]
+
+
+# Figure -> (worse by a factor, plus so much): a change within is no regression.
+MARGINS = {
+    "cycles": (1.03, 50),
+    "global_load_bytes": (1.01, 0),
+    "global_store_bytes": (1.01, 0),
+    "lds_cycles": (1.02, 8),
+    "lds_conflict_cycles": (1.02, 8),
+    "vgpr": (1.0, 8),
+    "agpr": (1.0, 8),
+    "lds_bytes": (1.0, 0),
+    "mfma": (1.0, 0),
+    "vgpr_spills": (0.0, 0),  # none, whatever is stored
+    "sgpr_spills": (0.0, 0),
+    "scratch_bytes": (0.0, 0),
+}
+VALU_PER_MFMA = 0.05  # more of them in the main loop
+BUSY = 0.02  # less of the matrix cores' time in it
+
+
+def worse(stored: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """Where figures are worse than stored ones by more than their margin, a line each."""
+    stages = [[kernel["stage"] for kernel in kernels] for kernels in (stored, found)]
+    if stages[0] != stages[1]:
+        return [f"other kernels than stored: {', '.join(k['kernel'] for k in found)}"]
+    lines = []
+    for old, new in zip(stored, found, strict=True):
+        limits = {n: factor * old[n] + plus for n, (factor, plus) in MARGINS.items()}
+        over = [(n, old[n], new[n]) for n, limit in limits.items() if new[n] > limit]
+        over += loop_worse(old["loop"], new["loop"])
+        lines += [f"{new['kernel']}: {n} {now}, stored {then}" for n, then, now in over]
+    return lines
+
+
+def loop_worse(
+    old: dict[str, Any] | None, new: dict[str, Any] | None
+) -> list[tuple[str, Any, Any]]:
+    """(figure, stored, found) of a main loop that got worse, or is no loop any more."""
+    if old is None or new is None:
+        return [("main loop", old, None)] if old is not None else []
+    found = []
+    then, now = (loop["per_mfma"]["valu"] for loop in (old, new))
+    if now > then + VALU_PER_MFMA:
+        found.append(("VALU per MFMA", then, now))
+    then, now = (loop["mfma_busy"] for loop in (old, new))
+    if then is not None and (now is None or now < then - BUSY):
+        found.append(("main loop's MFMA busy share", then, now))
+    return found
+
+
+def read() -> dict[str, Any]:
+    """The stored figures."""
+    return json.loads(RESULTS.read_text())
+
+
+def markdown(held: dict[str, Any]) -> str:
+    """docs/cdna-figures.md: a line for each GEMM of each option."""
+    lines = [HEAD.format(**held), row_of(COLUMNS), "|---|---" + "|---:" * 11 + "|"]
+    for name, option in held["options"].items():
+        for kernel in option["kernels"]:
+            if kernel["stage"] in ("gemm1", "gemm2"):
+                lines.append(row_of((name, *cells(kernel))))
+    return "\n".join(lines) + "\n"
+
+
+def row_of(cells: Iterable[str]) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """# Simulated figures of the CDNA kernels
+
+Written by `python -m benchmarks.cdna` at commit {commit}, FlyDSL {flydsl}; compared with the
+kernels by `make test-sim`, some lines of it by `make test`. Nothing here is measured on a card.
+
+One workgroup of each GEMM at true size. *a CU*: workgroups that fit one. *VALU*: vector
+instructions for each MFMA of the main loop. *busy*: share of the matrix cores' time in the main
+loop, with as many workgroups on the CU as the grid puts there; a dash: no loop of three rounds.
+*cycles*: of the workgroups on one CU. *lost*: share of LDS cycles that bank conflicts take. *read*:
+from global memory. No kernel spills a register.
+"""
+COLUMNS = ("option", "stage", "VGPR", "AGPR", "SGPR", "LDS, B", "a CU", "MFMA", "VALU", "busy",
+           "cycles", "lost", "read, KB")  # fmt: skip
+
+
+def cells(kernel: dict[str, Any]) -> list[str]:
+    """A GEMM's cells."""
+    loop = kernel["loop"] or {"per_mfma": {"valu": None}, "mfma_busy": None}
+    valu, busy = loop["per_mfma"]["valu"], loop["mfma_busy"]
+    lost = kernel["lds_conflict_cycles"] / max(1, kernel["lds_cycles"])
+    names = ("vgpr", "agpr", "sgpr", "lds_bytes", "workgroups_per_cu", "mfma")
+    shown = ["-" if v is None else f"{v:.2f}" for v in (valu, busy)]
+    read_kb = f"{kernel['global_load_bytes'] / 1e3:.0f}"
+    numbers, lost_share = [str(kernel[name]) for name in names], f"{100 * lost:.0f} %"
+    return [kernel["stage"], *numbers, *shown, str(kernel["cycles"]), lost_share, read_kb]
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus where files differ from it."""
+    words = ("git", "describe", "--always", "--dirty=+", "--abbrev=12")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def write(
+    only: Annotated[str, typer.Option(help="options whose name holds this; others are kept")] = "",
+    out: Annotated[Path, typer.Option(help="the file")] = RESULTS,
+) -> None:
+    """Compile and simulate the options; store their figures."""
+    chosen = [option for option in options() if only in option.name]
+    kept = json.loads(out.read_text())["options"] if only and out.exists() else {}
+    console = Console(stderr=True)
+    for number, option in enumerate(chosen, 1):
+        with console.status(f"{number} of {len(chosen)}: {option.name}"):
+            kept[option.name] = {
+                "target": option.target,
+                "recipe": option.layer.recipe.key,
+                "shape": option.shape.name,
+                "tokens": option.tokens,
+                "kernels": figures(option),
+            }
+    held = {
+        "label": "simulated, not measured",
+        "commit": commit(),
+        "flydsl": version("flydsl"),
+        "options": kept,
+    }
+    out.write_text(json.dumps(held, indent=1) + "\n")
+    if out == RESULTS:
+        DOCUMENT.write_text(markdown(held))
+    console.print(f"wrote {len(chosen)} options: {out}")
+
+
+if __name__ == "__main__":
+    typer.run(write)

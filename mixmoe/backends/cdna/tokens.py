@@ -1,0 +1,178 @@
+"""The tokens of a tile on their way from memory through LDS to a lane's registers.
+
+Codes: a ring of K tiles in LDS that asynchronous copies fill, 16 bytes a lane, with no register
+in between. A copy writes 64 lanes one after the other, so the swizzle is applied to the column
+that a lane reads from memory.
+
+Scales: all K once, before the main loop. A lane's dword holds its token's scales of four MFMA
+steps, one byte each, from which op_sel picks; a row of plain scales is transposed into that,
+16 bytes at a time.
+"""
+
+from functools import partial
+
+import flydsl.compiler as flyc
+import flydsl.expr as fx
+
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, WAVE, WORD
+from mixmoe.backends.cdna.config import THREADS, TILE_K, Gemm
+
+ONES = 0x7F7F7F7F  # four E8M0 scales of 1
+FRAGMENTS, AHEAD = 4, 2  # token fragments in registers; phases between a read and its use
+EVEN, ODD = (0x05010400, 0x07030602)  # perm: bytes 0 and 1, 2 and 3 of two words, taken in turn
+LOW, HIGH = (0x05040100, 0x07060302)  # perm: lower halves, upper halves of two words
+
+
+def shared_storage(cfg: Gemm):
+    """LDS: the stages of token codes; the scales of all K."""
+    return fx.Struct[
+        "codes" : fx.Array[fx.Int32, cfg.stages * cfg.code_bytes // WORD, PIECE],
+        "scales" : fx.Array[fx.Int32, cfg.scale_room // WORD, PIECE],
+    ]
+
+
+class Tokens:
+    """Token codes in LDS and in registers, and their scales."""
+
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, row_of):
+        self.cfg, self.place, self.lds = cfg, place, lds
+        width = 8 * cfg.copy_bytes
+        self.dma = fx.make_copy_atom(fx.rocdl.cdna4.GlobalLoadAsyncLDS(width), fx.Int32)
+        self.piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
+        self.word = fx.make_copy_atom(fx.UniversalCopy32b(), fx.Int32)
+        self.ring = [
+            fx.make_rmem_tensor(4 * cfg.token.pieces, fx.Int32) for _ in range(FRAGMENTS)
+        ]
+        self.scales = [fx.make_rmem_tensor(1, fx.Int32) for _ in range(cfg.groups)]
+        self.sources = [self._source(i, source, row_of) for i in range(cfg.copies)]
+
+    def _source(self, i: int, source: fx.Tensor, row_of):
+        """(row in memory, piece of a K tile, word) that fill a thread's i-th place of a stage."""
+        cfg = self.cfg
+        word = (i * THREADS + self.place.tid) * (cfg.copy_bytes // WORD)
+        per_row = cfg.chunks * 4
+        token, column = word // per_row, word % per_row
+        chunk = cfg.swizzled(token, column // 4)
+        return fx.get_iter(source) + fx.Int64(row_of(token)) * cfg.row_words, chunk, column % 4
+
+    def copies(self, kt):
+        """Functions that start one copy each, of K tile ``kt`` into its stage."""
+        return [partial(self._start, kt, i) for i in range(self.cfg.copies)]
+
+    def _start(self, kt, i: int) -> None:
+        cfg = self.cfg
+        words = cfg.copy_bytes // WORD
+        row, chunk, word = self.sources[i]
+        chunk = kt * cfg.chunks + chunk
+        if isinstance(kt, int) and (kt + 1) * TILE_K > cfg.k:
+            # Beyond K weights are zero codes: any finite code of the row will do.
+            chunk = (chunk < cfg.row_words // 4).select(chunk, 0)
+        place = (i * THREADS + self.place.wave * WAVE) * words
+        target = self.lds.codes.ptr + (self._stage(kt) + place)
+        layout = fx.make_layout(words, 1)
+        fx.copy(self.dma, (row + (chunk * 4 + word)).view(layout), target.view(layout))
+
+    def _stage(self, kt):
+        """First word of the stage that holds K tile ``kt``."""
+        return kt % self.cfg.stages * (self.cfg.code_bytes // WORD)
+
+    def read(self, kt, phase: int, slot: int) -> None:
+        """The 16 tokens of a phase of K tile ``kt``, from LDS into the ring."""
+        cfg, place = self.cfg, self.place
+        step, group = divmod(phase, cfg.groups)
+        quarters = fx.logical_divide(self.ring[slot % FRAGMENTS], fx.make_layout(4, 1))
+        base = self.lds.codes.ptr + (self._stage(kt) + group * MFMA_ROWS * cfg.chunks * 4)
+        rows = fx.make_view(base, fx.make_layout((4, cfg.chunks, 16), (1, 4, 4 * cfg.chunks)))
+        for p in range(cfg.token.pieces):
+            chunk = cfg.swizzled(place.r, (step * cfg.token.pieces + p) * 4 + place.g)
+            fx.copy(self.piece, rows[None, chunk, place.r], quarters[None, p])
+
+    def read_scale(self, dword, group: int) -> None:
+        """The dword of a group's scales that serves MFMA steps ``4 dword ..``."""
+        place = self.place
+        lane = (group * MFMA_ROWS + place.r) * 4 + place.g
+        source = self.lds.scales.ptr + (dword * self.cfg.scale_stride + lane)
+        fx.copy(self.word, source.view(fx.make_layout(1, 1)), self.scales[group])
+
+
+class ScaleFill:
+    """The scales of the tile's tokens, ``(rows, K / 32)`` bytes in memory, into LDS.
+
+    Up to eight neighbouring threads share a token: 128 bytes, one line of memory.
+    """
+
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, row_of):
+        self.cfg, self.place, self.lds, self.source = cfg, place, lds, source
+        self.row_of = row_of
+        self.width = min(8, 1 << (cfg.scale_dwords - 1).bit_length())
+        self.passes = -(-cfg.tokens * self.width // THREADS)
+        self.rounds = -(-cfg.scale_dwords // self.width)
+        self.frags = {
+            (p, i): fx.make_rmem_tensor(4, fx.Int32)
+            for p in range(self.passes)
+            for i in range(self.rounds)
+        }
+
+    def slot(self, p: int, i: int):
+        """(token, dword) of a thread in pass p, round i."""
+        token, first = self.place.tid // self.width, self.place.tid % self.width
+        return token + p * (THREADS // self.width), first + i * self.width
+
+    def start(self) -> None:
+        """Load 16 scales of a token a thread, pass and round; what is beyond repeats the last."""
+        cfg = self.cfg
+        unit, per_row = cfg.scale_unit, cfg.scale_blocks // cfg.scale_unit
+        piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
+        for p in range(self.passes):
+            token = fx.min(self.slot(p, 0)[0], cfg.tokens - 1)
+            row = fx.get_iter(self.source) + fx.Int64(self.row_of(token)) * per_row
+            for i in range(self.rounds):
+                frag, dword = self.frags[p, i], fx.min(self.slot(p, i)[1], cfg.scale_dwords - 1)
+                if unit == PIECE:
+                    at = fx.recast_iter(fx.Int32, row) + dword * 4
+                    fx.copy(piece, at.view(fx.make_layout(4, 1)), frag)
+                    continue
+                frag.store(fx.Vector.from_elements(
+                    [self._dword(row, dword, s, per_row) for s in range(4)], fx.Int32))
+
+    def _dword(self, row, dword, step: int, per_row: int):
+        """Four scales of one step from loads of less; 2^0 beyond K."""
+        unit = self.cfg.scale_unit
+        value = fx.Int32(0)
+        for part in range(WORD // unit):
+            at = (dword * 4 + step) * (WORD // unit) + part
+            inside = at < per_row
+            mask = (1 << 8 * unit) - 1  # a narrow load may extend a sign
+            loaded = fx.Int32(row[inside.select(at, 0)]) & mask
+            value = value | (inside.select(loaded, ONES & mask) << (8 * unit * part))
+        return value
+
+    def publish(self) -> None:
+        """Transpose and write to LDS."""
+        cfg = self.cfg
+        for (p, i), frag in self.frags.items():
+            token, dword = self.slot(p, i)
+            frag.store(fx.Vector.from_elements(transposed(frag.load()), fx.Int32))
+            target = self.lds.scales.ptr + (dword * cfg.scale_stride + token * 4)
+            whole = cfg.scale_dwords % self.width == 0 and not cfg.tokens * self.width % THREADS
+            live = True if whole else (token < cfg.tokens) & (dword < cfg.scale_dwords)
+            write_piece(frag, target, live)
+
+
+@flyc.jit
+def write_piece(frag, target, live) -> None:
+    """16 bytes of the threads that are live, to LDS."""
+    piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
+    if live:
+        fx.copy(piece, frag, target.view(fx.make_layout(4, 1)))
+
+
+def perm(low, high, picks: int):
+    """A word of the bytes that ``picks`` names: 0-3 of ``low``, 4-7 of ``high``."""
+    return fx.Int32(fx.rocdl.perm_b32(high, low, picks))
+
+
+def transposed(steps):
+    """Words of four columns by step -> words of four steps by column, a byte each."""
+    pairs = [[perm(steps[s], steps[s + 1], picks) for picks in (EVEN, ODD)] for s in (0, 2)]
+    return [perm(pairs[0][c // 2], pairs[1][c // 2], (LOW, HIGH)[c % 2]) for c in range(4)]
