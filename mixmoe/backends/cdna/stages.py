@@ -1,20 +1,22 @@
 """The stages: choose a tile, allocate, launch. No maths here."""
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.expr as fx
 import torch
 from torch import Tensor
 
 from mixmoe.activations import Activation
+from mixmoe.backends.cdna import choose, cost
 from mixmoe.backends.cdna import combine as combine_kernels
-from mixmoe.backends.cdna import cost
+from mixmoe.backends.cdna import finish as finish_kernels
 from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
 from mixmoe.backends.cdna import route as routing
 from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, Atoms
+from mixmoe.backends.cdna.choose import TILES
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.formats import Quantised
@@ -29,7 +31,7 @@ NUMERIC = {
     torch.float32: fx.Float32,
 }
 SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 16: torch.int32}
-MIN_BLOCK, TILES = 16, (128, 64, 32, 16)
+MIN_BLOCK = 16
 EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
 LOADED_ORDERS = tuple(o for o in CDNA_ORDERS if "int4" not in o.name)
 
@@ -42,34 +44,22 @@ class Plan:
     gemm2: Gemm
 
 
-def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
-    """The kernels' records. Raises MixMoEError for what they cannot do."""
+def plan(
+    atoms: Atoms, recipe: Recipe, weights: Weights, block: int, problem: Problem | None = None
+) -> Plan:
+    """The kernels' records; ``problem`` says how many tiles there will be, many if it is None.
+    Raises MixMoEError for what the kernels cannot do."""
     orders = [require(w, LOADED_ORDERS, n).order.name
               for w, n in ((weights.w13, "w13"), (weights.w2, "w2"))]
     if order_named(orders[1]).codes.halves == 2:
         raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
     weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
-    tokens = next(t for t in TILES if block % t == 0)
     shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
     first, second = (
-        cut(Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens))
+        choose.cut(partial(Gemm, atoms, weight, token, *shape), block, problem)
         for shape in shapes
     )
     return Plan(first, second)
-
-
-def cut(gemm: Gemm) -> Gemm:
-    """The same GEMM with the rows a wave owns and the ring of weights chosen.
-
-    Prefill: the path from L2 carries 64 bytes a cycle and an MFMA of e2m1 takes 16 cycles, so
-    ``rows x tokens / (rows + tokens)`` decides whether the matrix unit waits; 64 tokens take 512
-    rows where there are as many. Decode: bytes in flight decide, seven steps of weights.
-    """
-    many = gemm.tokens == 64 and gemm.weight.bits == 4 == gemm.token.bits
-    blocks = (8 if many else 4) // gemm.halves
-    while blocks > 2 and WAVES * blocks * MFMA_ROWS > gemm.rows:
-        blocks //= 2
-    return replace(gemm, blocks=blocks, ring=8 if gemm.tokens <= 32 else 4)
 
 
 def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
@@ -171,6 +161,12 @@ def operands(
     return words(source.codes), scales, words(stored.codes), words(stored.scales), held
 
 
+def grid_of(cfg: Gemm, routed: Routed) -> tuple[int, int]:
+    """Token tiles and workgroups of a launch."""
+    tiles = routed.sorted_token_ids.numel() // cfg.tokens
+    return tiles, cfg.walk.workgroups(tiles * cfg.row_tiles * cfg.split_k)
+
+
 def scalars(act: Activation) -> tuple[float, float, float, float]:
     """limit, alpha, beta, beta2; no limit is an infinite one."""
     limit = float("inf") if act.limit is None else act.limit
@@ -182,25 +178,34 @@ def gemm1(
 ) -> Quantised:
     """h with its scales, a row per route; rows of skipped routes are zero."""
     problem, fmt = routed.problem, recipe.activation
-    cfg = plan(atoms, recipe, weights, routed.block).gemm1
+    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
     columns = problem.intermediate // fmt.element.per_byte
     codes = torch.zeros((problem.routes, columns), dtype=torch.uint8, device=x.device)
     scales = torch.zeros(
         fmt.scale_shape(problem.routes, problem.intermediate), dtype=torch.uint8, device=x.device
     )
     if problem.routes:
-        launch = gemm1_kernels.build(
-            cfg, recipe.act.kind, recipe.rounding, weights.w13_bias is not None,
-            recipe.weight_on == 1,
+        bias = weights.w13_bias
+        variant = recipe.act.kind, recipe.rounding, bias is not None, recipe.weight_on == 1
+        ids, shares = routed.sorted_token_ids, routed.sorted_weights
+        experts, four = routed.sorted_expert_ids, torch.int16
+        target = codes.view(-1).view(four if cfg.token.bits == 4 else torch.int32)
+        if cfg.split_k > 1:
+            size = cfg.split_k * ids.numel() * 2 * problem.intermediate
+            target = torch.empty(size, dtype=torch.float32, device=x.device)
+        gemm1_kernels.build(cfg, *variant)(
+            target, scales.view(-1), *operands(cfg, x, weights.w13, bias),
+            ids, shares, experts, problem.tokens, problem.topk, *scalars(recipe.act),
+            *grid_of(cfg, routed), stream=stream(),
         )
-        four = torch.int16 if cfg.token.bits == 4 else torch.int32
-        launch(
-            codes.view(-1).view(four), scales.view(-1),
-            *operands(cfg, x, weights.w13, weights.w13_bias),
-            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
-            problem.tokens, problem.topk, *scalars(recipe.act),
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
-        )
+        if cfg.split_k > 1:
+            held = torch.zeros(1, device=x.device) if bias is None else bias.flatten()
+            eights = ids.numel() * problem.intermediate // quantise_kernels.VALUES
+            finish_kernels.build(cfg, *variant)(
+                words(codes), scales.view(-1), target, held, ids, shares, experts,
+                ids.numel(), problem.tokens, problem.topk, *scalars(recipe.act),
+                -(-eights // THREADS), stream=stream(),
+            )
     return Quantised(codes.view(fmt.element.storage), scales, fmt)
 
 
@@ -209,7 +214,7 @@ def gemm2(
 ) -> Tensor:
     """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
     problem = routed.problem
-    cfg = plan(atoms, recipe, weights, routed.block).gemm2
+    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm2
     shape = (problem.routes, problem.hidden)
     rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
     if problem.routes:
@@ -217,7 +222,7 @@ def gemm2(
         launch(
             rows.view(-1), *operands(cfg, h, weights.w2, weights.w2_bias),
             routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+            *grid_of(cfg, routed), stream=stream(),
         )
     return rows
 
