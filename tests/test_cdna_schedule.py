@@ -8,15 +8,16 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 pytest.importorskip("flydsl")
 
 from cdna_cases import failures, findings, judge, simulate
 from test_cdna import layer_parts, same, staged
 
-from mixmoe.backends.cdna import choose, gemm1, gemm2, grid, mainloop
+from mixmoe.backends.cdna import cdna, choose, gemm1, gemm2, grid, mainloop, stages
 from mixmoe.backends.cdna.atoms import E2M1, E4M3, GFX950
-from mixmoe.backends.cdna.config import Gemm
+from mixmoe.backends.cdna.config import Gemm, RowsOut
 from mixmoe.backends.cdna.grid import Walk
 from mixmoe.errors import MixMoEError
 from mixmoe.spec import Problem, Recipe
@@ -173,3 +174,53 @@ def test_schedules_that_cannot_work_are_refused(fields):
     with pytest.raises(MixMoEError):
         walk = Walk(**fields.pop("walk")) if "walk" in fields else Walk()
         Gemm(GFX950, E4M3, E4M3, "cdna_n16", 1, 7168, 2048, walk=walk, **fields)
+
+
+# What stage 2 leaves.
+
+
+def down_of(kind, parts, recipe, block=16):
+    """(y, its weighted sum over rows in float64) with what stage 2 leaves of a kind."""
+    x, weights, ids, share = parts
+    backend, atoms = cdna(), GFX950
+    weights = backend.prepare(weights, recipe)
+    problem = Problem(len(x), weights.H, weights.I, weights.E, ids.shape[1])
+    routed = backend.route(ids, share, problem, None, block)
+    h = backend.gemm1(backend.quantise(x, weights, routed, recipe), weights, routed, recipe)
+    y = torch.full((len(x), weights.H), float("nan"), dtype=recipe.out_dtype)
+    y = stages.down(atoms, h, weights, routed, recipe, y, kind)
+    rows = backend.gemm2(h, weights, routed, replace(recipe, out_dtype=torch.float32))
+    factor = share if recipe.weight_on == 2 else torch.ones_like(share)
+    live = torch.where(ids >= 0, factor, 0.0).double()
+    wanted = (rows.double().view(*ids.shape, -1) * live[..., None]).sum(1)
+    return y.double(), wanted
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(RowsOut.SUMS, 2**-8), (RowsOut.CODES, 2**-4)])
+@pytest.mark.parametrize("weight_on", [1, 2])
+def test_what_stage_2_leaves(kind, bound, weight_on):
+    """The error of a row against the float64 sum of float32 rows; skipped routes add nothing."""
+    recipe = Recipe.named("a4w4", weight_on=weight_on)
+    x, weights, ids, share = layer_parts(recipe, tokens=21, experts=3)
+    weights = replace(weights, w2_bias=torch.randn(3, weights.H))
+    ids[::4, 1] = -1
+    with simulate("random", seed=2) as session:
+        y, wanted = down_of(kind, (x, weights, ids, share), recipe)
+    assert findings(session) == []
+    assert ((y - wanted).norm(dim=1) <= bound * wanted.norm(dim=1)).all()
+
+
+def test_a_forgotten_weight_is_seen(monkeypatch):
+    real = gemm2.build
+    monkeypatch.setattr(gemm2, "build", lambda *args: real(*args[:-1], False))
+    recipe = Recipe.named("a4w4")
+    with simulate():
+        y, wanted = down_of(RowsOut.SUMS, layer_parts(recipe, tokens=4), recipe)
+    assert ((y - wanted).norm(dim=1) > 2**-4 * wanted.norm(dim=1)).any()
+
+
+def test_atomics_only_where_order_is_free():
+    few, many = Problem(8, *DSV3), Problem(8192, *DSV3)
+    assert choose.rows_for(few, 16, deterministic=True) is RowsOut.ROWS
+    assert choose.rows_for(few, 16, deterministic=False) is RowsOut.SUMS
+    assert choose.rows_for(many, 128, deterministic=False) is RowsOut.ROWS

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
-from mixmoe.backends.cdna.config import WAVES, Gemm
+from mixmoe.backends.cdna.config import WAVES, Gemm, RowsOut
 from mixmoe.backends.cdna.grid import Walk
 from mixmoe.errors import MixMoEError
 from mixmoe.spec import Problem
@@ -14,7 +14,8 @@ CUS = 256  # of a MI355X
 
 
 def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
-    """How a GEMM of sizes is cut: the most tokens that divide the sorted block and whose scales fit in LDS.
+    """How a GEMM of sizes is cut: the most tokens that divide the sorted block and whose scales
+    fit in LDS.
 
     Prefill: the path from L2 carries 64 bytes a cycle and an MFMA of e2m1 takes 16 cycles, so
     ``rows x tokens / (rows + tokens)`` decides whether the matrix unit waits; 64 tokens take 512
@@ -59,3 +60,12 @@ def share_k(gemm: Gemm, tiles: int) -> Gemm:
         if tiles < CUS and 8 * gemm.k_tiles >= 7 * waves * shared.part_tiles:
             return shared
     return gemm
+
+
+def rows_for(problem: Problem, block: int, deterministic: bool) -> RowsOut:
+    """What stage 2 leaves: with few routes, and where the order of a sum is free, the sums
+    themselves, which spares a launch. Four bytes added and two bytes written and read again are
+    the same traffic. Codes cost accuracy (2^-4 of an element), so they come only on demand."""
+    if not deterministic and block <= 32 and problem.routes:
+        return RowsOut.SUMS
+    return RowsOut.ROWS

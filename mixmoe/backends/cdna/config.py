@@ -6,6 +6,7 @@ into the coordinates a wave holds, in 32-bit words.
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 from mixmoe.backends.cdna.atoms import (
     MFMA_ROWS,
@@ -29,6 +30,14 @@ STEPS_OF_DWORD = 4  # MFMA steps that a lane's dword of token scales serves: two
 MOST_STAGES = 4
 LDS_GRANULE = 1280  # LDS is given out in these, gfx950 (LLVM AMDGPUUsage)
 TOKENS, BLOCKS, RINGS = (16, 32, 64, 128), (2, 4, 8), (4, 8)
+
+class RowsOut(Enum):
+    """What stage 2 leaves in memory."""
+
+    ROWS = "rows"  # a row per route in the output's type; combine adds them in slot order
+    SUMS = "sums"  # float32 per token, to which every route adds its weighted row atomically
+    CODES = "codes"  # a row per route in e4m3 with an E8M0 scale per 32: half of bf16's bytes
+
 
 Modes = tuple[tuple[int, int], ...]  # (size, stride) of each part, fastest first
 

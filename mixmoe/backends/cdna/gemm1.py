@@ -15,24 +15,13 @@ import flydsl.expr as fx
 from mixmoe.activations import ActivationKind
 from mixmoe.backends.cdna import grid, mainloop
 from mixmoe.backends.cdna.activate import Scalars, activate
-from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, WAVE
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK
 from mixmoe.backends.cdna.config import THREADS, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.quantise import encode, scale_byte
+from mixmoe.backends.cdna.quantise import block_max, encode, scale_byte
 from mixmoe.backends.cdna.tokens import shared_storage
 from mixmoe.formats import Rounding
-
-
-def block_max(values: list[fx.Vector]) -> fx.Float32:
-    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on."""
-    top = fx.Float32(0.0)
-    for vector in values:
-        for i in range(4):
-            top = fx.max(top, abs(vector[i]))
-    for distance in (16, 32):
-        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
-    return top
 
 
 def gate_up(acc, block: int, group: int) -> list[fx.Vector]:

@@ -9,7 +9,7 @@ from functools import cache
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, Operand
+from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, WAVE, Operand
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.formats import Rounding
@@ -57,6 +57,27 @@ def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
             fx.rocdl.cvt_pk_fp8_f32(fx.Int32.ir_type, low, high, word, bool(pair))
         )
     return word
+
+
+def block_max(values: list[fx.Vector]) -> fx.Float32:
+    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on."""
+    top = fx.Float32(0.0)
+    for vector in values:
+        for i in range(4):
+            top = fx.max(top, abs(vector[i]))
+    for distance in (16, 32):
+        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
+    return top
+
+
+def decode(word: fx.Int32, byte: fx.Int32) -> fx.Vector:
+    """Four values of e4m3 codes times ``2^(byte - 127)``, byte not 0: float32, exact."""
+    scale = (byte << MANTISSA).bitcast(fx.Float32)
+    pairs = [
+        fx.Vector(fx.rocdl.cvt_pk_f32_fp8(fx.Vector.make_type(2, fx.Float32), word, bool(half)))
+        for half in range(2)
+    ]
+    return fx.Vector.from_elements([p[i] for p in pairs for i in range(2)], fx.Float32) * scale
 
 
 VALUES = 8  # of a thread: four threads share a block of 32

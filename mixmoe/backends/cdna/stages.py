@@ -15,9 +15,9 @@ from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
 from mixmoe.backends.cdna import route as routing
-from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, Atoms
+from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, SCALE_BLOCK, Atoms
 from mixmoe.backends.cdna.choose import TILES
-from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
+from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm, RowsOut
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
@@ -157,7 +157,7 @@ def operands(
     """Tensors both GEMMs take: tokens' codes and scales, weights', bias (or anything f32)."""
     assert source.scales is not None and stored.scales is not None
     scales = source.scales.contiguous().view(-1).view(SCALE_VIEWS[cfg.scale_unit])
-    held = torch.zeros(1, device=source.device) if bias is None else bias.flatten()
+    held = nothing(source.device) if bias is None else bias.flatten()
     return words(source.codes), scales, words(stored.codes), words(stored.scales), held
 
 
@@ -199,7 +199,7 @@ def gemm1(
             *grid_of(cfg, routed), stream=stream(),
         )
         if cfg.split_k > 1:
-            held = torch.zeros(1, device=x.device) if bias is None else bias.flatten()
+            held = nothing(x.device) if bias is None else bias.flatten()
             eights = ids.numel() * problem.intermediate // quantise_kernels.VALUES
             finish_kernels.build(cfg, *variant)(
                 words(codes), scales.view(-1), target, held, ids, shares, experts,
@@ -214,31 +214,92 @@ def gemm2(
 ) -> Tensor:
     """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
     problem = routed.problem
-    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm2
-    shape = (problem.routes, problem.hidden)
-    rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
-    if problem.routes:
-        launch = gemm2_kernels.build(cfg, NUMERIC[rows.dtype], weights.w2_bias is not None)
-        launch(
-            rows.view(-1), *operands(cfg, h, weights.w2, weights.w2_bias),
-            routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
-            *grid_of(cfg, routed), stream=stream(),
-        )
+    rows = torch.zeros(
+        (problem.routes, problem.hidden), dtype=recipe.out_dtype, device=h.device
+    )
+    multiply_down(atoms, h, weights, routed, recipe, RowsOut.ROWS, rows)
     return rows
+
+
+def multiply_down(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe,
+    kind: RowsOut, target: Tensor, row_scales: Tensor | None = None,
+) -> None:
+    """Launch stage 2 into ``target``, of that kind."""
+    problem = routed.problem
+    if problem.routes:
+        cfg = plan(atoms, recipe, weights, routed.block, problem).gemm2
+        out = NUMERIC[recipe.out_dtype if kind is RowsOut.ROWS else torch.float32]
+        bias, weighted = weights.w2_bias, kind is RowsOut.SUMS and recipe.weight_on == 2
+        scales = nothing(h.device, torch.uint8) if row_scales is None else row_scales.view(-1)
+        gemm2_kernels.build(cfg, out, bias is not None, kind, weighted)(
+            target.view(-1), scales, *operands(cfg, h, weights.w2, bias),
+            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
+            problem.tokens, problem.topk, *grid_of(cfg, routed), stream=stream(),
+        )
+
+
+def nothing(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stands for a tensor that a kernel does not read."""
+    return torch.zeros(1, dtype=dtype, device=device)
+
+
+def down(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe,
+    out: Tensor, kind: RowsOut,
+) -> Tensor:
+    """gemm2 and combine with what lies between them of a kind."""
+    problem = routed.problem
+    if kind is RowsOut.SUMS:
+        sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        multiply_down(atoms, h, weights, routed, recipe, kind, sums)
+        return out.copy_(sums)
+    if kind is RowsOut.CODES:
+        shape = problem.routes, problem.hidden
+        # Codes of skipped routes are zero, their scales anything finite.
+        codes = torch.zeros((shape[0], shape[1] // 4), dtype=torch.int32, device=out.device)
+        scales = torch.ones(
+            (shape[0], shape[1] // SCALE_BLOCK), dtype=torch.uint8, device=out.device
+        )
+        multiply_down(atoms, h, weights, routed, recipe, kind, codes, scales)
+        return reduce(codes, scales, routed, recipe, out)
+    return combine(gemm2(atoms, h, weights, routed, recipe), routed, recipe, out)
+
+
+def layer(
+    atoms: Atoms, x: Tensor, weights: Weights, topk_ids: Tensor, topk_weights: Tensor,
+    recipe: Recipe, out: Tensor, expert_map: Tensor | None, deterministic: bool,
+) -> Tensor:
+    """All stages; stage 2 may leave something else than rows."""
+    problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
+    routed = route(topk_ids, topk_weights, problem, expert_map, None)
+    h = gemm1(atoms, quantise(atoms, x, recipe), weights, routed, recipe)
+    kind = choose.rows_for(problem, routed.block, deterministic)
+    return down(atoms, h, weights, routed, recipe, out, kind)
 
 
 def combine(rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor:
     """Weighted sum of each token's rows."""
+    return reduce(rows, None, routed, recipe, out)
+
+
+def reduce(
+    rows: Tensor, row_scales: Tensor | None, routed: Routed, recipe: Recipe, out: Tensor
+) -> Tensor:
+    """Weighted sum of each token's rows, or of their codes under scales."""
     problem = routed.problem
     if problem.tokens:
+        coded = row_scales is not None
         weights = routing.route_weights(routed)
         launch = combine_kernels.build(
-            NUMERIC[rows.dtype], NUMERIC[out.dtype], problem.topk, recipe.weight_on == 2
+            fx.Int32 if coded else NUMERIC[rows.dtype], NUMERIC[out.dtype], problem.topk,
+            recipe.weight_on == 2, coded,
         )
         per_group = combine_kernels.COLUMNS * THREADS
         flat = out.as_strided((out.stride(0) * (problem.tokens - 1) + problem.hidden,), (1,))
+        scales = nothing(out.device, torch.uint8) if row_scales is None else row_scales.view(-1)
         launch(
-            flat, rows.view(-1), weights, problem.tokens, problem.hidden, out.stride(0),
+            flat, rows.view(-1), scales, weights, problem.tokens, problem.hidden, out.stride(0),
             -(-problem.tokens * problem.hidden // per_group), stream=stream(),
         )
     return out
