@@ -33,9 +33,10 @@ def summed(cfg: Gemm, sums: fx.Tensor, positions, position, column):
 
 
 @cache
-def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool):
+def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool,
+          limited: bool):
     """The launcher for one split GEMM, activation and rounding."""
-    variant = f"finish_{cfg.name}_{kind.value}_{rounding.value}_{bias:d}{weighted:d}"
+    variant = f"finish_{cfg.name}_{kind.value}_{rounding.value}_{bias:d}{weighted:d}{limited:d}"
 
     @flyc.kernel(name=variant)
     def finish_kernel(
@@ -78,7 +79,7 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
                         row = expert * 2 * cfg.rows + column + 4 * i
                         gate = gate + mainloop.row_bias(bias_rows, row)
                         up = up + mainloop.row_bias(bias_rows, row + cfg.rows)
-                    value = activate(kind, scalars, gate, up)
+                    value = activate(kind, scalars, gate, up, limited)
                     if fx.const_expr(weighted):
                         value = value * fx.Float32(sorted_weights[position])
                     values.append(value)

@@ -36,19 +36,21 @@ def add_bias(values: list[fx.Vector], bias: fx.Tensor, gate_at, rows: int) -> li
 
 @dataclass(frozen=True, slots=True)
 class Stage1:
-    """What a kernel is compiled for; ``weighted`` multiplies h by the routing weight. h takes the
-    tokens' format, or with split_k the sums of gate and up go to memory as they are."""
+    """What a kernel is compiled for; ``weighted`` multiplies h by the routing weight, ``limited``
+    clamps gate and up. h takes the tokens' format, or with split_k the sums of gate and up go to
+    memory as they are."""
 
     cfg: Gemm
     kind: ActivationKind
     rounding: Rounding
     bias: bool
     weighted: bool
+    limited: bool
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        flags = f"{self.bias:d}{self.weighted:d}"
+        flags = f"{self.bias:d}{self.weighted:d}{self.limited:d}"
         return f"gemm1_{self.cfg.name}_{self.kind.value}_{self.rounding.value}_{flags}"
 
 
@@ -106,9 +108,11 @@ def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
     """Activate, quantise and store blocks of 32 columns of one route."""
     cfg, tokens = spec.cfg, args.tokens
     code = fx.Int16 if fx.const_expr(cfg.token.bits == 4) else fx.Int32  # four codes
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    if fx.const_expr(spec.weighted):
+        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
     for group in fx.range_constexpr(cfg.groups):
-        at = work.routes + group * MFMA_ROWS + place.r
-        packed = fx.Int32(args.sorted_ids[at])
+        packed = fx.Int32(ids[group])
         token, slot = packed & TOKEN_MASK, packed >> 24
         route = fx.Int64(token * args.topk + slot)
         for pair in fx.range_constexpr(cfg.blocks // 2):
@@ -120,9 +124,10 @@ def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
                     if fx.const_expr(spec.bias):
                         row = place.expert * 2 * cfg.rows + column + b * MFMA_ROWS
                         values = add_bias(values, args.bias_rows, row + place.g * 4, cfg.rows)
-                    both.append(activate(spec.kind, args.scalars, *values))
+                    gate, up = values
+                    both.append(activate(spec.kind, args.scalars, gate, up, spec.limited))
                 if fx.const_expr(spec.weighted):
-                    weight = fx.Float32(args.sorted_weights[at])
+                    weight = fx.Float32(weights[group])
                     both = [value * weight for value in both]
                 byte = scale_byte(cfg.token, block_max(both), spec.rounding)
                 if token < tokens:
@@ -155,9 +160,10 @@ def store_sums(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
 
 
 @cache
-def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool):
+def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool,
+          limited: bool):
     """The launcher for one GEMM shape, activation and rounding."""
-    spec = Stage1(cfg, kind, rounding, bias, weighted)
+    spec = Stage1(cfg, kind, rounding, bias, weighted, limited)
     variant = spec.name
 
     @flyc.kernel(name=variant)

@@ -104,15 +104,17 @@ def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int
 def add_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
     """Weight, then add four columns to the token's sums: float32, in any order."""
     cfg = spec.cfg
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    if fx.const_expr(spec.weighted):
+        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
     for group in fx.range_constexpr(cfg.groups):
-        at = work.routes + group * MFMA_ROWS + place.r
-        token = fx.Int32(args.sorted_ids[at]) & TOKEN_MASK
+        token = fx.Int32(ids[group]) & TOKEN_MASK
         for b in fx.range_constexpr(cfg.blocks):
             column = (first + b) * MFMA_ROWS + place.g * 4
             if (token < args.tokens) & (column < cfg.rows):
                 value = columns_of(spec, args, place, acc, b, group, column)
                 if fx.const_expr(spec.weighted):
-                    value = value * fx.Float32(args.sorted_weights[at])
+                    value = value * fx.Float32(weights[group])
                 dest = fx.get_iter(args.rows) + fx.Int64(token) * cfg.rows + column
                 for i in fx.range_constexpr(4):
                     fx.atomic_add(dest + i, value[i], syncscope=fx.rocdl.SyncScope.Agent)
@@ -122,9 +124,9 @@ def add_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
 def store_codes_of_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
     """Blocks of 32 columns of one route as e4m3 codes and a scale."""
     cfg = spec.cfg
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
     for group in fx.range_constexpr(cfg.groups):
-        at = work.routes + group * MFMA_ROWS + place.r
-        packed = fx.Int32(args.sorted_ids[at])
+        packed = fx.Int32(ids[group])
         token = packed & TOKEN_MASK
         route = fx.Int64(token * args.topk + (packed >> 24))
         for pair in fx.range_constexpr(cfg.blocks // 2):
@@ -151,9 +153,9 @@ def store_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
     """Bias, then four columns of one route at a time."""
     cfg, out = spec.cfg, spec.out
     quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
     for group in fx.range_constexpr(cfg.groups):
-        at = work.routes + group * MFMA_ROWS + place.r
-        packed = fx.Int32(args.sorted_ids[at])
+        packed = fx.Int32(ids[group])
         token = packed & TOKEN_MASK
         route = fx.Int64(token * args.topk + (packed >> 24))
         for b in fx.range_constexpr(cfg.blocks):

@@ -25,7 +25,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 from flydsl.expr import const_expr
 
-from mixmoe.backends.cdna.atoms import WAVE
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
 from mixmoe.backends.cdna.tokens import AHEAD, ScaleFill, Tokens
 from mixmoe.backends.cdna.weights import Weights
@@ -404,6 +404,11 @@ def uniform(value) -> fx.Int32:
 def first_block(cfg: Gemm, place: Place, work: Work):
     """The wave's first 16-row block of each half."""
     return (work.rows * cfg.team + place.wave % cfg.team) * cfg.blocks
+
+
+def of_groups(cfg: Gemm, work: Work, place: Place, column: fx.Tensor):
+    """A lane's item of every group of tokens: all loaded before any store, which might alias."""
+    return [column[work.routes + group * MFMA_ROWS + place.r] for group in range(cfg.groups)]
 
 
 def row_bias(bias: fx.Tensor, offset) -> fx.Vector:

@@ -39,20 +39,23 @@ def scale_byte(operand: Operand, amax: fx.Float32, rounding: Rounding) -> fx.Int
 
 def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
     """Four values over ``2^(byte - 127)``: codes in order from the lowest bit, 16 or 32 bits."""
-    inverse = ((254 - byte) << MANTISSA).bitcast(fx.Float32)
-    v = [values[i] * inverse for i in range(4)]
     word = fx.Int32(0)
-    for pair in range(2):
-        low, high = v[2 * pair], v[2 * pair + 1]
-        if operand.bits == 4:
+    if operand.bits == 4:
+        scale = (byte << MANTISSA).bitcast(fx.Float32)  # the instruction reads the exponent
+        for pair in range(2):
             word = fx.Int32(
                 fx.rocdl.cvt_scalef32_pk_fp4_f32(
-                    fx.Int32.ir_type, word, low, high, fx.Float32(1.0), pair
+                    fx.Int32.ir_type, word, values[2 * pair], values[2 * pair + 1], scale, pair
                 )
             )
-            continue
+        return word
+    inverse = ((254 - byte) << MANTISSA).bitcast(fx.Float32)
+    for pair in range(2):
         # The instruction makes NaN of what lies beyond 448.
-        low, high = (fx.min(fx.max(f, -operand.largest), operand.largest) for f in (low, high))
+        low, high = (
+            fx.min(fx.max(values[2 * pair + i] * inverse, -operand.largest), operand.largest)
+            for i in range(2)
+        )
         word = fx.Int32(
             fx.rocdl.cvt_pk_fp8_f32(fx.Int32.ir_type, low, high, word, bool(pair))
         )

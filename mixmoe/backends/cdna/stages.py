@@ -186,7 +186,8 @@ def gemm1(
     )
     if problem.routes:
         bias = weights.w13_bias
-        variant = recipe.act.kind, recipe.rounding, bias is not None, recipe.weight_on == 1
+        variant = (recipe.act.kind, recipe.rounding, bias is not None, recipe.weight_on == 1,
+                   recipe.act.limit is not None)
         ids, shares = routed.sorted_token_ids, routed.sorted_weights
         experts, four = routed.sorted_expert_ids, torch.int16
         target = codes.view(-1).view(four if cfg.token.bits == 4 else torch.int32)

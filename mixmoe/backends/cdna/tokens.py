@@ -63,14 +63,16 @@ class Tokens:
         cfg = self.cfg
         words = cfg.copy_bytes // WORD
         row, chunk, word = self.sources[i]
-        chunk = (self.place.first_tile + kt) * cfg.chunks + chunk
+        source = row + (chunk * 4 + word) + kt * (cfg.chunks * 4)
         if cfg.parts > 1 or (isinstance(kt, int) and (kt + 1) * TILE_K > cfg.k):
             # Beyond K weights are zero codes: any finite code of the row will do.
+            chunk = (self.place.first_tile + kt) * cfg.chunks + chunk
             chunk = (chunk < cfg.row_words // 4).select(chunk, 0)
+            source = row + (chunk * 4 + word)
         place = (i * cfg.team + self.place.wave % cfg.team) * WAVE * words
         target = self.lds.codes.ptr + (self._stage(kt) + place)
         layout = fx.make_layout(words, 1)
-        fx.copy(self.dma, (row + (chunk * 4 + word)).view(layout), target.view(layout))
+        fx.copy(self.dma, source.view(layout), target.view(layout))
 
     def _stage(self, kt):
         """First word of the stage that holds K tile ``kt`` of the wave's part."""
