@@ -11,7 +11,7 @@ pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 from mixmoe.cli import loops  # noqa: E402
 from mixmoe.shapes import SHAPES, Shape  # noqa: E402
 
-TOY = Shape("toy", 5120, 64, 2, 1)
+TOY = Shape("toy", 16384, 64, 2, 1)  # K long enough to loop where four waves share it
 K_STEPS = TOY.hidden // 128
 
 
@@ -30,11 +30,11 @@ def test_inspect_counts_what_a_kernel_does(mixmoe, toy):
     assert gemm["mfma"] > 0 and gemm["mfma"] % K_STEPS == 0 and kernels["combine"]["mfma"] == 0
     assert gemm["vgpr_spills"] == gemm["sgpr_spills"] == gemm["scratch_bytes"] == 0
     assert 0 < gemm["vgpr"] <= 512 and 0 < gemm["lds_bytes"] <= 160 << 10
-    # A workgroup reads at least the codes of 128 rows, gate and up, or of all there are.
-    assert gemm["global_load_bytes"] >= 2 * TOY.intermediate * TOY.hidden // 2
+    # A workgroup whose waves share K reads at least the codes of 32 rows, gate and up.
+    assert gemm["global_load_bytes"] >= 2 * 32 * TOY.hidden // 2
     loop = gemm["loop"]
     assert loop["iterations"] * loop["mix"]["mfma"] <= gemm["mfma"] // 4
-    assert loop["iterations"] >= K_STEPS // 16 and 0 < loop["mfma_busy"] <= 1
+    assert loop["iterations"] >= 3 and 0 < loop["mfma_busy"] <= 1
     assert 0 < loop["cycles"] * loop["iterations"] < gemm["cycles"]
     assert 0 < gemm["compile_seconds"] < 60 and gemm["code_bytes"] > 1000
 

@@ -125,8 +125,18 @@ def hidden(problem: Problem, quantised: bool) -> torch.Tensor | SlotRows:
 def test_stage1(compiled, block):
     problem = Problem(64, 7168, 256, 256, 8)
     tile = choose.decode_stage1(block)
-    assert_good(stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile),
-                tile)
+    resources = stage1(
+        compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile
+    )
+    assert_good(resources, tile)
+    assert_lean(resources)
+
+
+def assert_lean(resources: Resources) -> None:
+    """The loop over 16 x 128 weights: two PRMT a word, scale bytes loaded as they are."""
+    count, opcodes = resources.loops()[0]
+    assert opcodes["PRMT"] == 16 and opcodes["LDS.U8"] == 2, opcodes
+    assert count <= 130, count  # with a scale and its tables for each word it was 133 to 144
 
 
 @pytest.mark.parametrize("act", [silu(1.0), swiglu(), gelu(), situv2()])
@@ -144,6 +154,9 @@ def test_stage1_wide_fold(compiled):
     assert_good(resources, tile)
     narrow = stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile)
     assert resources.count("SEL") > narrow.count("SEL"), "the wide table is chosen, the narrow not"
+    assert_lean(narrow)
+    with pytest.raises(AssertionError):
+        assert_lean(resources)
 
 
 WIDE = ("dsv3_ep", "gptoss")  # their h is quantised before: 32 rows of it leave room for one CTA

@@ -98,6 +98,23 @@ class CdnaBackend:
         """Weighted sum in slot order, float32, rounded once."""
         return self.kernels.combine(rows, routed, recipe, out)
 
+    def layer(
+        self,
+        x: Tensor,
+        weights: Weights,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        recipe: Recipe,
+        *,
+        out: Tensor,
+        expert_map: Tensor | None = None,
+        deterministic: bool = True,
+    ) -> Tensor:
+        """All five stages; ``deterministic=False`` may add rows atomically, in float32."""
+        return self.kernels.layer(
+            self.atoms, x, weights, topk_ids, topk_weights, recipe, out, expert_map, deterministic
+        )
+
 
 def cdna() -> CdnaBackend:
     """The registry's maker."""

@@ -22,10 +22,14 @@ class Scalars:
     beta2: fx.Float32
 
 
-def activate(kind: ActivationKind, s: Scalars, gate: fx.Vector, up: fx.Vector) -> fx.Vector:
-    """Elementwise over a vector of gate and one of up values."""
-    gate = fx.min(gate, s.limit)
-    up = fx.max(fx.min(up, s.limit), -s.limit)
+def activate(
+    kind: ActivationKind, s: Scalars, gate: fx.Vector, up: fx.Vector, limited: bool = True
+) -> fx.Vector:
+    """Elementwise over a vector of gate and one of up values; three operations of some twelve
+    are the limit's, which a kernel that is compiled for none leaves out."""
+    if limited:
+        gate = fx.min(gate, s.limit)
+        up = fx.max(fx.min(up, s.limit), -s.limit)
     with fx.fastmath(APPROXIMATE):
         return FORMULAS[kind](s, gate, up)
 

@@ -6,6 +6,7 @@ into the coordinates a wave holds, in 32-bit words.
 
 import math
 from dataclasses import dataclass
+from enum import Enum
 
 from mixmoe.backends.cdna.atoms import (
     MFMA_ROWS,
@@ -16,6 +17,7 @@ from mixmoe.backends.cdna.atoms import (
     Atoms,
     Operand,
 )
+from mixmoe.backends.cdna.grid import Walk
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import ScaleKind
 from mixmoe.layout import Layout
@@ -26,7 +28,16 @@ WAVES = 4
 THREADS = WAVES * WAVE
 STEPS_OF_DWORD = 4  # MFMA steps that a lane's dword of token scales serves: two K tiles
 MOST_STAGES = 4
+LDS_GRANULE = 1280  # LDS is given out in these, gfx950 (LLVM AMDGPUUsage)
 TOKENS, BLOCKS, RINGS = (16, 32, 64, 128), (2, 4, 8), (4, 8)
+
+class RowsOut(Enum):
+    """What stage 2 leaves in memory."""
+
+    ROWS = "rows"  # a row per route in the output's type; combine adds them in slot order
+    SUMS = "sums"  # float32 per token, to which every route adds its weighted row atomically
+    CODES = "codes"  # a row per route in e4m3 with an E8M0 scale per 32: half of bf16's bytes
+
 
 Modes = tuple[tuple[int, int], ...]  # (size, stride) of each part, fastest first
 
@@ -37,7 +48,10 @@ class Gemm:
 
     ``halves`` is 2 for gate above up, else 1; a wave owns ``blocks`` 16-row blocks of each half;
     ``sort_tiles`` tiles make up a block of the sorted routes; ``ring`` MFMA steps of weights live
-    in registers: the one multiplied and those on their way.
+    in registers: the one multiplied and those on their way. K may be shared out: over ``k_waves``
+    of the four waves, whose sums meet in LDS, and over ``split_k`` workgroups, whose sums meet in
+    memory. ``streaming`` weights are not kept in L2; ``waves_per_eu`` waves a SIMD (workgroups a
+    CU) shall fit, by the LDS they use; ``walk`` says which workgroup takes which tiles.
     """
 
     atoms: Atoms
@@ -51,6 +65,11 @@ class Gemm:
     blocks: int = 2
     sort_tiles: int = 1
     ring: int = 4
+    k_waves: int = 1
+    split_k: int = 1
+    streaming: bool = False
+    waves_per_eu: int = 1
+    walk: Walk = Walk()
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
@@ -59,6 +78,16 @@ class Gemm:
             raise MixMoEError("a wave owns 2, 4 or 8 blocks of 16 rows", self.blocks, 2)
         if self.ring not in RINGS:
             raise MixMoEError("a ring holds 4 or 8 steps of weights", self.ring, 4)
+        if self.k_waves not in (1, 2, 4):
+            raise MixMoEError("1, 2 or 4 waves share K", self.k_waves, 1)
+        if not 1 <= self.split_k <= max(1, self.k_tiles):
+            raise MixMoEError("split_k, at most the K tiles", self.split_k, self.k_tiles)
+        if self.split_k > 1 and self.halves == 1:
+            raise MixMoEError("split_k is for stage 1, which has a kernel that adds up",
+                              self.split_k, "k_waves")
+        if self.sums_bytes > self.k_waves * self.stages * self.code_bytes:
+            raise MixMoEError("sums of waves that share K fit where the codes were",
+                              f"{self.sums_bytes} bytes", "fewer blocks")
         if self.lds_bytes > self.atoms.lds_bytes:
             raise MixMoEError(
                 f"{self.atoms.arch} has {self.atoms.lds_bytes} bytes of LDS: a tile of "
@@ -73,7 +102,8 @@ class Gemm:
         formats = f"{self.atoms.arch}_{self.token.name}_{self.weight.name}"
         shape = f"{self.halves}x{self.rows}x{self.k}"
         tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}r{self.ring}"
-        return f"{formats}_{self.order}_{shape}_{tile}"
+        split = f"k{self.k_waves}z{self.split_k}n{self.streaming:d}o{self.waves_per_eu}"
+        return f"{formats}_{self.order}_{shape}_{tile}{split}{self.walk.name}"
 
     @property
     def groups(self) -> int:
@@ -83,7 +113,31 @@ class Gemm:
     @property
     def tile_rows(self) -> int:
         """Rows of each half that a workgroup computes."""
-        return WAVES * self.blocks * MFMA_ROWS
+        return self.team * self.blocks * MFMA_ROWS
+
+    @property
+    def team(self) -> int:
+        """Waves that multiply the same part of K."""
+        return WAVES // self.k_waves
+
+    @property
+    def parts(self) -> int:
+        """Parts that K is cut into."""
+        return self.k_waves * self.split_k
+
+    @property
+    def part_tiles(self) -> int:
+        """K tiles of a part; an even number where there are several, so that a part begins with
+        a dword of token scales. The last part may reach beyond K."""
+        if self.parts == 1:
+            return self.k_tiles
+        return -(-self.k_tiles // (2 * self.parts)) * 2
+
+    @property
+    def sums_bytes(self) -> int:
+        """LDS through which the sums of all parts but the first of a workgroup pass."""
+        fragments = self.halves * self.blocks * self.groups
+        return (self.k_waves - 1) * self.team * fragments * WAVE * PIECE
 
     @property
     def row_tiles(self) -> int:
@@ -106,8 +160,8 @@ class Gemm:
         return -(-self.k // self.atoms.mfma_k)
 
     def steps_of(self, kt: int) -> int:
-        """MFMA steps of a K tile: the last may be short."""
-        return min(self.steps, self.k_steps - kt * self.steps)
+        """MFMA steps of a part's K tile: the last of K may be short."""
+        return self.steps if self.parts > 1 else min(self.steps, self.k_steps - kt * self.steps)
 
     @property
     def chunks(self) -> int:
@@ -154,23 +208,24 @@ class Gemm:
     @property
     def stages(self) -> int:
         """K tiles of token codes in LDS: as many as fit, of at most four."""
-        fit = (self.atoms.lds_bytes - self.scale_room) // self.code_bytes
+        room = self.atoms.lds_bytes // self.waves_per_eu // LDS_GRANULE * LDS_GRANULE
+        fit = (room - self.scale_room) // (self.k_waves * self.code_bytes)
         return max(2, min(MOST_STAGES, fit))
 
     @property
     def lds_bytes(self) -> int:
         """LDS of a workgroup: the stages of codes and every scale."""
-        return self.stages * self.code_bytes + self.scale_room
+        return self.k_waves * self.stages * self.code_bytes + self.scale_room
 
     @property
     def copy_bytes(self) -> int:
         """Bytes a lane moves to LDS at once: 16, or 4 where a stage is less for every thread."""
-        return PIECE if self.code_bytes >= THREADS * PIECE else WORD
+        return PIECE if self.code_bytes >= self.team * WAVE * PIECE else WORD
 
     @property
     def copies(self) -> int:
         """Copies of a thread that fill a stage."""
-        return self.code_bytes // (THREADS * self.copy_bytes)
+        return self.code_bytes // (self.team * WAVE * self.copy_bytes)
 
     def swizzled(self, token, chunk):
         """Where in its row a 16-byte piece of codes lies: XOR with the row, so that 16 lanes that

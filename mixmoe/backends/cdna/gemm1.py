@@ -6,33 +6,22 @@ in the four lanes that share a token: its maximum is two lane exchanges away. Co
 where stage 2 reads them, in plain rows.
 """
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.activations import ActivationKind
-from mixmoe.backends.cdna import mainloop
+from mixmoe.backends.cdna import grid, mainloop
 from mixmoe.backends.cdna.activate import Scalars, activate
-from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, WAVE
-from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK
+from mixmoe.backends.cdna.config import THREADS, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.quantise import encode, scale_byte
-from mixmoe.backends.cdna.tokens import ScaleFill, Tokens, shared_storage
-from mixmoe.backends.cdna.weights import Weights
+from mixmoe.backends.cdna.quantise import block_max, encode, scale_byte
+from mixmoe.backends.cdna.tokens import shared_storage
 from mixmoe.formats import Rounding
-
-
-def block_max(values: list[fx.Vector]) -> fx.Float32:
-    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on."""
-    top = fx.Float32(0.0)
-    for vector in values:
-        for i in range(4):
-            top = fx.max(top, abs(vector[i]))
-    for distance in (16, 32):
-        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
-    return top
 
 
 def gate_up(acc, block: int, group: int) -> list[fx.Vector]:
@@ -45,16 +34,141 @@ def add_bias(values: list[fx.Vector], bias: fx.Tensor, gate_at, rows: int) -> li
     return [v + mainloop.row_bias(bias, gate_at + i * rows) for i, v in enumerate(values)]
 
 
+@dataclass(frozen=True, slots=True)
+class Stage1:
+    """What a kernel is compiled for; ``weighted`` multiplies h by the routing weight, ``limited``
+    clamps gate and up. h takes the tokens' format, or with split_k the sums of gate and up go to
+    memory as they are."""
+
+    cfg: Gemm
+    kind: ActivationKind
+    rounding: Rounding
+    bias: bool
+    weighted: bool
+    limited: bool
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        flags = f"{self.bias:d}{self.weighted:d}{self.limited:d}"
+        return f"gemm1_{self.cfg.name}_{self.kind.value}_{self.rounding.value}_{flags}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A launch's tensors and scalars."""
+
+    h: fx.Tensor
+    h_scales: fx.Tensor
+    x: fx.Tensor
+    x_scales: fx.Tensor
+    codes: fx.Tensor
+    scales: fx.Tensor
+    bias_rows: fx.Tensor
+    sorted_ids: fx.Tensor
+    sorted_weights: fx.Tensor
+    expert_ids: fx.Tensor
+    tokens: fx.Int32
+    topk: fx.Int32
+    token_tiles: fx.Int32
+    scalars: Scalars
+
+
+@flyc.jit
+def compute(spec: Stage1, args: Arguments, lds, number) -> None:
+    """One piece of work."""
+    cfg, tokens = spec.cfg, args.tokens
+    work = mainloop.work_of(
+        cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
+    )
+    if work.used:
+        place = mainloop.stand(cfg, work)
+
+        # 1. Which tokens: padding reads row 0 and writes nothing
+        def token_of(t):
+            token = fx.Int32(args.sorted_ids[work.routes + t]) & TOKEN_MASK
+            return (token < tokens).select(token, 0)
+
+        # 2. Multiply
+        first = mainloop.first_block(cfg, place, work)
+        operands = (args.codes, args.scales, args.x, args.x_scales, token_of, first)
+        acc = mainloop.multiply_all(cfg, place, lds, operands)
+
+        # 3. What comes of it
+        store = store_sums if fx.const_expr(cfg.split_k > 1) else store_h
+        if fx.const_expr(cfg.k_waves > 1):
+            if place.part == 0:
+                store(spec, args, work, place, acc, first)
+        else:
+            store(spec, args, work, place, acc, first)
+
+
+@flyc.jit
+def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
+    """Activate, quantise and store blocks of 32 columns of one route."""
+    cfg, tokens = spec.cfg, args.tokens
+    code = fx.Int16 if fx.const_expr(cfg.token.bits == 4) else fx.Int32  # four codes
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    if fx.const_expr(spec.weighted):
+        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token, slot = packed & TOKEN_MASK, packed >> 24
+        route = fx.Int64(token * args.topk + slot)
+        for pair in fx.range_constexpr(cfg.blocks // 2):
+            column = (first + 2 * pair) * MFMA_ROWS
+            if column < cfg.rows:
+                both = []
+                for b in fx.range_constexpr(2):
+                    values = gate_up(acc, 2 * pair + b, group)
+                    if fx.const_expr(spec.bias):
+                        row = place.expert * 2 * cfg.rows + column + b * MFMA_ROWS
+                        values = add_bias(values, args.bias_rows, row + place.g * 4, cfg.rows)
+                    gate, up = values
+                    both.append(activate(spec.kind, args.scalars, gate, up, spec.limited))
+                if fx.const_expr(spec.weighted):
+                    weight = fx.Float32(weights[group])
+                    both = [value * weight for value in both]
+                byte = scale_byte(cfg.token, block_max(both), spec.rounding)
+                if token < tokens:
+                    for b in fx.range_constexpr(2):
+                        four = (column + b * MFMA_ROWS) // 4 + place.g
+                        out = route * (cfg.rows // 4) + four
+                        word = encode(cfg.token, both[b], byte).to(code)
+                        (fx.get_iter(args.h) + out).store(word)
+                    if place.g == 0:
+                        out = route * (cfg.rows // SCALE_BLOCK) + column // SCALE_BLOCK
+                        (fx.get_iter(args.h_scales) + out).store(byte.to(fx.Uint8))
+
+
+@flyc.jit
+def store_sums(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
+    """float32 sums of gate and up over a part of K: ``h (split_k, P, 2 I)`` by sorted position."""
+    cfg = spec.cfg
+    quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
+    positions = fx.Int64(args.token_tiles * cfg.tokens)
+    for group in fx.range_constexpr(cfg.groups):
+        at = work.routes + group * MFMA_ROWS + place.r
+        row = (fx.Int64(work.split) * positions + at) * (2 * cfg.rows)
+        for block in fx.range_constexpr(cfg.blocks):
+            column = (first + block) * MFMA_ROWS
+            if column < cfg.rows:
+                for half in fx.range_constexpr(2):
+                    out = row + (half * cfg.rows + column + place.g * 4)
+                    dest = (fx.get_iter(args.h) + out).view(fx.make_layout(4, 1))
+                    fx.copy(quad, acc[half, block, group], dest)
+
+
 @cache
-def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool):
-    """The launcher for one GEMM shape, activation and rounding; ``weighted`` multiplies h by the
-    routing weight. h takes the tokens' format."""
-    variant = f"gemm1_{cfg.name}_{kind.value}_{rounding.value}_{bias:d}{weighted:d}"
-    code = fx.Int16 if cfg.token.bits == 4 else fx.Int32  # four codes
+def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weighted: bool,
+          limited: bool):
+    """The launcher for one GEMM shape, activation and rounding."""
+    spec = Stage1(cfg, kind, rounding, bias, weighted, limited)
+    variant = spec.name
 
     @flyc.kernel(name=variant)
     def gemm1_kernel(
-        h: fx.Tensor,  # (R, I) codes, four an item
+        h: fx.Tensor,  # (R, I) codes, four an item; or sums
         h_scales: fx.Tensor,  # (R, I / 32)
         x: fx.Tensor,  # (T, H) codes as words
         x_scales: fx.Tensor,  # (T, H / 32)
@@ -70,57 +184,15 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         alpha: fx.Float32,
         beta: fx.Float32,
         beta2: fx.Float32,
+        token_tiles: fx.Int32,
     ):
-        work = mainloop.work_of(cfg, sorted_ids, expert_ids, tokens)
-        if work.used:
-            place = mainloop.stand(work)
-            lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
-            scalars = Scalars(limit, alpha, beta, beta2)
-
-            # 1. Which tokens: padding reads row 0 and writes nothing
-            def token_of(t):
-                token = fx.Int32(sorted_ids[work.routes + t]) & TOKEN_MASK
-                return (token < tokens).select(token, 0)
-
-            # 2. Multiply
-            first = (work.rows * WAVES + place.wave) * cfg.blocks
-            ops = mainloop.Operands(
-                Weights(cfg, place, codes, scales, first),
-                Tokens(cfg, place, lds, x, token_of),
-                ScaleFill(cfg, place, lds, x_scales, token_of),
-            )
-            acc = mainloop.make_accumulators(cfg)
-            mainloop.run(cfg, ops, acc)
-
-            # 3. Activate, quantise and store blocks of 32 columns of one route
-            for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = work.routes + group * MFMA_ROWS + place.r
-                packed = fx.Int32(sorted_ids[at])
-                token, slot = packed & TOKEN_MASK, packed >> 24
-                route = fx.Int64(token * topk + slot)
-                for pair in fx.range_constexpr(cfg.blocks // 2):
-                    column = (first + 2 * pair) * MFMA_ROWS
-                    if column < cfg.rows:
-                        both = []
-                        for b in fx.range_constexpr(2):
-                            values = gate_up(acc, 2 * pair + b, group)
-                            if fx.const_expr(bias):
-                                row = place.expert * 2 * cfg.rows + column + b * MFMA_ROWS
-                                values = add_bias(values, bias_rows, row + place.g * 4, cfg.rows)
-                            both.append(activate(kind, scalars, *values))
-                        if fx.const_expr(weighted):
-                            weight = fx.Float32(sorted_weights[at])
-                            both = [value * weight for value in both]
-                        byte = scale_byte(cfg.token, block_max(both), rounding)
-                        if token < tokens:
-                            for b in fx.range_constexpr(2):
-                                four = (column + b * MFMA_ROWS) // 4 + place.g
-                                out = route * (cfg.rows // 4) + four
-                                word = encode(cfg.token, both[b], byte).to(code)
-                                (fx.get_iter(h) + out).store(word)
-                            if place.g == 0:
-                                out = route * (cfg.rows // SCALE_BLOCK) + column // SCALE_BLOCK
-                                (fx.get_iter(h_scales) + out).store(byte.to(fx.Uint8))
+        lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
+        args = Arguments(
+            h, h_scales, x, x_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
+            expert_ids, tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
+        )
+        each = partial(compute, spec, args, lds)
+        grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(
@@ -141,12 +213,13 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         beta: fx.Float32,
         beta2: fx.Float32,
         token_tiles: fx.Int32,
+        groups: fx.Int32,
         name: fx.Constexpr[str],
         stream: fx.Stream,
     ):
         gemm1_kernel(
             h, h_scales, x, x_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, limit, alpha, beta, beta2,
-        ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
+            expert_ids, tokens, topk, limit, alpha, beta, beta2, token_tiles,
+        ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     return launcher(variant, launch)

@@ -1,96 +1,233 @@
-"""Stage 2: ``rows[route] = h[route] Wd^T + bd``, a row per route, the same bits on every run."""
+"""Stage 2: ``rows[route] = h[route] Wd^T + bd``.
 
-from functools import cache
+A row per route is the same bits on every run; sums per token, added atomically, are not, and spare
+the combine; rows as e4m3 codes halve what the combine reads.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna import mainloop
-from mixmoe.backends.cdna.atoms import MFMA_ROWS
-from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
+from mixmoe.backends.cdna import grid, mainloop
+from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, SCALE_BLOCK
+from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.tokens import ScaleFill, Tokens, shared_storage
-from mixmoe.backends.cdna.weights import Weights
+from mixmoe.backends.cdna.quantise import block_max, encode, scale_byte
+from mixmoe.backends.cdna.tokens import shared_storage
+from mixmoe.formats import Rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Stage2:
+    """What a kernel is compiled for."""
+
+    cfg: Gemm
+    out: type[fx.Numeric]
+    bias: bool
+    kind: RowsOut
+    weighted: bool
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        flags = f"{self.bias:d}{self.weighted:d}"
+        return f"gemm2_{self.cfg.name}_{self.out.__name__}_{self.kind.value}_{flags}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A launch's tensors and scalars."""
+
+    rows: fx.Tensor
+    row_scales: fx.Tensor
+    h: fx.Tensor
+    h_scales: fx.Tensor
+    codes: fx.Tensor
+    scales: fx.Tensor
+    bias_rows: fx.Tensor
+    sorted_ids: fx.Tensor
+    sorted_weights: fx.Tensor
+    expert_ids: fx.Tensor
+    tokens: fx.Int32
+    topk: fx.Int32
+    token_tiles: fx.Int32
+
+
+@flyc.jit
+def compute(spec: Stage2, args: Arguments, lds, number) -> None:
+    """One piece of work."""
+    cfg, tokens, topk = spec.cfg, args.tokens, args.topk
+    work = mainloop.work_of(
+        cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
+    )
+    if work.used:
+        place = mainloop.stand(cfg, work)
+
+        # 1. Which routes: padding reads row 0 and writes nothing
+        def route_of(t):
+            packed = fx.Int32(args.sorted_ids[work.routes + t])
+            token = packed & TOKEN_MASK
+            return (token < tokens).select(token * topk + (packed >> 24), 0)
+
+        # 2. Multiply
+        first = mainloop.first_block(cfg, place, work)
+        operands = (args.codes, args.scales, args.h, args.h_scales, route_of, first)
+        acc = mainloop.multiply_all(cfg, place, lds, operands)
+
+        # 3. What comes of it
+        if fx.const_expr(cfg.k_waves > 1):
+            if place.part == 0:
+                store(spec, args, work, place, acc, first)
+        else:
+            store(spec, args, work, place, acc, first)
+
+
+@flyc.jit
+def store(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+    """In the way that the kernel is compiled for."""
+    STORES[spec.kind](spec, args, work, place, acc, first)
+
+
+def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int, column):
+    """Four columns of one token, bias added."""
+    value = acc[0, block, group].load()
+    if fx.const_expr(spec.bias):
+        at = place.expert * spec.cfg.rows + column
+        value = value + mainloop.row_bias(args.bias_rows, at)
+    return value
+
+
+@flyc.jit
+def add_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+    """Weight, then add four columns to the token's sums: float32, in any order."""
+    cfg = spec.cfg
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    if fx.const_expr(spec.weighted):
+        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
+    for group in fx.range_constexpr(cfg.groups):
+        token = fx.Int32(ids[group]) & TOKEN_MASK
+        for b in fx.range_constexpr(cfg.blocks):
+            column = (first + b) * MFMA_ROWS + place.g * 4
+            if (token < args.tokens) & (column < cfg.rows):
+                value = columns_of(spec, args, place, acc, b, group, column)
+                if fx.const_expr(spec.weighted):
+                    value = value * fx.Float32(weights[group])
+                dest = fx.get_iter(args.rows) + fx.Int64(token) * cfg.rows + column
+                for i in fx.range_constexpr(4):
+                    fx.atomic_add(dest + i, value[i], syncscope=fx.rocdl.SyncScope.Agent)
+
+
+@flyc.jit
+def store_codes_of_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+    """Blocks of 32 columns of one route as e4m3 codes and a scale."""
+    cfg = spec.cfg
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token = packed & TOKEN_MASK
+        route = fx.Int64(token * args.topk + (packed >> 24))
+        for pair in fx.range_constexpr(cfg.blocks // 2):
+            column = (first + 2 * pair) * MFMA_ROWS
+            if column < cfg.rows:
+                both = [
+                    columns_of(spec, args, place, acc, 2 * pair + b, group,
+                               column + b * MFMA_ROWS + place.g * 4)
+                    for b in range(2)
+                ]
+                byte = scale_byte(E4M3, block_max(both), Rounding.CEIL)
+                if token < args.tokens:
+                    for b in fx.range_constexpr(2):
+                        four = (column + b * MFMA_ROWS) // 4 + place.g
+                        out = route * (cfg.rows // 4) + four
+                        (fx.get_iter(args.rows) + out).store(encode(E4M3, both[b], byte))
+                    if place.g == 0:
+                        out = route * (cfg.rows // SCALE_BLOCK) + column // SCALE_BLOCK
+                        (fx.get_iter(args.row_scales) + out).store(byte.to(fx.Uint8))
+
+
+@flyc.jit
+def store_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+    """Bias, then four columns of one route at a time."""
+    cfg, out = spec.cfg, spec.out
+    quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token = packed & TOKEN_MASK
+        route = fx.Int64(token * args.topk + (packed >> 24))
+        for b in fx.range_constexpr(cfg.blocks):
+            column = (first + b) * MFMA_ROWS + place.g * 4
+            if (token < args.tokens) & (column < cfg.rows):
+                value = columns_of(spec, args, place, acc, b, group, column)
+                frag = fx.make_rmem_tensor(4, out)
+                frag.store(value.to(out))
+                dest = fx.get_iter(args.rows) + route * cfg.rows + column
+                fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+
+
+STORES = {
+    RowsOut.ROWS: store_rows,
+    RowsOut.SUMS: add_rows,
+    RowsOut.CODES: store_codes_of_rows,
+}
 
 
 @cache
-def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
-    """The launcher for one GEMM shape, output type, with or without a bias."""
-    variant = f"gemm2_{cfg.name}_{out.__name__}_{bias:d}"
+def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted: bool):
+    """The launcher for one GEMM shape, output type and kind, with or without a bias; ``weighted``
+    multiplies by the routing weight, where rows are added up here."""
+    spec = Stage2(cfg, out, bias, kind, weighted)
+    variant = spec.name
 
     @flyc.kernel(name=variant)
     def gemm2_kernel(
-        rows: fx.Tensor,  # (R, H) out
+        rows: fx.Tensor,  # (R, H) out, or words of codes; or (T, H) sums
+        row_scales: fx.Tensor,  # (R, H / 32), of codes
         h: fx.Tensor,  # (R, I) codes as words
         h_scales: fx.Tensor,  # (R, I / 32)
         codes: fx.Tensor,  # (E, ...) words
         scales: fx.Tensor,  # (E, ...) words
         bias_rows: fx.Tensor,  # (E, H) f32
         sorted_ids: fx.Tensor,
+        sorted_weights: fx.Tensor,
         expert_ids: fx.Tensor,
         tokens: fx.Int32,
         topk: fx.Int32,
+        token_tiles: fx.Int32,
     ):
-        work = mainloop.work_of(cfg, sorted_ids, expert_ids, tokens)
-        if work.used:
-            place = mainloop.stand(work)
-            lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
-
-            # 1. Which routes: padding reads row 0 and writes nothing
-            def route_of(t):
-                packed = fx.Int32(sorted_ids[work.routes + t])
-                token = packed & TOKEN_MASK
-                return (token < tokens).select(token * topk + (packed >> 24), 0)
-
-            # 2. Multiply
-            first = (work.rows * WAVES + place.wave) * cfg.blocks
-            ops = mainloop.Operands(
-                Weights(cfg, place, codes, scales, first),
-                Tokens(cfg, place, lds, h, route_of),
-                ScaleFill(cfg, place, lds, h_scales, route_of),
-            )
-            acc = mainloop.make_accumulators(cfg)
-            mainloop.run(cfg, ops, acc)
-
-            # 3. Bias, store four columns of one route at a time
-            quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
-            for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = work.routes + group * MFMA_ROWS + place.r
-                packed = fx.Int32(sorted_ids[at])
-                token = packed & TOKEN_MASK
-                for b in fx.range_constexpr(cfg.blocks):
-                    column = (first + b) * MFMA_ROWS + place.g * 4
-                    if (token < tokens) & (column < cfg.rows):
-                        value = acc[0, b, group].load()
-                        if fx.const_expr(bias):
-                            value = value + mainloop.row_bias(
-                                bias_rows, place.expert * cfg.rows + column
-                            )
-                        route = fx.Int64(token * topk + (packed >> 24))
-                        frag = fx.make_rmem_tensor(4, out)
-                        frag.store(value.to(out))
-                        dest = fx.get_iter(rows) + route * cfg.rows + column
-                        fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+        lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
+        args = Arguments(
+            rows, row_scales, h, h_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
+            expert_ids, tokens, topk, token_tiles,
+        )
+        each = partial(compute, spec, args, lds)
+        grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(
         rows: fx.Tensor,
+        row_scales: fx.Tensor,
         h: fx.Tensor,
         h_scales: fx.Tensor,
         codes: fx.Tensor,
         scales: fx.Tensor,
         bias_rows: fx.Tensor,
         sorted_ids: fx.Tensor,
+        sorted_weights: fx.Tensor,
         expert_ids: fx.Tensor,
         tokens: fx.Int32,
         topk: fx.Int32,
         token_tiles: fx.Int32,
+        groups: fx.Int32,
         name: fx.Constexpr[str],
         stream: fx.Stream,
     ):
         gemm2_kernel(
-            rows, h, h_scales, codes, scales, bias_rows, sorted_ids, expert_ids, tokens, topk
-        ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
+            rows, row_scales, h, h_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
+            expert_ids, tokens, topk, token_tiles,
+        ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     return launcher(variant, launch)

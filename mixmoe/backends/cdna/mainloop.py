@@ -25,7 +25,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 from flydsl.expr import const_expr
 
-from mixmoe.backends.cdna.atoms import WAVE
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
 from mixmoe.backends.cdna.tokens import AHEAD, ScaleFill, Tokens
 from mixmoe.backends.cdna.weights import Weights
@@ -35,13 +35,20 @@ TOKEN_MASK = 0xFFFFFF  # a sorted route is token | slot << 24
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a thread stands: wave, lane's row ``r`` of 16 and K group ``g`` of 4; the expert."""
+    """Where a thread stands: wave, lane's row ``r`` of 16 and K group ``g`` of 4; the expert.
+
+    ``part``: which of the workgroup's parts of K the wave multiplies; ``mate``: number among the
+    threads that share it; ``first_tile``: K tile that the part begins with.
+    """
 
     tid: fx.Int32
     wave: fx.Int32
     r: fx.Int32
     g: fx.Int32
     expert: fx.Int32
+    part: Any
+    mate: fx.Int32
+    first_tile: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +242,8 @@ def trips(cfg: Gemm, unrolled: int) -> int:
     """How often the loop of ``unrolled`` tiles runs: while all that it loads ahead exists, and is
     a whole tile."""
     ahead = max(cfg.ring // cfg.steps, cfg.stages - 1)
-    return max(0, (cfg.k // TILE_K - ahead) // unrolled)
+    whole = cfg.k // TILE_K if cfg.parts == 1 else cfg.part_tiles
+    return max(0, (whole - ahead) // unrolled)
 
 
 @flyc.jit
@@ -248,26 +256,44 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
         for i in range(0, looped, 1, unroll=1):  # type: ignore[call-overload]  # FlyDSL reads it
             for tile in fx.range_constexpr(unrolled):
                 Tile(cfg, ops, fx.Int32(i) * unrolled + tile, tile, None).run(acc)
-    for tile in fx.range_constexpr(cfg.k_tiles - looped * unrolled):
+    for tile in fx.range_constexpr(cfg.part_tiles - looped * unrolled):
         kt = looped * unrolled + tile
-        Tile(cfg, ops, kt, tile, cfg.k_tiles - 1).run(acc)
+        Tile(cfg, ops, kt, tile, cfg.part_tiles - 1).run(acc)
+
+
+def multiply_all(cfg: Gemm, place: Place, lds, operands) -> dict:
+    """The accumulators of a piece of work; with K shared out those of part 0 hold the sum.
+
+    ``operands``: codes and scales of the weights, codes and scales of the tokens, the row of a
+    token, the wave's first block.
+    """
+    codes, scales, tokens, token_scales, row_of, first = operands
+    ops = Operands(
+        Weights(cfg, place, codes, scales, first),
+        Tokens(cfg, place, lds, tokens, row_of),
+        ScaleFill(cfg, place, lds, token_scales, row_of),
+    )
+    acc = make_accumulators(cfg)
+    run(cfg, ops, acc)
+    gather(cfg, place, lds, acc)
+    return acc
 
 
 def begin(cfg: Gemm, ops: Operands) -> None:
     """The rings filled, tile 0 in place, its first phases read."""
     ops.fill.start()
     fx.rocdl.sched_barrier(0)
-    for kt in range(min(cfg.stages - 1, cfg.k_tiles)):
+    for kt in range(min(cfg.stages - 1, cfg.part_tiles)):
         for start in ops.tokens.copies(kt):
             start()
         fx.rocdl.asyncmark()
         fx.rocdl.sched_barrier(0)
         start_weights(cfg, ops.weights, kt)
-    for kt in range(min(cfg.stages - 1, cfg.k_tiles), cfg.ring // cfg.steps):
+    for kt in range(min(cfg.stages - 1, cfg.part_tiles), cfg.ring // cfg.steps):
         start_weights(cfg, ops.weights, kt)
     fx.rocdl.sched_barrier(0)
     ops.fill.publish()
-    fx.rocdl.wait_asyncmark(min(cfg.stages - 1, cfg.k_tiles) - 1)
+    fx.rocdl.wait_asyncmark(min(cfg.stages - 1, cfg.part_tiles) - 1)
     fx.gpu.barrier()
     for group in range(cfg.groups):
         ops.tokens.read_scale(0, group)
@@ -277,7 +303,7 @@ def begin(cfg: Gemm, ops: Operands) -> None:
 
 def start_weights(cfg: Gemm, weights: Weights, kt: int) -> None:
     """What the ring holds of K tile ``kt`` before the first step."""
-    if kt >= min(cfg.ring // cfg.steps, cfg.k_tiles):
+    if kt >= min(cfg.ring // cfg.steps, cfg.part_tiles):
         return
     last = cfg.ring // cfg.steps - 1
     starts = weights.scale_loads(kt, kt) if kt < last else []
@@ -288,34 +314,101 @@ def start_weights(cfg: Gemm, weights: Weights, kt: int) -> None:
         start()
 
 
+def shared_sums(cfg: Gemm, place: Place, lds, fragments: int):
+    """LDS in the place of the codes: a lane's sums, ``(4, fragments, other parts)``."""
+    shape = (4, WAVE, cfg.team, fragments, cfg.k_waves - 1)
+    order = fx.make_ordered_layout(shape, (0, 1, 2, 3, 4))
+    shared = fx.recast_iter(fx.Float32, lds.codes.ptr).view(order)
+    return shared[None, place.tid % WAVE, place.wave % cfg.team, None, None]
+
+
+def write_sums(cfg: Gemm, place: Place, lds, acc) -> None:
+    """The sums of a part other than the first."""
+    shared = shared_sums(cfg, place, lds, len(acc))
+    piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
+    for i, frag in enumerate(acc.values()):
+        fx.copy(piece, frag, shared[None, i, place.part - 1])
+
+
+def add_sums(cfg: Gemm, place: Place, lds, acc) -> None:
+    """Those of the others, in order, to the first part's."""
+    shared = shared_sums(cfg, place, lds, len(acc))
+    piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
+    more = fx.make_rmem_tensor(4, fx.Float32)
+    for i, frag in enumerate(acc.values()):
+        for part in range(1, cfg.k_waves):
+            fx.copy(piece, shared[None, i, part - 1], more)
+            frag.store(frag.load() + more.load())
+
+
+@flyc.jit
+def gather(cfg: Gemm, place: Place, lds, acc) -> None:
+    """Sums of the waves that share K, in the order of the parts, into those of part 0."""
+    if const_expr(cfg.k_waves > 1):
+        fx.gpu.barrier()
+        if place.part > 0:
+            write_sums(cfg, place, lds, acc)
+        fx.gpu.barrier()
+        if place.part == 0:
+            add_sums(cfg, place, lds, acc)
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Which rows and which sorted routes a workgroup computes, for which expert."""
+    """Which rows and which sorted routes a workgroup computes, for which expert and part of K."""
 
     rows: fx.Int32  # in tiles
     routes: fx.Int32  # first sorted position
     expert: fx.Int32
     used: fx.Boolean
+    split: Any  # which of split_k
 
 
-def work_of(cfg: Gemm, sorted_ids, expert_ids, tokens) -> Work:
-    """The workgroup's tile. Row tiles count fastest: with round-robin dispatch over 8 XCDs an L2
-    then holds every eighth row tile of an expert and reuses it for all of the expert's tokens."""
-    index = fx.Int32(fx.block_idx.x)
-    rows, block = index % cfg.row_tiles, index // cfg.row_tiles
+def work_of(cfg: Gemm, number, token_tiles, sorted_ids, expert_ids, tokens) -> Work:
+    """The work of a tile's number. Row tiles count fastest, but for a band's token tiles: with
+    round-robin dispatch over 8 XCDs an L2 then holds every eighth row tile of an expert and reuses
+    it for all of the expert's tokens."""
+    split = 0
+    if cfg.split_k > 1:
+        split, number = number % cfg.split_k, number // cfg.split_k
+    rows, block = cfg.walk.tile(number, cfg.row_tiles, token_tiles, fx.min)
     expert = fx.Int32(expert_ids[block // cfg.sort_tiles])
     first = block * cfg.tokens
     # Padding closes a sorted block: a tile that begins with it holds nothing else.
     used = (expert >= 0) & ((fx.Int32(sorted_ids[first]) & TOKEN_MASK) < tokens)
-    return Work(rows, first, expert, used)
+    return Work(rows, first, expert, used, split)
 
 
-def stand(work: Work) -> Place:
-    """The calling thread's place; the expert is made uniform, as addresses hang on it."""
+def tiles_of(cfg: Gemm, token_tiles):
+    """Pieces of work of a launch."""
+    return token_tiles * (cfg.row_tiles * cfg.split_k)
+
+
+def stand(cfg: Gemm, work: Work) -> Place:
+    """The calling thread's place; what addresses hang on is made uniform."""
     tid = fx.Int32(fx.thread_idx.x)
-    wave = fx.Int32(fx.rocdl.readfirstlane(fx.Int32.ir_type, tid // WAVE))
-    expert = fx.Int32(fx.rocdl.readfirstlane(fx.Int32.ir_type, work.expert))
-    return Place(tid, wave, tid % 16, tid % WAVE // 16, expert)
+    wave, expert = uniform(tid // WAVE), uniform(work.expert)
+    part = wave // cfg.team if cfg.k_waves > 1 else 0
+    first = 0
+    if cfg.parts > 1:
+        first = (work.split * cfg.k_waves + part) * cfg.part_tiles
+    mate = tid % (cfg.team * WAVE)
+    return Place(tid, wave, tid % 16, tid % WAVE // 16, expert, part, mate, first)
+
+
+def uniform(value) -> fx.Int32:
+    """A value that all lanes share, as a scalar."""
+    return fx.Int32(fx.rocdl.readfirstlane(fx.Int32.ir_type, value))
+
+
+def first_block(cfg: Gemm, place: Place, work: Work):
+    """The wave's first 16-row block of each half."""
+    return (work.rows * cfg.team + place.wave % cfg.team) * cfg.blocks
+
+
+def of_groups(cfg: Gemm, work: Work, place: Place, column: fx.Tensor):
+    """A lane's item of every group of tokens: all loaded before any store, which might alias."""
+    return [column[work.routes + group * MFMA_ROWS + place.r] for group in range(cfg.groups)]
 
 
 def row_bias(bias: fx.Tensor, offset) -> fx.Vector:

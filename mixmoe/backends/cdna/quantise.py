@@ -9,7 +9,7 @@ from functools import cache
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, Operand
+from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, WAVE, Operand
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.formats import Rounding
@@ -39,24 +39,48 @@ def scale_byte(operand: Operand, amax: fx.Float32, rounding: Rounding) -> fx.Int
 
 def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
     """Four values over ``2^(byte - 127)``: codes in order from the lowest bit, 16 or 32 bits."""
-    inverse = ((254 - byte) << MANTISSA).bitcast(fx.Float32)
-    v = [values[i] * inverse for i in range(4)]
     word = fx.Int32(0)
-    for pair in range(2):
-        low, high = v[2 * pair], v[2 * pair + 1]
-        if operand.bits == 4:
+    if operand.bits == 4:
+        scale = (byte << MANTISSA).bitcast(fx.Float32)  # the instruction reads the exponent
+        for pair in range(2):
             word = fx.Int32(
                 fx.rocdl.cvt_scalef32_pk_fp4_f32(
-                    fx.Int32.ir_type, word, low, high, fx.Float32(1.0), pair
+                    fx.Int32.ir_type, word, values[2 * pair], values[2 * pair + 1], scale, pair
                 )
             )
-            continue
+        return word
+    inverse = ((254 - byte) << MANTISSA).bitcast(fx.Float32)
+    for pair in range(2):
         # The instruction makes NaN of what lies beyond 448.
-        low, high = (fx.min(fx.max(f, -operand.largest), operand.largest) for f in (low, high))
+        low, high = (
+            fx.min(fx.max(values[2 * pair + i] * inverse, -operand.largest), operand.largest)
+            for i in range(2)
+        )
         word = fx.Int32(
             fx.rocdl.cvt_pk_fp8_f32(fx.Int32.ir_type, low, high, word, bool(pair))
         )
     return word
+
+
+def block_max(values: list[fx.Vector]) -> fx.Float32:
+    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on."""
+    top = fx.Float32(0.0)
+    for vector in values:
+        for i in range(4):
+            top = fx.max(top, abs(vector[i]))
+    for distance in (16, 32):
+        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
+    return top
+
+
+def decode(word: fx.Int32, byte: fx.Int32) -> fx.Vector:
+    """Four values of e4m3 codes times ``2^(byte - 127)``, byte not 0: float32, exact."""
+    scale = (byte << MANTISSA).bitcast(fx.Float32)
+    pairs = [
+        fx.Vector(fx.rocdl.cvt_pk_f32_fp8(fx.Vector.make_type(2, fx.Float32), word, bool(half)))
+        for half in range(2)
+    ]
+    return fx.Vector.from_elements([p[i] for p in pairs for i in range(2)], fx.Float32) * scale
 
 
 VALUES = 8  # of a thread: four threads share a block of 32

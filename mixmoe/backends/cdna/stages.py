@@ -1,21 +1,23 @@
 """The stages: choose a tile, allocate, launch. No maths here."""
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.expr as fx
 import torch
 from torch import Tensor
 
 from mixmoe.activations import Activation
+from mixmoe.backends.cdna import choose, cost
 from mixmoe.backends.cdna import combine as combine_kernels
-from mixmoe.backends.cdna import cost
+from mixmoe.backends.cdna import finish as finish_kernels
 from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
 from mixmoe.backends.cdna import route as routing
-from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, Atoms
-from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm
+from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, SCALE_BLOCK, Atoms
+from mixmoe.backends.cdna.choose import TILES
+from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm, RowsOut
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
@@ -29,7 +31,7 @@ NUMERIC = {
     torch.float32: fx.Float32,
 }
 SCALE_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 16: torch.int32}
-MIN_BLOCK, TILES = 16, (128, 64, 32, 16)
+MIN_BLOCK = 16
 EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
 LOADED_ORDERS = tuple(o for o in CDNA_ORDERS if "int4" not in o.name)
 
@@ -42,34 +44,22 @@ class Plan:
     gemm2: Gemm
 
 
-def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
-    """The kernels' records. Raises MixMoEError for what they cannot do."""
+def plan(
+    atoms: Atoms, recipe: Recipe, weights: Weights, block: int, problem: Problem | None = None
+) -> Plan:
+    """The kernels' records; ``problem`` says how many tiles there will be, many if it is None.
+    Raises MixMoEError for what the kernels cannot do."""
     orders = [require(w, LOADED_ORDERS, n).order.name
               for w, n in ((weights.w13, "w13"), (weights.w2, "w2"))]
     if order_named(orders[1]).codes.halves == 2:
         raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
     weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
-    tokens = next(t for t in TILES if block % t == 0)
     shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
     first, second = (
-        cut(Gemm(atoms, weight, token, *shape, tokens=tokens, sort_tiles=block // tokens))
+        choose.cut(partial(Gemm, atoms, weight, token, *shape), block, problem)
         for shape in shapes
     )
     return Plan(first, second)
-
-
-def cut(gemm: Gemm) -> Gemm:
-    """The same GEMM with the rows a wave owns and the ring of weights chosen.
-
-    Prefill: the path from L2 carries 64 bytes a cycle and an MFMA of e2m1 takes 16 cycles, so
-    ``rows x tokens / (rows + tokens)`` decides whether the matrix unit waits; 64 tokens take 512
-    rows where there are as many. Decode: bytes in flight decide, seven steps of weights.
-    """
-    many = gemm.tokens == 64 and gemm.weight.bits == 4 == gemm.token.bits
-    blocks = (8 if many else 4) // gemm.halves
-    while blocks > 2 and WAVES * blocks * MFMA_ROWS > gemm.rows:
-        blocks //= 2
-    return replace(gemm, blocks=blocks, ring=8 if gemm.tokens <= 32 else 4)
 
 
 def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
@@ -167,8 +157,14 @@ def operands(
     """Tensors both GEMMs take: tokens' codes and scales, weights', bias (or anything f32)."""
     assert source.scales is not None and stored.scales is not None
     scales = source.scales.contiguous().view(-1).view(SCALE_VIEWS[cfg.scale_unit])
-    held = torch.zeros(1, device=source.device) if bias is None else bias.flatten()
+    held = nothing(source.device) if bias is None else bias.flatten()
     return words(source.codes), scales, words(stored.codes), words(stored.scales), held
+
+
+def grid_of(cfg: Gemm, routed: Routed) -> tuple[int, int]:
+    """Token tiles and workgroups of a launch."""
+    tiles = routed.sorted_token_ids.numel() // cfg.tokens
+    return tiles, cfg.walk.workgroups(tiles * cfg.row_tiles * cfg.split_k)
 
 
 def scalars(act: Activation) -> tuple[float, float, float, float]:
@@ -182,25 +178,35 @@ def gemm1(
 ) -> Quantised:
     """h with its scales, a row per route; rows of skipped routes are zero."""
     problem, fmt = routed.problem, recipe.activation
-    cfg = plan(atoms, recipe, weights, routed.block).gemm1
+    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
     columns = problem.intermediate // fmt.element.per_byte
     codes = torch.zeros((problem.routes, columns), dtype=torch.uint8, device=x.device)
     scales = torch.zeros(
         fmt.scale_shape(problem.routes, problem.intermediate), dtype=torch.uint8, device=x.device
     )
     if problem.routes:
-        launch = gemm1_kernels.build(
-            cfg, recipe.act.kind, recipe.rounding, weights.w13_bias is not None,
-            recipe.weight_on == 1,
+        bias = weights.w13_bias
+        variant = (recipe.act.kind, recipe.rounding, bias is not None, recipe.weight_on == 1,
+                   recipe.act.limit is not None)
+        ids, shares = routed.sorted_token_ids, routed.sorted_weights
+        experts, four = routed.sorted_expert_ids, torch.int16
+        target = codes.view(-1).view(four if cfg.token.bits == 4 else torch.int32)
+        if cfg.split_k > 1:
+            size = cfg.split_k * ids.numel() * 2 * problem.intermediate
+            target = torch.empty(size, dtype=torch.float32, device=x.device)
+        gemm1_kernels.build(cfg, *variant)(
+            target, scales.view(-1), *operands(cfg, x, weights.w13, bias),
+            ids, shares, experts, problem.tokens, problem.topk, *scalars(recipe.act),
+            *grid_of(cfg, routed), stream=stream(),
         )
-        four = torch.int16 if cfg.token.bits == 4 else torch.int32
-        launch(
-            codes.view(-1).view(four), scales.view(-1),
-            *operands(cfg, x, weights.w13, weights.w13_bias),
-            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
-            problem.tokens, problem.topk, *scalars(recipe.act),
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
-        )
+        if cfg.split_k > 1:
+            held = nothing(x.device) if bias is None else bias.flatten()
+            eights = ids.numel() * problem.intermediate // quantise_kernels.VALUES
+            finish_kernels.build(cfg, *variant)(
+                words(codes), scales.view(-1), target, held, ids, shares, experts,
+                ids.numel(), problem.tokens, problem.topk, *scalars(recipe.act),
+                -(-eights // THREADS), stream=stream(),
+            )
     return Quantised(codes.view(fmt.element.storage), scales, fmt)
 
 
@@ -209,31 +215,92 @@ def gemm2(
 ) -> Tensor:
     """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
     problem = routed.problem
-    cfg = plan(atoms, recipe, weights, routed.block).gemm2
-    shape = (problem.routes, problem.hidden)
-    rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
-    if problem.routes:
-        launch = gemm2_kernels.build(cfg, NUMERIC[rows.dtype], weights.w2_bias is not None)
-        launch(
-            rows.view(-1), *operands(cfg, h, weights.w2, weights.w2_bias),
-            routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
-        )
+    rows = torch.zeros(
+        (problem.routes, problem.hidden), dtype=recipe.out_dtype, device=h.device
+    )
+    multiply_down(atoms, h, weights, routed, recipe, RowsOut.ROWS, rows)
     return rows
+
+
+def multiply_down(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe,
+    kind: RowsOut, target: Tensor, row_scales: Tensor | None = None,
+) -> None:
+    """Launch stage 2 into ``target``, of that kind."""
+    problem = routed.problem
+    if problem.routes:
+        cfg = plan(atoms, recipe, weights, routed.block, problem).gemm2
+        out = NUMERIC[recipe.out_dtype if kind is RowsOut.ROWS else torch.float32]
+        bias, weighted = weights.w2_bias, kind is RowsOut.SUMS and recipe.weight_on == 2
+        scales = nothing(h.device, torch.uint8) if row_scales is None else row_scales.view(-1)
+        gemm2_kernels.build(cfg, out, bias is not None, kind, weighted)(
+            target.view(-1), scales, *operands(cfg, h, weights.w2, bias),
+            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
+            problem.tokens, problem.topk, *grid_of(cfg, routed), stream=stream(),
+        )
+
+
+def nothing(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stands for a tensor that a kernel does not read."""
+    return torch.zeros(1, dtype=dtype, device=device)
+
+
+def down(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe,
+    out: Tensor, kind: RowsOut,
+) -> Tensor:
+    """gemm2 and combine with what lies between them of a kind."""
+    problem = routed.problem
+    if kind is RowsOut.SUMS:
+        sums = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+        multiply_down(atoms, h, weights, routed, recipe, kind, sums)
+        return out.copy_(sums)
+    if kind is RowsOut.CODES:
+        shape = problem.routes, problem.hidden
+        # Codes of skipped routes are zero, their scales anything finite.
+        codes = torch.zeros((shape[0], shape[1] // 4), dtype=torch.int32, device=out.device)
+        scales = torch.ones(
+            (shape[0], shape[1] // SCALE_BLOCK), dtype=torch.uint8, device=out.device
+        )
+        multiply_down(atoms, h, weights, routed, recipe, kind, codes, scales)
+        return reduce(codes, scales, routed, recipe, out)
+    return combine(gemm2(atoms, h, weights, routed, recipe), routed, recipe, out)
+
+
+def layer(
+    atoms: Atoms, x: Tensor, weights: Weights, topk_ids: Tensor, topk_weights: Tensor,
+    recipe: Recipe, out: Tensor, expert_map: Tensor | None, deterministic: bool,
+) -> Tensor:
+    """All stages; stage 2 may leave something else than rows."""
+    problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
+    routed = route(topk_ids, topk_weights, problem, expert_map, None)
+    h = gemm1(atoms, quantise(atoms, x, recipe), weights, routed, recipe)
+    kind = choose.rows_for(problem, routed.block, deterministic)
+    return down(atoms, h, weights, routed, recipe, out, kind)
 
 
 def combine(rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor:
     """Weighted sum of each token's rows."""
+    return reduce(rows, None, routed, recipe, out)
+
+
+def reduce(
+    rows: Tensor, row_scales: Tensor | None, routed: Routed, recipe: Recipe, out: Tensor
+) -> Tensor:
+    """Weighted sum of each token's rows, or of their codes under scales."""
     problem = routed.problem
     if problem.tokens:
+        coded = row_scales is not None
         weights = routing.route_weights(routed)
         launch = combine_kernels.build(
-            NUMERIC[rows.dtype], NUMERIC[out.dtype], problem.topk, recipe.weight_on == 2
+            fx.Int32 if coded else NUMERIC[rows.dtype], NUMERIC[out.dtype], problem.topk,
+            recipe.weight_on == 2, coded,
         )
         per_group = combine_kernels.COLUMNS * THREADS
         flat = out.as_strided((out.stride(0) * (problem.tokens - 1) + problem.hidden,), (1,))
+        scales = nothing(out.device, torch.uint8) if row_scales is None else row_scales.view(-1)
         launch(
-            flat, rows.view(-1), weights, problem.tokens, problem.hidden, out.stride(0),
+            flat, rows.view(-1), scales, weights, problem.tokens, problem.hidden, out.stride(0),
             -(-problem.tokens * problem.hidden // per_group), stream=stream(),
         )
     return out

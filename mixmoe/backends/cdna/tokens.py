@@ -15,7 +15,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, WAVE, WORD
-from mixmoe.backends.cdna.config import THREADS, TILE_K, Gemm
+from mixmoe.backends.cdna.config import STEPS_OF_DWORD, THREADS, TILE_K, Gemm
 
 ONES = 0x7F7F7F7F  # four E8M0 scales of 1
 FRAGMENTS, AHEAD = 4, 2  # token fragments in registers; phases between a read and its use
@@ -26,7 +26,7 @@ LOW, HIGH = (0x05040100, 0x07060302)  # perm: lower halves, upper halves of two 
 def shared_storage(cfg: Gemm):
     """LDS: the stages of token codes; the scales of all K."""
     return fx.Struct[
-        "codes" : fx.Array[fx.Int32, cfg.stages * cfg.code_bytes // WORD, PIECE],
+        "codes" : fx.Array[fx.Int32, cfg.k_waves * cfg.stages * cfg.code_bytes // WORD, PIECE],
         "scales" : fx.Array[fx.Int32, cfg.scale_room // WORD, PIECE],
     ]
 
@@ -49,7 +49,7 @@ class Tokens:
     def _source(self, i: int, source: fx.Tensor, row_of):
         """(row in memory, piece of a K tile, word) that fill a thread's i-th place of a stage."""
         cfg = self.cfg
-        word = (i * THREADS + self.place.tid) * (cfg.copy_bytes // WORD)
+        word = (i * cfg.team * WAVE + self.place.mate) * (cfg.copy_bytes // WORD)
         per_row = cfg.chunks * 4
         token, column = word // per_row, word % per_row
         chunk = cfg.swizzled(token, column // 4)
@@ -63,18 +63,21 @@ class Tokens:
         cfg = self.cfg
         words = cfg.copy_bytes // WORD
         row, chunk, word = self.sources[i]
-        chunk = kt * cfg.chunks + chunk
-        if isinstance(kt, int) and (kt + 1) * TILE_K > cfg.k:
+        source = row + (chunk * 4 + word) + kt * (cfg.chunks * 4)
+        if cfg.parts > 1 or (isinstance(kt, int) and (kt + 1) * TILE_K > cfg.k):
             # Beyond K weights are zero codes: any finite code of the row will do.
+            chunk = (self.place.first_tile + kt) * cfg.chunks + chunk
             chunk = (chunk < cfg.row_words // 4).select(chunk, 0)
-        place = (i * THREADS + self.place.wave * WAVE) * words
+            source = row + (chunk * 4 + word)
+        place = (i * cfg.team + self.place.wave % cfg.team) * WAVE * words
         target = self.lds.codes.ptr + (self._stage(kt) + place)
         layout = fx.make_layout(words, 1)
-        fx.copy(self.dma, (row + (chunk * 4 + word)).view(layout), target.view(layout))
+        fx.copy(self.dma, source.view(layout), target.view(layout))
 
     def _stage(self, kt):
-        """First word of the stage that holds K tile ``kt``."""
-        return kt % self.cfg.stages * (self.cfg.code_bytes // WORD)
+        """First word of the stage that holds K tile ``kt`` of the wave's part."""
+        stage = kt % self.cfg.stages + self.place.part * self.cfg.stages
+        return stage * (self.cfg.code_bytes // WORD)
 
     def read(self, kt, phase: int, slot: int) -> None:
         """The 16 tokens of a phase of K tile ``kt``, from LDS into the ring."""
@@ -91,6 +94,9 @@ class Tokens:
         """The dword of a group's scales that serves MFMA steps ``4 dword ..``."""
         place = self.place
         lane = (group * MFMA_ROWS + place.r) * 4 + place.g
+        if self.cfg.parts > 1:
+            per = STEPS_OF_DWORD // self.cfg.steps
+            dword = fx.min(place.first_tile // per + dword, self.cfg.scale_dwords - 1)
         source = self.lds.scales.ptr + (dword * self.cfg.scale_stride + lane)
         fx.copy(self.word, source.view(fx.make_layout(1, 1)), self.scales[group])
 

@@ -11,6 +11,10 @@ import flydsl.expr as fx
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WORD
 from mixmoe.backends.cdna.config import Gemm, Modes
 
+CACHED, NON_TEMPORAL = 0, 2  # cache modifiers of a buffer load
+# Words past which no expert's weights reach: a load there brings zeros and asks no memory.
+NOWHERE = 1 << 29
+
 
 def as_layout(modes: tuple[Modes, Modes]) -> fx.Layout:
     """The device's layout of a host layout's modes; what follows the first column part is one."""
@@ -40,7 +44,8 @@ class Weights:
         self.scale_source = of_expert(
             scales, place.expert, cfg.scale_bytes // WORD, cfg.scale_modes()
         )
-        self.piece = fx.make_copy_atom(fx.rocdl.BufferCopy128b(), fx.Int32)
+        policy = NON_TEMPORAL if cfg.streaming else CACHED
+        self.piece = fx.make_copy_atom(fx.rocdl.BufferCopy128b(policy), fx.Int32)
         self.word = fx.make_copy_atom(fx.rocdl.BufferCopy32b(), fx.Int32)
         self.codes = [
             {key: fx.make_rmem_tensor(4 * cfg.weight.pieces, fx.Int32) for key in self.fragments()}
@@ -86,13 +91,25 @@ class Weights:
         quarters = fx.logical_divide(self.codes[slot][key], fx.make_layout(4, 1))
         column = (step * cfg.weight.pieces + piece) * 4 + self.place.g
         source = self.source[(self.place.r, self.blocks[block], half), (None, column)]
-        fx.copy(self.piece, source, quarters[None, piece], soffset=kt * cfg.tile_stride)
+        kt, away = self._part(kt, step)
+        at = fx.make_view(fx.get_iter(source) + away, fx.make_layout(4, 1))
+        fx.copy(self.piece, at, quarters[None, piece], soffset=kt * cfg.tile_stride)
 
     def _load_scale(self, kt, slot: int, key) -> None:
         cfg, (half, group) = self.cfg, key
         shared = 1 if cfg.halves_share_scales else 2
         row = (self.place.r, self.blocks[group * shared] // shared, half)
         column = self.scale_source[row, (self.place.g, None)]
-        source = fx.make_view(fx.get_iter(column), fx.make_layout(1, 1))
+        kt, away = self._part(kt, 0)
+        source = fx.make_view(fx.get_iter(column) + away, fx.make_layout(1, 1))
         offset = kt * cfg.scale_modes()[1][1][1]
         fx.copy(self.word, source, self.scales[slot][key], soffset=offset)
+
+    def _part(self, kt, step: int):
+        """(K tile of all K, words to add): where a part reaches beyond K its weights are zeros."""
+        cfg = self.cfg
+        if cfg.parts == 1:
+            return kt, 0
+        kt = self.place.first_tile + kt
+        inside = kt * cfg.steps + step < cfg.k_steps
+        return inside.select(kt, 0), inside.select(fx.Int32(0), NOWHERE)
