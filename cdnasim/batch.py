@@ -17,6 +17,7 @@ import numpy as np
 
 from .errors import CdnaSimError
 from .numerics import Array, i64, u8, u32, u64
+from .rows import Rows, merge_rows, sorted_by
 
 if TYPE_CHECKING:
     from .machine import Group
@@ -28,6 +29,7 @@ VCC, M0, EXEC = 106, 124, 126
 POISON = u32(
     0x7FBADBAD
 )  # a NaN: what a register holds before its first write, and while a load is in flight
+DEPTH = 8  # splits within splits before registers are copied
 Scalar = Any  # int | uint64 array (waves,)
 Row = Any  # uint32 array that broadcasts to (waves, 64)
 
@@ -153,6 +155,8 @@ class Batch:
         self.states: Any = None  # wait-state tracker of hazard mode
         self.trace: list[int] = []
         self.history: list[list[list[int]]] = [[] for _ in range(self.n)]
+        self.parent: Batch | None = None  # where these waves split off, with the scalars of then
+        self.start: list[Scalar] = []
         self.set_exec(ALL)
 
     # ---- masks and pairs
@@ -207,12 +211,12 @@ class Batch:
     def subset(self, keep: Array) -> Batch:
         """The waves selected by the index array `keep`, as a batch of their own."""
         b = Batch(self.group, self.wg[keep], self.wave[keep], 0)
-        memo: dict[int, Row] = {id(self.fresh): b.fresh}
-        for row in self.v:
-            if id(row) not in memo:
-                memo[id(row)] = row[keep]
-        b.v = [memo[id(row)] for row in self.v]
+        rows = Rows(self.v, keep, self.fresh, b.fresh)
         b.s = [x if type(x) is int else norm(x[keep]) for x in self.s]
+        if rows.depth > DEPTH:
+            b.v = list(iter(rows))
+        else:
+            b.v, b.parent, b.start = rows, self, list(b.s)
         b.scc, b.mode = (x if type(x) is int else norm(x[keep]) for x in (self.scc, self.mode))
         b.pc, b.state, b.steps = self.pc, self.state, self.steps
         b.vm = [p.take(keep, self.n) for p in self.vm]
@@ -232,18 +236,20 @@ class Batch:
     def merge(batches: list[Batch]) -> Batch:
         """Batches at one place (see can_merge) -> one batch, in order of workgroup and wave."""
         first, sizes = batches[0], [b.n for b in batches]
-        out = Batch(
-            first.group,
-            np.concatenate([b.wg for b in batches]),
-            np.concatenate([b.wave for b in batches]),
-            0,
+        wg, wave = (np.concatenate([getattr(b, k) for b in batches]) for k in ('wg', 'wave'))
+        order: Array | None = np.lexsort((wave, wg))
+        if (order == np.arange(len(wg))).all():
+            order = None
+        out = Batch(first.group, sorted_by(wg, order), sorted_by(wave, order), 0)
+        out.v, out.fresh = merge_rows(
+            [b.v for b in batches], [b.fresh for b in batches], order, out.fresh
         )
-        for rows in zip(*[b.v for b in batches], strict=True):
-            same = all(r is b.fresh for r, b in zip(rows, batches, strict=True))
-            out.v.append(out.fresh if same else np.concatenate(rows))
-        out.s = [join_scalar(xs, sizes) for xs in zip(*[b.s for b in batches], strict=True)]
+        out.s = merge_scalars(batches, sizes, order)
+        parent = first.parent
+        if parent is not None and out.n == len(parent.wg) and out.fresh is parent.fresh:
+            out.parent, out.start = parent.parent, parent.start
         out.scc, out.mode = (
-            join_scalar([getattr(b, k) for b in batches], sizes) for k in ('scc', 'mode')
+            join_scalar([getattr(b, k) for b in batches], sizes, order) for k in ('scc', 'mode')
         )
         out.pc, out.state, out.steps = first.pc, first.state, max(b.steps for b in batches)
         for name in ('vm', 'lgkm'):
@@ -251,25 +257,29 @@ class Batch:
                 args = tuple(
                     join(list(col), sizes) for col in zip(*[p.args for p in ps], strict=True)
                 )
-                p = ps[0]
-                getattr(out, name).append(Pending(p.land, args, p.pc, p.rows, p.sgprs, p.smem))
+                p = Pending(ps[0].land, args, ps[0].pc, ps[0].rows, ps[0].sgprs, ps[0].smem)
+                getattr(out, name).append(p if order is None else p.take(order, out.n))
         out.states = first.states
-        out.history = [[*h, b.trace] for b in batches for h in b.history]
+        history = [[*h, b.trace] for b in batches for h in b.history]
+        out.history = history if order is None else [history[k] for k in order.tolist()]
         out.set_exec(out.exec64())
-        order = np.lexsort((out.wave, out.wg))
-        return out if (order == np.arange(out.n)).all() else out.reorder(order)
-
-    def reorder(self, order: Array) -> Batch:
-        out = self.subset(order)
-        out.history = [self.history[k] for k in order.tolist()]
         return out
 
 
-def join_scalar(xs: Any, sizes: list[int]) -> Scalar:
+def merge_scalars(batches: list[Batch], sizes: list[int], order: Array | None) -> list[Scalar]:
+    """Scalars of the merged batch; one that no part wrote since they left their parent is its."""
+    parent = batches[0].parent
+    if parent is None or any(b.parent is not parent for b in batches) or sum(sizes) < len(parent.wg):
+        return [join_scalar(xs, sizes, order) for xs in zip(*[b.s for b in batches], strict=True)]
+    kept = [all(b.s[k] is b.start[k] for b in batches) for k in range(len(parent.s))]
+    return [
+        parent.s[k] if same else join_scalar([b.s[k] for b in batches], sizes, order)
+        for k, same in enumerate(kept)
+    ]
+
+
+def join_scalar(xs: Any, sizes: list[int], order: Array | None) -> Scalar:
     if all(type(x) is int for x in xs) and len(set(xs)) == 1:
         return xs[0]
-    return norm(
-        np.concatenate(
-            [np.full(k, x, u64) if type(x) is int else x for x, k in zip(xs, sizes, strict=True)]
-        )
-    )
+    columns = [np.full(k, x, u64) if type(x) is int else x for x, k in zip(xs, sizes, strict=True)]
+    return norm(sorted_by(np.concatenate(columns), order))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -31,20 +32,14 @@ from .. import numerics as nm
 from ..asm import Instr, Operand
 from ..batch import Batch
 from ..errors import UnsupportedError
-from ..numerics import Array, f16, f32, f64, i32, i64, u8, u16, u32, u64
+from ..numerics import Array, f32, f64, i32, i64, u32, u64
 from ..operands import const_bits
 from .convert import stack_rows
+from .fragment import Side, elements, product
 
 Closure = Callable[[Batch], Any]
 NAME = re.compile(
     r'^v_(s?)mf(?:ma|mac)_(scale_)?(f32|i32|f64)_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?(\w+?)(_1k)?$'
-)
-FP4_PAIR = np.ascontiguousarray(
-    np.stack([nm.FP4.table64[np.arange(256) & 15], nm.FP4.table64[np.arange(256) >> 4]], -1)
-).view(np.complex128)[:, 0]  # byte -> two values, moved as one 16-byte item
-F16_TABLE = np.arange(1 << 16, dtype=u16).view(f16).astype(f64)
-CACHE_LIMIT = (
-    96  # decoded operands kept per batch: a GEMM tile reuses each of its fragments 2 to 16 times
 )
 # FLOP per cycle and CU, whole chip peak / (CUs * clock): AMD CDNA3 and CDNA4 white papers
 RATE = {
@@ -112,126 +107,6 @@ class Shape:
         return max(work // min(rate[t] for t in self.types), 8 if self.M == 4 else 16)
 
 
-def elements(w: Batch, first: int, nregs: int, ty: str, arch: str) -> Array:
-    """Registers of one operand -> f64 (waves, 64, elements)."""
-    raw = stack_rows(w, first, nregs)
-    if ty == 'fp4':
-        return FP4_PAIR.take(raw.view(u8)).view(f64)
-    if ty in ('fp6', 'bf6'):
-        return nm.BY_NAME[ty].table64.take(nm.unpack_bits(raw.view(u8), 6))
-    if ty in ('fp8', 'bf8'):
-        return nm.minifloat(ty, arch).table64.take(raw.view(u8))
-    if ty == 'f16':
-        return F16_TABLE.take(raw.view(u16))
-    if ty == 'bf16':
-        return (raw.view(u16).astype(u32) << u32(16)).view(f32).astype(f64)
-    if ty == 'i8':
-        return raw.view(np.int8).astype(f64)
-    if ty == 'f64':
-        return raw.view(f64)
-    if ty == 'xf32':  # 10 mantissa bits are kept
-        raw = (raw + u32(0x1000)) & u32(0xFFFFE000)
-    return raw.view(f32).astype(f64)
-
-
-class Side:
-    """Operand A or B: decodes registers into (waves, blocks, rows, K), and remembers the result
-    while the rows stay.
-    """
-
-    def __init__(self, ins: Instr, shape: Shape, which: int, arch: str):
-        o = ins.ops[1 + which]
-        if o.kind != 'v':
-            raise UnsupportedError(f'`{ins.text}`: matrix operand {o.text!r} is no vector register')
-        self.first, self.nregs, self.ty, self.arch, self.shape, self.which = (
-            o.idx,
-            o.n,
-            shape.types[which],
-            arch,
-            shape,
-            which,
-        )
-        self.rows = shape.M if which == 0 else shape.N
-        self.split = shape.f8f6f4 and self.ty in ('fp8', 'bf8')
-        if shape.f8f6f4:
-            self.nregs = {'fp8': 8, 'bf8': 8, 'fp6': 6, 'bf6': 6, 'fp4': 4}[self.ty]
-        self.scale: Operand | None = None
-        self.bit = 0
-        if shape.scaled:
-            sel, sel_hi = ins.mods.get('op_sel', [0, 0, 0]), ins.mods.get('op_sel_hi', [0, 0, 0])
-            self.scale, self.bit = ins.ops[4 + which], 8 * (sel[which] + 2 * sel_hi[which])
-        self.key = (
-            which,
-            self.first,
-            self.nregs,
-            self.ty,
-            self.rows,
-            shape.blocks,
-            shape.cbsz,
-            shape.abid,
-            shape.blgp,
-            self.scale and self.scale.text,
-            self.bit,
-        )
-
-    def read(self, w: Batch) -> Array:
-        rows = w.v[self.first : self.first + self.nregs]
-        sc = w.v[self.scale.idx] if self.scale is not None and self.scale.kind == 'v' else None
-        hit = w.decoded.get(self.key)
-        if (
-            hit is not None
-            and hit[1] is sc
-            and all(a is b for a, b in zip(hit[0], rows, strict=True))
-        ):
-            return hit[2]
-        if len(w.decoded) >= CACHE_LIMIT:
-            w.decoded.clear()
-        x = self.decode(w)
-        if self.scale is None or self.scale.kind != 's':
-            w.decoded[self.key] = (rows, sc, x)
-        return x
-
-    def decode(self, w: Batch) -> Array:
-        s, n = self.shape, w.n
-        el = elements(w, self.first, self.nregs, self.ty, self.arch)
-        if self.which and s.blgp:
-            el = el[:, blgp_lanes(s.blgp)]
-        per = el.shape[-1]
-        if self.split:
-            x = el.reshape(n, s.groups, self.rows, 2, 16).transpose(0, 2, 3, 1, 4)
-        else:
-            x = el.reshape(n, s.groups, s.blocks, self.rows, per).transpose(0, 2, 3, 1, 4)
-        x = x.reshape(n, s.blocks, self.rows, s.groups * per)
-        if self.scale is not None:
-            x = x.reshape(n, 1, self.rows, s.groups, 32) * self.scales(w)[:, None, :, :, None]
-            x = x.reshape(n, 1, self.rows, s.groups * per)
-        if self.which == 0 and s.cbsz and not s.sparse:
-            b = np.arange(s.blocks)
-            x = x[:, (b & ~((1 << s.cbsz) - 1)) + s.abid]
-        return -x if s.neg[self.which] else x
-
-    def scales(self, w: Batch) -> Array:
-        """f64 (waves, rows, groups)."""
-        o = self.scale
-        assert o is not None
-        if o.kind == 'v':
-            x = nm.E8M0.take((w.v[o.idx] >> u32(self.bit)) & u32(255))
-            return x.reshape(w.n, self.shape.groups, self.rows).transpose(0, 2, 1)
-        bits = w.s[o.idx] if o.kind == 's' else const_bits(o, 'f')
-        one = nm.E8M0[(np.asarray(bits, u64) >> u64(self.bit)).astype(i64) & 255]
-        return np.broadcast_to(np.reshape(one, (-1, 1, 1)), (w.n, self.rows, self.shape.groups))
-
-
-def blgp_lanes(blgp: int) -> Array:
-    """Lane group pattern of B (CDNA3 ISA 7.1.3): 1, 2 broadcast a half, 3 rotates by 16 lanes, 4-7
-    broadcast a quarter.
-    """
-    lane = np.arange(64)
-    if blgp in (1, 2):
-        return lane % 32 + 32 * (blgp - 1)
-    return (lane + 16) % 64 if blgp == 3 else lane % 16 + 16 * (blgp - 4)
-
-
 # ---- accumulators: register order <-> matrix order, as views
 
 
@@ -273,10 +148,7 @@ class Accumulator:
             return self.const
         rows = w.v[self.c.idx : self.c.idx + self.n]
         hit = w.decoded.get(('acc', self.c.idx, self.n))
-        if hit is not None and all(a is b for a, b in zip(hit[0], rows, strict=True)):
-            block = hit[1]
-        else:
-            block = np.array(rows)
+        block = hit[1] if hit is not None and all(map(is_, hit[0], rows)) else np.array(rows)
         if self.s.out == 'f64':
             pairs = block.reshape(self.n // 2, 2, w.n, 64).transpose(0, 2, 3, 1)
             return np.ascontiguousarray(pairs).view(f64)[..., 0].reshape(shape)
@@ -298,7 +170,7 @@ def dense(ins: Instr, s: Shape, arch: str) -> Closure:
     neg_c = s.neg[2] if len(s.neg) > 2 else 0
 
     def f(w: Batch) -> None:
-        prod = as_registers(np.matmul(a.read(w), b.read(w).swapaxes(-1, -2)), s)
+        prod = as_registers(product(a.read(w), b.read(w), w.n), s)
         c = acc.read(w, prod.shape)
         acc.write(w, accumulate(prod, -c if neg_c else c, s))
 
@@ -306,10 +178,11 @@ def dense(ins: Instr, s: Shape, arch: str) -> Closure:
 
 
 def accumulate(prod: Array, c: Any, s: Shape) -> Array:
+    """prod + c, rounded once: a sum of two f32 is the same rounded from f64 (53 >= 2 * 24 + 2)."""
     if s.out == 'i32':
-        return (prod + c).astype(i64).astype(u32).view(i32)
+        return np.add(prod.astype(i32), c)  # |prod| < 2^31; the sum wraps
     out = np.empty(prod.shape, f32 if s.out == 'f32' else f64)
-    return np.add(prod, c, out=out, dtype=f64, casting='same_kind')
+    return np.add(prod, c, out=out, dtype=prod.dtype, casting='same_kind')
 
 
 def sparse(ins: Instr, s: Shape, arch: str) -> Closure:
@@ -328,14 +201,14 @@ def sparse(ins: Instr, s: Shape, arch: str) -> Closure:
         field = (w.v[index][..., None] >> (shift + 2 * np.arange(kept)).astype(u32)) & u32(3)
         k = base + field.astype(i64)  # (waves, lane, kept), inside the lane's 2 * kept
         wide = np.zeros((w.n, 64, 2 * kept))
-        packed = elements(w, a.first, a.nregs, a.ty, arch)
+        packed = elements(stack_rows(w, a.first, a.nregs), a.ty, arch)
         np.put_along_axis(wide, k, packed, -1)
         x = (
             wide.reshape(w.n, s.groups, s.M, 2 * kept)
             .transpose(0, 2, 1, 3)
             .reshape(w.n, 1, s.M, s.K)
         )
-        prod = as_registers(np.matmul(x, b.read(w).swapaxes(-1, -2)), s)
+        prod = as_registers(np.matmul(x, b.read(w).whole().swapaxes(-1, -2)), s)
         acc.write(w, accumulate(prod, acc.read(w, prod.shape), s))
 
     return f
