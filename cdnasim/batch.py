@@ -152,7 +152,8 @@ class Batch:
         self.hazard = group.hazard
         self.state = ''  # '' ready, 'barrier' or 'end'
         self.decoded: dict[Any, Any] = {}  # matrix operands by identity of their rows (isa/mfma.py)
-        self.states: Any = None  # wait-state tracker of hazard mode
+        self.path = 0  # number of the path in hazard mode (paths.py)
+        self.states: Any = None  # its clock while a run of instructions is being checked
         self.trace: list[int] = []
         self.history: list[list[list[int]]] = [[] for _ in range(self.n)]
         self.parent: Batch | None = None  # where these waves split off, with the scalars of then
@@ -221,7 +222,7 @@ class Batch:
         b.pc, b.state, b.steps = self.pc, self.state, self.steps
         b.vm = [p.take(keep, self.n) for p in self.vm]
         b.lgkm = [p.take(keep, self.n) for p in self.lgkm]
-        b.states = self.states.copy() if self.states is not None else None
+        b.path = self.path
         b.history = [[*self.history[k], self.trace] for k in keep.tolist()]
         b.set_exec(b.exec64())
         return b
@@ -259,7 +260,7 @@ class Batch:
                 )
                 p = Pending(ps[0].land, args, ps[0].pc, ps[0].rows, ps[0].sgprs, ps[0].smem)
                 getattr(out, name).append(p if order is None else p.take(order, out.n))
-        out.states = first.states
+        out.path = first.path
         history = [[*h, b.trace] for b in batches for h in b.history]
         out.history = history if order is None else [history[k] for k in order.tolist()]
         out.set_exec(out.exec64())
@@ -269,7 +270,8 @@ class Batch:
 def merge_scalars(batches: list[Batch], sizes: list[int], order: Array | None) -> list[Scalar]:
     """Scalars of the merged batch; one that no part wrote since they left their parent is its."""
     parent = batches[0].parent
-    if parent is None or any(b.parent is not parent for b in batches) or sum(sizes) < len(parent.wg):
+    together = parent is not None and all(b.parent is parent for b in batches)
+    if parent is None or not together or sum(sizes) < len(parent.wg):
         return [join_scalar(xs, sizes, order) for xs in zip(*[b.s for b in batches], strict=True)]
     kept = [all(b.s[k] is b.start[k] for b in batches) for k in range(len(parent.s))]
     return [

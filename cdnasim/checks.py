@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .batch import Batch
-from .effects import Effects, effects
+from .effects import Effects
 from .numerics import Array
+from .paths import TRANS_OPS, Clock
 
 if TYPE_CHECKING:
     from .asm import Instr, Operand
@@ -107,30 +108,53 @@ VALU_SGPR_VALU = 2  # VALU writes an SGPR or VCC, VALU reads it
 VALU_VGPR_LANE = 1  # VALU writes a VGPR, v_readlane or v_readfirstlane reads it
 VALU_EXEC_LANE = 4  # VALU writes EXEC, v_readlane, v_readfirstlane, v_writelane
 LANE_OPS = ('v_readlane', 'v_readfirstlane', 'v_writelane')
-TRANS_OPS = ('v_exp_', 'v_log_', 'v_rcp_', 'v_rsq_', 'v_sqrt_', 'v_sin_', 'v_cos_')
 
 
 class StateChecker:
-    """Called before every instruction of a batch. All waves of a batch share their history, so one
-    clock serves.
+    """Checks each instruction of a batch before it runs. All waves of a batch share their history,
+    so one clock serves.
+
+    What hazard mode finds in a run of instructions depends on the path to it only: the instructions
+    of the last few wait states and the memory operations in flight. A run is checked when it is
+    first met after such a path, and its findings are repeated from memory ever after.
     """
 
     def __init__(self, kernel: Kernel, findings: Findings, options: Options):
         self.kernel, self.findings = kernel, findings
         self.hazard, self.uninitialised = options.hazard, options.uninitialised
-        self.effects = [effects(i) for i in kernel.module.instrs]
+        self.effects = kernel.effects
+        self.known = kernel.paths
         self.reported: set[tuple[int, int, int]] = set()
+        self.caught: list[tuple[int, int, str, str]] = []
+
+    def enter(self, b: Batch, pc: int, end: int) -> bool:
+        """The batch is about to run [pc, end) -> whether `before` must see each instruction."""
+        if not self.hazard:
+            return True
+        hit = self.known.runs.get((b.path, pc, end))
+        if hit is None:
+            b.states = self.known.clock(b.path, self.effects)
+            self.caught = []
+            return True
+        b.path = hit[0]
+        for finding in hit[1]:
+            self.add(*finding)
+        return self.uninitialised
+
+    def leave(self, b: Batch, pc: int, end: int) -> None:
+        """[pc, end) was run under `before`."""
+        if b.states is not None:
+            b.path, b.states = self.known.extend(b, pc, end, self.caught), None
 
     def before(self, b: Batch, pc: int) -> None:
-        e, ins = self.effects[pc], self.kernel.module.instrs[pc]
         uninit = b.group.uninitialised
         if uninit is not None:
             uninit.group_pc = pc
-            self.registers(b, pc, e)
-        if self.hazard:
+            self.registers(b, pc, self.effects[pc])
+        if b.states is not None:
             if b.vm or b.lgkm:
-                self.in_flight(b, pc, e)
-            self.states(b, pc, e, ins)
+                self.in_flight(b, pc, self.effects[pc])
+            self.states(b.states, pc, self.effects[pc])
 
     def registers(self, b: Batch, pc: int, e: Effects) -> None:
         for row in e.reads:
@@ -164,18 +188,19 @@ class StateChecker:
         return self.effects[first].kind == self.effects[second].kind
 
     def report(self, pc: int, other: int, what: str, kind: str = 'hazard') -> None:
+        self.caught.append((pc, other, what, kind))
+        self.add(pc, other, what, kind)
+
+    def add(self, pc: int, other: int, what: str, kind: str) -> None:
         key = (pc, other, hash(kind))  # one finding per pair of instructions
         if key not in self.reported:
             self.reported.add(key)
             self.findings.add(Finding(kind, what, other, pc))
 
-    def states(self, b: Batch, pc: int, e: Effects, ins: Instr) -> None:
-        t = b.states
-        if t is None:
-            t = b.states = Clock()
+    def states(self, t: Clock, pc: int, e: Effects) -> None:
+        ins = self.kernel.module.instrs[pc]
         self.consume(t, pc, e, ins)
-        t.produce(pc, e, ins)
-        t.now += 1 + (int(ins.ops[0].val) if ins.op == 's_nop' and ins.ops else 0)
+        t.pass_by(pc, e, ins)
 
     def consume(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
         op = ins.op
@@ -271,43 +296,3 @@ class StateChecker:
             self.report(
                 pc, made[1], f'{what} needs {states} wait states, has {have}', 'wait-states'
             )
-
-
-class Clock:
-    """When each register was last written, and by whom: (time, program counter)."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.valu_sgpr: dict[int, tuple[int, int]] = {}
-        self.valu_vgpr: dict[int, tuple[int, int]] = {}
-        self.trans: dict[int, tuple[int, int]] = {}
-        self.matrix: dict[int, tuple[int, int]] = {}
-        self.valu_exec: tuple[int, int] | None = None
-        self.salu_m0: tuple[int, int] | None = None
-
-    def produce(self, pc: int, e: Effects, ins: Instr) -> None:
-        stamp = (self.now, pc)
-        for r in e.writes:
-            self.matrix.pop(r, None)
-            self.trans.pop(r, None)
-            self.valu_vgpr.pop(r, None)
-        for s in e.swrites:
-            self.valu_sgpr.pop(s, None)
-        if e.kind == 'mfma':
-            self.matrix.update(dict.fromkeys(e.writes, stamp))
-        elif e.kind == 'valu':
-            self.valu_vgpr.update(dict.fromkeys(e.writes, stamp))
-            self.valu_sgpr.update(dict.fromkeys(e.swrites, stamp))
-            if e.writes_exec:
-                self.valu_exec = stamp
-            if ins.op.startswith(TRANS_OPS):
-                self.trans.update(dict.fromkeys(e.writes, stamp))
-        elif 124 in e.swrites:
-            self.salu_m0 = stamp
-
-    def copy(self) -> Clock:
-        c = Clock()
-        c.now, c.valu_exec, c.salu_m0 = self.now, self.valu_exec, self.salu_m0
-        c.valu_sgpr, c.valu_vgpr = dict(self.valu_sgpr), dict(self.valu_vgpr)
-        c.trans, c.matrix = dict(self.trans), dict(self.matrix)
-        return c

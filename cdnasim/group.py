@@ -37,7 +37,8 @@ class Group:
         self.waves = launch.waves
         self.scratch: Array | None = None
         self.counters = Counters()
-        self.counts = [0] * len(kernel.module.instrs)
+        # waves that begin a run of instructions here, less those whose run ended just before
+        self.entered = [0] * (len(kernel.module.instrs) + 1)
         self.line_samples: dict[int, int] = {}
         self.races = launch.races.for_group(self) if launch.races else None
         self.uninitialised = launch.uninitialised

@@ -15,12 +15,14 @@ from .asm import AGPR_BASE, GOT_BASE, Argument, Instr, KernelText, Module, Opera
 from .batch import Batch, norm
 from .checks import Findings, StateChecker, Uninitialised
 from .counters import Counters
+from .effects import effects
 from .errors import AsmError, LaunchError, UnsupportedError
 from .group import Group, make_banks
 from .isa import control, lds, mfma, salu, smem, valu, vmem
 from .memory import Memory
 from .numerics import Array, u8, u32, u64
 from .parallel import Outcome, run_forked
+from .paths import Paths
 from .races import Races
 from .report import Report
 from .runner import Runner, Schedule
@@ -95,6 +97,9 @@ class Kernel:
         )
         self.code: list[Callable[[Batch], Any]] = []
         self.decode()
+        self.effects = [effects(i) for i in module.instrs]
+        self.ends = run_ends(module.instrs)
+        self.paths = Paths(self)
         self.registers = 1 + max(
             [AGPR_BASE if self.uses_agprs() else 0, 1]
             + [o.idx + o.n - 1 for i in module.instrs for o in i.ops if o.kind == 'v']
@@ -163,6 +168,16 @@ class Kernel:
         return Launch(
             self, triple(grid, 'grid'), triple(block, 'block'), memory or Memory(), opts
         ).run(args, dynamic_lds, workgroups)
+
+
+def run_ends(instrs: list[Instr]) -> list[int]:
+    """Per instruction, the end of the run it belongs to: one past the next that may branch."""
+    ends, end = [0] * len(instrs), len(instrs)
+    for ins in reversed(instrs):
+        if control.may_branch(ins.op):
+            end = ins.pc + 1
+        ends[ins.pc] = end
+    return ends
 
 
 def not_here(w: Batch) -> None:
@@ -316,7 +331,8 @@ class Launch:
         for slot in runner.slots:
             for b in slot.batches:
                 self.finished(b)
-        return Outcome(group.counters, np.array(group.counts, np.int64), self.paths)
+        counts = np.cumsum(np.array(group.entered, np.int64))[:-1]
+        return Outcome(group.counters, counts, self.paths)
 
     def finished(self, b: Batch) -> None:
         """Keep the paths of the traced workgroup."""

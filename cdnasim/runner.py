@@ -90,6 +90,8 @@ class Runner:
         self.checker = group.launch.checker
         self.tracing = group.launch.options.trace and int(group.linear[0]) in group.launch.traced
         self.budget = group.launch.options.budget
+        # turns of random length cut runs anywhere: checked paths repeat instruction by instruction
+        self.single = self.checker is not None and schedule.seed is not None
 
     def run(self) -> None:
         while any(slot.live() for slot in self.slots):
@@ -150,18 +152,28 @@ class Runner:
         on.
 
         A batch that diverged comes back empty (n = 0) with its parts beside it."""
-        code, counts, n, pc = self.group.kernel.code, self.group.counts, b.n, b.pc
-        checker, trace, left, r = self.checker, b.trace if self.tracing else None, quantum, None
+        group, checker = self.group, self.checker
+        code, ends, entered, n, pc = group.kernel.code, group.kernel.ends, group.entered, b.n, b.pc
+        left, r = quantum, None
         try:
             while left > 0:
-                left -= 1
-                counts[pc] += n
-                if checker is not None:
-                    checker.before(b, pc)
-                if trace is not None:
-                    trace.append(pc)
-                r = code[pc](b)
-                pc += 1
+                first, end = pc, min(ends[pc], pc + (1 if self.single else left))
+                if stops:
+                    end = min([end, *(x for x in stops if pc < x)])
+                left -= end - first
+                entered[first] += n
+                entered[end] -= n
+                if self.tracing:
+                    b.trace.extend(range(first, end))
+                if checker is None or not checker.enter(b, first, end):
+                    for pc in range(first, end):  # noqa: B007  (an error wants to know where)
+                        r = code[pc](b)
+                else:
+                    for pc in range(first, end):
+                        checker.before(b, pc)
+                        r = code[pc](b)
+                    checker.leave(b, first, end)
+                pc = end
                 if r is not None:
                     if type(r) is not int or r < 0:
                         break

@@ -67,6 +67,16 @@ NO_EFFECT = {
     's_atc_probe',
     's_atc_probe_buffer',
 }
+STOPPING = (
+    's_branch',
+    's_endpgm',
+    's_barrier',
+    's_sleep',
+    's_trap',
+    's_setpc',
+    's_swappc',
+    's_call',
+)
 HWREG = re.compile(r'(?:hwreg\()?(\w+)(?:,\s*(\d+),\s*(\d+))?\)?')
 NUMBERED = {
     '1': 'HW_REG_MODE',
@@ -87,6 +97,11 @@ READABLE = {
     'HW_REG_SQ_SHADER_TBA_LO',
     'HW_REG_SQ_SHADER_TBA_HI',
 }
+
+
+def may_branch(op: str) -> bool:
+    """Whether the closure of `op` returns something: where to go on, or why to stop."""
+    return op.startswith(STOPPING) or op in CONDITION
 
 
 def zero(x: Scalar) -> Scalar:
