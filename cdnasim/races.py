@@ -9,45 +9,107 @@ issue to its landing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .batch import Batch
 from .checks import Finding, Findings
-from .numerics import Array, i32, i64
+from .numerics import Array, i32, i64, u8, u32
 
 if TYPE_CHECKING:
     from .group import Group
+    from .memory import Region
 
-MANY = -2  # several readers
-NOBODY = -1
+# Who touched a cell is (wave + 1) << 32 | (epoch + 1); 0 is nobody.
+MANY = 0x7FFFFFFF << 32  # several readers
+EPOCH = 0xFFFFFFFF
+GRANULES = (16, 4, 1)  # bytes of a cell, by level
+BLOCK = 256  # bytes whose cells have one size
+MOST_DEFERRED = 48 << 20  # bytes of addresses
+
+
+class Level:
+    """Cells of one size: last writer and reader, and their instruction."""
+
+    def __init__(self, nbytes: int, granule: int):
+        cells = nbytes // granule
+        self.writer, self.reader = np.zeros(cells, i64), np.zeros(cells, i64)
+        self.wpc, self.rpc = np.zeros(cells, i32), np.zeros(cells, i32)
+
+    def arrays(self) -> tuple[Array, ...]:
+        return self.writer, self.reader, self.wpc, self.rpc
 
 
 class Shadow:
-    """Per cell: last writer and reader (global wave number), their epoch and instruction.
+    """What is remembered of the bytes of LDS or of a buffer.
 
-    A cell is a dword until something smaller or unaligned is accessed, then every byte is one.
+    Cells are as large as the accesses to their block allow: 16 bytes, a dword or a byte. `unit` is
+    what findings are counted in: dwords until something smaller or unaligned is accessed. Reads
+    before the first write are kept as they came: many buffers are never written.
     """
 
-    NAMES = ('writer', 'reader', 'wepoch', 'repoch', 'wpc', 'rpc')
+    def __init__(self, nbytes: int, name: str, across: bool, waves: int):
+        self.name, self.across, self.waves = name, across, waves
+        self.size = (nbytes + BLOCK - 1) // BLOCK * BLOCK
+        self.unit = 4
+        self.level = np.zeros(self.size // BLOCK, u8)
+        self.levels: list[Level | None] = [None] * len(GRANULES)
+        self.written = False
+        self.deferred: list[tuple[Array, Array, int, int]] = []
+        self.deferred_bytes = 0
 
-    def __init__(self, nbytes: int):
-        cells = (nbytes + 3) // 4
-        self.granule = 4
-        self.writer, self.reader = np.full(cells, NOBODY, i32), np.full(cells, NOBODY, i32)
-        self.wepoch, self.repoch = np.zeros(cells, i32), np.zeros(cells, i32)
-        self.wpc, self.rpc = np.zeros(cells, i32), np.zeros(cells, i32)
+    def at_level(self, k: int) -> Level:
+        level = self.levels[k]
+        if level is None:
+            level = self.levels[k] = Level(self.size, GRANULES[k])
+        return level
 
-    def cells(self, start: Array, n: int) -> Array:
-        """start: byte offsets (k,), n: bytes of each access -> cell numbers (k, cells of an
-        access).
-        """
-        if self.granule == 4 and (n % 4 or (start & 3).any()):
-            self.granule = 1
-            for name in self.NAMES:
-                setattr(self, name, getattr(self, name).repeat(4))
-        return (start // self.granule)[:, None] + np.arange(n // self.granule)
+    def cells(self, off: Array, n: int) -> tuple[int, Array]:
+        """Byte offsets (k,) of accesses of n bytes -> level, cell numbers (k, cells of an access).
+
+        Blocks with larger cells than the access needs are divided."""
+        if n % 4 or (off & 3).any():
+            self.unit, wanted = 1, 2
+        else:
+            wanted = int(n != 16 or bool((off & 15).any()))
+        blocks = off // BLOCK
+        if wanted and n > 1:
+            blocks = np.concatenate([blocks, (off + (n - 1)) // BLOCK])
+        have = self.level[blocks]
+        k = max(wanted, int(have.max()))
+        if int(have.min()) < k:
+            self.divide(np.unique(blocks), k)
+        return k, (off // GRANULES[k])[:, None] + np.arange(n // GRANULES[k])
+
+    def divide(self, blocks: Array, k: int) -> None:
+        for coarse in range(k):
+            some = blocks[self.level[blocks] == coarse]
+            old = self.levels[coarse]
+            if not len(some) or old is None:
+                continue
+            for a, b in zip(old.arrays(), self.at_level(k).arrays(), strict=True):
+                rows = a.reshape(-1, BLOCK // GRANULES[coarse])[some]
+                b.reshape(-1, BLOCK // GRANULES[k])[some] = rows.repeat(
+                    GRANULES[coarse] // GRANULES[k], 1
+                )
+        self.level[blocks] = np.maximum(self.level[blocks], u8(k))
+
+    def meets(self, other: Array, me: Array) -> Array | None:
+        """Cells whose last access `other` races with an access by `me` (k, 1), None for none."""
+        if not self.across:
+            same = other.view(u32)[..., ::2] == me.view(u32)[..., ::2]  # the low words: epochs
+            if not same.any():
+                return None
+            bad = same & (other != me)
+            return bad if bad.any() else None
+        bad = (other != 0) & (other != me)
+        if not bad.any():
+            return None
+        wave, mine = (other >> 32) - 1, (me >> 32) - 1
+        same_group = (wave // self.waves == mine // self.waves) | (wave == (MANY >> 32) - 1)
+        bad &= ~same_group | ((other & EPOCH) == (me & EPOCH))
+        return bad if bad.any() else None
 
 
 class Races:
@@ -64,99 +126,88 @@ class Races:
 class GroupRaces:
     def __init__(self, races: Races, group: Group):
         self.races, self.group = races, group
-        self.shadow = Shadow(len(group.lds))
+        self.shadow = Shadow(len(group.lds), 'LDS', False, group.waves)
 
-    def who(self, w: Batch, ids: Array) -> tuple[Array, Array]:
-        """Global wave number and barrier epoch per lane."""
-        wave = (self.group.linear[w.wg].astype(i64) * self.group.waves + w.wave).astype(i32)
-        return wave[ids >> 6], self.group.epochs[w.wg][ids >> 6].astype(i32)
+    def who(self, w: Batch, ids: Array) -> Array:
+        """Wave and barrier epoch per lane, as cells remember them."""
+        wave = self.group.linear[w.wg].astype(i64) * self.group.waves + w.wave
+        return (((wave + 1) << 32) | (self.group.epochs[w.wg] + 1))[ids >> 6]
 
     def lds(self, w: Batch, idx: Array, ids: Array, n: int, pc: int, write: bool | None) -> None:
-        if not len(idx):
-            return
-        who, epoch = self.who(w, ids)
-        cells = self.shadow.cells(idx, n)
-        n = cells.shape[1]
-        where = cells.reshape(-1)
-        self.access(self.shadow, where, who.repeat(n), epoch.repeat(n), pc, write, 'LDS', False)
+        if len(idx):
+            self.access(self.shadow, idx, self.who(w, ids), n, pc, write)
 
     def globally(
         self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None
     ) -> None:
-        memory = self.group.memory
-        who, epoch = self.who(w, ids)
+        memory, who = self.group.memory, self.who(w, ids)
+        region = memory.find(int(addr.min()), int(addr.max()) + n)
+        if region is not None:
+            self.buffer(region, addr - region.base, who, n, pc, write)
+            return
         which = np.searchsorted(np.array(memory.bases, i64), addr, 'right') - 1
         for k in np.unique(which[which >= 0]):
             region = memory.regions[k]
             sel = (which == k) & (addr + n <= region.end)
-            shadow = self.races.buffers.setdefault(region.base, Shadow(len(region.data)))
-            cells = shadow.cells(addr[sel] - region.base, n)
-            each, where = cells.shape[1], cells.reshape(-1)
-            self.access(
-                shadow,
-                where,
-                who[sel].repeat(each),
-                epoch[sel].repeat(each),
-                pc,
-                write,
-                region.name or 'global',
-                True,
+            if sel.any():
+                self.buffer(region, addr[sel] - region.base, who[sel], n, pc, write)
+
+    def buffer(
+        self, region: Region, off: Array, who: Array, n: int, pc: int, write: bool | None
+    ) -> None:
+        s = self.races.buffers.get(region.base)
+        if s is None:
+            name = region.name or 'global'
+            s = self.races.buffers[region.base] = Shadow(
+                len(region.data), name, True, self.group.waves
             )
+        if not s.written and write is False and s.deferred_bytes < MOST_DEFERRED:
+            s.deferred.append((off, who, n, pc))
+            s.deferred_bytes += off.nbytes + who.nbytes
+            return
+        s.written = True
+        for old, reader, size, at in s.deferred:
+            self.access(s, old, reader, size, at, False)
+        s.deferred.clear()
+        self.access(s, off, who, n, pc, write)
 
     def access(
-        self,
-        s: Shadow,
-        at: Array,
-        who: Array,
-        epoch: Array,
-        pc: int,
-        write: bool | None,
-        place: str,
-        across: bool,
+        self, s: Shadow, off: Array, who: Array, n: int, pc: int, write: bool | None
     ) -> None:
         """`write` None is an atomic: it races with plain accesses only, and leaves no trace."""
-
-        def meets(other: Array, other_epoch: Array) -> Array:
-            bad = (other[at] != NOBODY) & (other[at] != who)
-            same_wg = (other[at] // self.group.waves == who // self.group.waves) | (
-                other[at] == MANY
-            )
-            return (
-                bad & (~same_wg | (other_epoch[at] == epoch))
-                if across
-                else bad & (other_epoch[at] == epoch)
-            )
-
-        self.note(
-            at[meets(s.writer, s.wepoch)],
-            s.wpc,
-            pc,
-            ('write', 'read' if write is False else 'write'),
-            place,
-        )
+        k, at = s.cells(off, n)
+        level, me, times = s.at_level(k), who[:, None], GRANULES[k] // s.unit
+        second = 'read' if write is False else 'write'
+        bad = s.meets(level.writer[at], me)
+        if bad is not None:
+            self.note(level.wpc[at[bad]], times, pc, f'{s.name} write/{second}')
         if write is not False:
-            self.note(at[meets(s.reader, s.repoch)], s.rpc, pc, ('read', 'write'), place)
+            bad = s.meets(level.reader[at], me)
+            if bad is not None:
+                self.note(level.rpc[at[bad]], times, pc, f'{s.name} read/write')
         if write:
-            s.writer[at] = who
-            twice = s.writer[at] != who  # another wave wrote the byte in this very instruction
-            self.note(at[twice], None, pc, ('write', 'write'), place)
-            s.wepoch[at], s.wpc[at] = epoch, pc
+            level.writer[at] = me
+            twice = level.writer[at] != me  # another wave wrote the byte in this very instruction
+            if twice.any():
+                self.note(np.full(int(twice.sum()), pc), times, pc, f'{s.name} write/write')
+            level.wpc[at] = pc
         elif write is False:
-            several = (s.repoch[at] == epoch) & (s.reader[at] != who) & (s.reader[at] != NOBODY)
-            s.reader[at] = np.where(several, MANY, who)
-            s.reader[at[s.reader[at] != np.where(several, MANY, who)]] = MANY
-            s.repoch[at], s.rpc[at] = epoch, pc
+            self.read(level, at, me, pc)
 
-    def note(self, bad: Array, first: Any, pc: int, kinds: tuple[str, str], place: str) -> None:
-        if not len(bad):
-            return
-        firsts, counts = (
-            np.unique(first[bad], return_counts=True)
-            if first is not None
-            else (np.array([pc]), [len(bad)])
-        )
-        for p, n in zip(firsts, counts, strict=True):
+    def read(self, level: Level, at: Array, me: Array, pc: int) -> None:
+        """Remember the reader of each cell, or that there are several since the barrier."""
+        old = level.reader[at]
+        several = ((old & EPOCH) == (me & EPOCH)) & (old != me)
+        new = np.where(several, MANY | (me & EPOCH), me) if several.any() else me
+        level.reader[at] = new
+        differs = at[level.reader[at] != new]
+        if len(differs):
+            level.reader[differs] = MANY | (level.reader[differs] & EPOCH)
+        level.rpc[at] = pc
+
+    def note(self, firsts: Array, times: int, pc: int, what: str) -> None:
+        """Findings against the earlier accesses at `firsts`, one entry per cell."""
+        for p, n in zip(*np.unique(firsts, return_counts=True), strict=True):
             self.races.findings.add(
-                Finding('race', f'{place} {kinds[0]}/{kinds[1]} by different waves', int(p), pc),
-                int(n),
+                Finding('race', f'{what} by different waves', int(p), pc), int(n) * times
             )
