@@ -152,6 +152,7 @@ class Batch:
         self.hazard = group.hazard
         self.state = ''  # '' ready, 'barrier' or 'end'
         self.decoded: dict[Any, Any] = {}  # matrix operands by identity of their rows (isa/mfma.py)
+        self.descriptors: dict[int, Any] = {}  # buffer resources by register (isa/vmem.py)
         self.path = 0  # number of the path in hazard mode (paths.py)
         self.states: Any = None  # its clock while a run of instructions is being checked
         self.trace: list[int] = []
@@ -238,9 +239,8 @@ class Batch:
         """Batches at one place (see can_merge) -> one batch, in order of workgroup and wave."""
         first, sizes = batches[0], [b.n for b in batches]
         wg, wave = (np.concatenate([getattr(b, k) for b in batches]) for k in ('wg', 'wave'))
-        order: Array | None = np.lexsort((wave, wg))
-        if (order == np.arange(len(wg))).all():
-            order = None
+        found = np.lexsort((wave, wg))
+        order = None if (np.diff(found) == 1).all() else found
         out = Batch(first.group, sorted_by(wg, order), sorted_by(wave, order), 0)
         out.v, out.fresh = merge_rows(
             [b.v for b in batches], [b.fresh for b in batches], order, out.fresh

@@ -193,8 +193,8 @@ class Group:
             if len(row) and self.memory.regions:
                 # From the buffer's start: a GPU's allocator begins at a line, a host's may not.
                 row = row - self.memory.region_at(int(row.min())).base
-                lines = len(np.unique(np.concatenate([row // LINE, (row + n - 1) // LINE])))
-                c.line_sample(pc, lines)
+                lines = {*(row // LINE).tolist(), *((row + n - 1) // LINE).tolist()}
+                c.line_sample(pc, len(lines))
 
     def note_global(
         self, w: Batch, addr: Array, ids: Array, n: int, pc: int, write: bool | None

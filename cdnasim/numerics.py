@@ -118,10 +118,10 @@ def bf16_to_f32(h: Any) -> Array:
 def f32_to_bf16(x: Any) -> Array:
     """float32 -> bf16 code (uint32), nearest even, NaN kept quiet."""
     b = np.asarray(x, f32).view(u32)
-    r = (b + u32(0x7FFF) + ((b >> u32(16)) & u32(1))) >> u32(16)
-    return np.where((b & u32(0x7FFFFFFF)) > u32(0x7F800000), (b >> u32(16)) | u32(0x40), r).astype(
-        u32
-    )
+    r = b >> u32(16)
+    r = (b + (u32(0x7FFF) + (r & u32(1)))) >> u32(16)
+    nan = (b & u32(0x7FFFFFFF)) > u32(0x7F800000)
+    return np.where(nan, (b >> u32(16)) | u32(0x40), r) if nan.any() else r
 
 
 def f16_bits(x: Any) -> Array:

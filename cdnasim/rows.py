@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .batch import Row
 
 
-class Rows(list):  # type: ignore[type-arg]
+class Rows(list[Any]):
     """Row k is None until it is read or written; then it is the waves `keep` of `base[k]`.
 
     `stale`: the object that stands for "nothing wrote this register" in base, `fresh`: here.

@@ -109,20 +109,18 @@ def stacked(x: Array, y: Array, less: int, more: int, waves: int) -> Array:
     return out if less == 1 else out.repeat(less, 0)
 
 
-def run_length(rows: list[Row], waves: int) -> int:
-    """The largest r such that waves r k .. r k + r - 1 hold the same values in every row."""
-    r = waves
-    for row in rows:
-        if r == 1:
-            break
-        if row.strides[0] == 0:
-            continue
-        first = row[:, 0]
-        change = first[1:] != first[:-1]
-        if not change.all():
-            change = (row[1:] != row[:-1]).any(1)
-        r = gcd(r, *(np.flatnonzero(change) + 1).tolist())
-    return r
+def run_length(raw: Array, more: list[Row]) -> int:
+    """The largest r such that waves r k .. r k + r - 1 hold the same values in raw (waves, 64, n)
+    and in the rows `more`.
+    """
+    n, first = len(raw), raw[:, 0, 0]
+    if n > 1 and (first[1:] != first[:-1]).all():
+        return 1
+    words = raw.reshape(n, -1).view(u64)
+    change = (words[1:] != words[:-1]).any(1)
+    for row in more:
+        change |= (row[1:] != row[:-1]).any(1)
+    return gcd(n, *(np.flatnonzero(change) + 1).tolist())
 
 
 def stack(rows: list[Row]) -> Array:
@@ -186,11 +184,10 @@ class Side:
         return x
 
     def decode(self, w: Batch, rows: list[Row]) -> Fragment:
-        share = 1
+        share, raw = 1, stack(rows[: self.nregs])
         if self.shape.blocks == 1 and (self.scale is None or self.scale.kind == 'v'):
-            share = run_length(rows, w.n)
-            rows = [row[::share] for row in rows] if share > 1 else rows
-        raw = stack(rows[: self.nregs])
+            share = run_length(raw, rows[self.nregs :])
+            raw, rows = raw[::share], [row[::share] for row in rows[self.nregs :]]
         el, span = elements(raw, self.ty, self.arch), SPAN.get(self.ty, 0.0)
         if self.scale is None:
             return Fragment(self.arrange(el), share, span)
@@ -208,7 +205,7 @@ class Side:
 
     def arrange(self, el: Array) -> Array:
         """(waves, 64, elements) -> (waves, blocks, rows, K)."""
-        s, n, per = self.shape, *el.shape[::2]
+        s, n, per = self.shape, el.shape[0], el.shape[2]
         if self.which and s.blgp:
             el = el[:, blgp_lanes(s.blgp)]
         if self.split:
@@ -238,16 +235,21 @@ def near_codes(codes: Array, raw: Array) -> tuple[Array, float | None]:
 
     A block of zeros may have any scale: it takes its row's, so that it widens nothing.
     """
-    low, high = NEAR_ONE
-    if not low <= codes.min() <= codes.max() <= high:
+    most, least = codes.max(1), codes.min(1)
+    if not (near(least) and near(most)):
         blank = ((raw & u32(0x77777777)) == 0).all(-1).reshape(codes.shape) & (codes != 255)
         if raw.shape[-1] != 4 or not blank.any():
             return codes, None
         top = np.where(blank, u8(0), codes).max(1, keepdims=True)
         codes = np.where(blank, np.where(top == 0, u8(127), top), codes)
-        if not low <= codes.min() <= codes.max() <= high:
+        most, least = codes.max(1), codes.min(1)
+        if not (near(least) and near(most)):
             return codes, None
-    return codes, float((codes.max(1) - codes.min(1)).max())
+    return codes, float((most - least).max())
+
+
+def near(codes: Array) -> bool:
+    return bool(codes.min() >= NEAR_ONE[0] and codes.max() <= NEAR_ONE[1])
 
 
 def blgp_lanes(blgp: int) -> Array:

@@ -214,6 +214,11 @@ def do_atomic(
     """Perform in order of wave and lane. Lanes that share an address go one round after another ->
     old values.
     """
+    ranked = np.sort(addr)
+    if (ranked[1:] != ranked[:-1]).all():
+        old = load(addr, rows)
+        store(addr, rows, fn(old, data))
+        return old
     old = np.empty((len(addr), n), u8)
     order = np.argsort(addr, kind='stable')
     ranked = addr[order]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,25 @@ class Descriptor:
     bytes.
     """
 
-    def __init__(self, w: Batch, r: int):
-        w1, w3 = w.s[r + 1], w.s[r + 3]
-        self.base = column(w.s[r]) + ((column(w1) & 0xFFFF) << 32)
+    def __init__(self, words: list[Any]):
+        w0, w1, w2, w3 = words
+        self.words = words
+        self.base = column(w0) + ((column(w1) & 0xFFFF) << 32)
         self.stride = column(w1) >> 16 & 0x3FFF
-        self.num = column(w.s[r + 2])
+        self.num = column(w2)
         self.swizzle = bool(np.any(column(w1) >> 31 & 1))
         self.index_stride = 8 << (column(w3) >> 21 & 3)
         self.element = 2 << (column(w3) >> 19 & 3)
         self.add_tid = bool(np.any(column(w3) >> 23 & 1))
+        self.records = bool(np.any(self.stride))
+
+    @staticmethod
+    def of(w: Batch, r: int) -> Descriptor:
+        """The resource in s[r:r+3]; kept while the registers hold the same objects."""
+        words, known = w.s[r : r + 4], w.descriptors.get(r)
+        if known is None or not all(map(is_, words, known.words)):
+            known = w.descriptors[r] = Descriptor(words)
+        return known
 
 
 def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n: int) -> Address:
@@ -92,33 +103,43 @@ def buffer_address(ins: Instr, vaddr: Operand, srsrc: Operand, soff: Operand, n:
     size, vi = min(n, 4), vaddr.idx
 
     def f(w: Batch) -> tuple[Array, Any]:
-        d = Descriptor(w, r)
+        d = Descriptor.of(w, r)
         s = column(so(w))
-        index: Any = w.v[vi].astype(i64) if idxen else 0
-        off: Any = (w.v[vi + idxen].astype(i64) if offen else 0) + imm
-        if d.add_tid:
-            index = index + np.arange(64)
-        structured = np.any(d.stride) and (idxen or d.add_tid)
-        if structured:  # structured: the record number and the place inside the record are checked
-            ok = ((index < d.num) & (off + n <= d.stride)) if not d.swizzle else index < d.num
-            ok = np.broadcast_to(ok, w.shape)[..., None]
-        elif (
-            type(d.num) is int
-            and int(np.max(off)) + (s if type(s) is int else int(s.max())) + n <= d.num
-        ):
-            ok = None  # the common case: every lane is inside
+        off: Any = imm
+        if offen:
+            off = w.v[vi + idxen].astype(i64)
+            if imm:
+                off += imm
+        if not d.records:  # raw: the index counts for nothing
+            ok = inside(d, off, s, w)
+            at = off + (d.base + s)
         else:
-            ok = (
-                np.broadcast_to(off + s, w.shape)[..., None] + parts + size
-                <= np.broadcast_to(d.num, (w.n, 1))[..., None]
-            )
-        if d.swizzle and structured:
-            off = swizzled(index, off, d)
-        else:
-            off = off + index * d.stride if np.any(d.stride) else off
-        at = off + (d.base + s)
+            at, ok = record(d, off, s, w)
         at = at if np.shape(at) == w.shape else np.broadcast_to(at, w.shape)
         return at, None if ok is None or ok.all() else np.broadcast_to(ok, (*w.shape, len(parts)))
+
+    def inside(d: Descriptor, off: Any, s: Any, w: Batch) -> Any:
+        """Which parts are inside num_records bytes; None in the common case, all of them."""
+        if type(d.num) is int:
+            most = int(off.max()) if offen else off
+            if most + (s if type(s) is int else int(s.max())) + n <= d.num:
+                return None
+        return (
+            np.broadcast_to(off + s, w.shape)[..., None] + parts + size
+            <= np.broadcast_to(d.num, (w.n, 1))[..., None]
+        )
+
+    def record(d: Descriptor, off: Any, s: Any, w: Batch) -> tuple[Any, Any]:
+        """Address and check where the resource has a stride."""
+        index: Any = w.v[vi].astype(i64) if idxen else 0
+        if d.add_tid:
+            index = index + np.arange(64)
+        if not (idxen or d.add_tid):
+            return off + index * d.stride + (d.base + s), inside(d, off, s, w)
+        # structured: the record number and the place inside the record are checked
+        ok = ((index < d.num) & (off + n <= d.stride)) if not d.swizzle else index < d.num
+        off = swizzled(index, off, d) if d.swizzle else off + index * d.stride
+        return off + (d.base + s), np.broadcast_to(ok, w.shape)[..., None]
 
     return f
 
