@@ -173,6 +173,39 @@ def contiguous(x: Tensor) -> Tensor:
     return x if x.storage_offset() * x.itemsize % 8 == 0 else x.clone()
 
 
+def picture_lines(
+    a: Arrangement, shape: tuple[int, int], unit: int, bits: int, group: int
+) -> list[str]:
+    """One line for the first ``group`` items and one for each part that steps beyond them."""
+    half = a.padded(*shape)[0] // a.halves
+    names = ("row",) if a.halves == 1 else ("gate", "up")
+
+    def items(place: int) -> str:
+        runs: list[list[int]] = []
+        for i in range(place, place + group):
+            row, column = a.coordinate(i, *shape)
+            first, last = column * unit // bits, ((column + 1) * unit - 1) // bits
+            if runs and runs[-1][0] == row and first <= runs[-1][2] + 1:
+                runs[-1][2] = last
+            else:
+                runs.append([row, first, last])
+        texts = []
+        for i, (row, first, last) in enumerate(runs):
+            same = i > 0 and runs[i - 1][0] == row
+            texts.append(", " if same else "; " if i else "")
+            texts.append("" if same else f"{names[row // half]} {row % half} k ")
+            texts.append(f"{first}-{last}" if last > first else f"{first}")
+        return "".join(texts)
+
+    lines = [f"  {0:>8}  {'':9} {items(0)}"]
+    fixed = dict(a.sizes)
+    for name, size, stride in a.steps(*shape):
+        if stride >= group and size > 1:
+            count = f"x {size}" if name in fixed else "..."
+            lines.append(f"  {stride:>8}  {name:<4} {count:<4} {items(stride)}")
+    return lines
+
+
 @dataclass(frozen=True, slots=True)
 class Word:
     """Where the eight 4-bit codes of a 32-bit word put their bits.

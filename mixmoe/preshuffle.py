@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixmoe.arrangement import Arrangement, Word, contiguous
+from mixmoe.arrangement import Arrangement, Word, contiguous, picture_lines
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.fold import Fold, fold, unfold
 from mixmoe.formats import (
@@ -263,7 +263,7 @@ def picture(order: Order, element: Element | None = None) -> str:
     units = "bytes" if order.unit == 8 else f"{order.unit}-bit codes"
     lines = [f"{order.name}: {element.name}, offsets in {units}", f"  codes: {codes.pattern}"]
     shape = n, order.columns(k, bits)
-    lines += _picture(codes, shape, order.unit, bits, 8 * order.lane // order.unit)
+    lines += picture_lines(codes, shape, order.unit, bits, 8 * order.lane // order.unit)
     if order.word is not None:
         value, sign = ({order.word.nibble(i, bit): i for i in range(8)} for bit in (0, 3))
         show = " ".join(f"{value[i]}/{sign[i]}" for i in range(8))
@@ -273,39 +273,8 @@ def picture(order: Order, element: Element | None = None) -> str:
         what = {Fold.NARROW: "(k + 5) * 8", Fold.WIDE: "k + 8", None: f"{kind.value}"}[order.fold]
         lines.append(f"  scales, {what}: {scales.pattern}")
         size = 2 * scales.halves * scales.tile[0], 2 * max(scales.tile[1], BLOCK // block)
-        lines += _picture(scales, size, block, 1, 4)
+        lines += picture_lines(scales, size, block, 1, 4)
     return "\n".join(lines) + "\n"
-
-
-def _picture(a: Arrangement, shape: tuple[int, int], unit: int, bits: int, group: int) -> list[str]:
-    """One line for the first ``group`` items and one for each part that steps beyond them."""
-    half = a.padded(*shape)[0] // a.halves
-    names = ("row",) if a.halves == 1 else ("gate", "up")
-
-    def items(place: int) -> str:
-        runs: list[list[int]] = []
-        for i in range(place, place + group):
-            row, column = a.coordinate(i, *shape)
-            first, last = column * unit // bits, ((column + 1) * unit - 1) // bits
-            if runs and runs[-1][0] == row and first <= runs[-1][2] + 1:
-                runs[-1][2] = last
-            else:
-                runs.append([row, first, last])
-        texts = []
-        for i, (row, first, last) in enumerate(runs):
-            same = i > 0 and runs[i - 1][0] == row
-            texts.append(", " if same else "; " if i else "")
-            texts.append("" if same else f"{names[row // half]} {row % half} k ")
-            texts.append(f"{first}-{last}" if last > first else f"{first}")
-        return "".join(texts)
-
-    lines = [f"  {0:>8}  {'':9} {items(0)}"]
-    fixed = dict(a.sizes)
-    for name, size, stride in a.steps(*shape):
-        if stride >= group and size > 1:
-            count = f"x {size}" if name in fixed else "..."
-            lines.append(f"  {stride:>8}  {name:<4} {count:<4} {items(stride)}")
-    return lines
 
 
 ROWS = Order(
@@ -450,6 +419,34 @@ def _cdna_int4(name: str, pattern: str, pairs: str, single: str) -> Order:
     )
 
 
+# Runs, for instructions without scales: a lane's 16 bytes are runs of 8 codes ("e"), each from the
+# next block of 32 ("s"), so that an MFMA of K = 32 multiplies one block and its scale goes onto
+# that sum. Scales: four rows ("q", those of one lane's results) of as many blocks as 16 bytes hold.
+# 4-bit codes lie in a word as in cdna_int4.
+RUN_SIZES = (("gu", 2), ("r", 16), ("kl", 4), ("e", 8), ("rg", 4), ("q", 4))
+
+
+def _cdna_runs(bits: int, gate_up: bool) -> Order:
+    rows, stored = ("gu nb", "nb gu") if gate_up else ("nb", "nb")
+    sizes = (*RUN_SIZES, ("s", 16 // bits))
+    codes = f"({rows} r) (kb s kl e) -> {stored} kb kl r s e"
+    scale = f"({rows} rg q) (kb c) -> {stored} kb rg c q"
+    sizes_of = {ScaleKind.E8M0: 1, ScaleKind.BF16: 2, ScaleKind.F32: 4}
+    kinds = sizes_of if bits == 4 else (ScaleKind.E8M0,)
+    scales = [
+        (kind, Arrangement(scale, (*RUN_SIZES, ("c", 4 // sizes_of[kind])))) for kind in kinds
+    ]
+    return Order(
+        f"cdna_runs{bits}{'_gui' if gate_up else ''}",
+        (e2m1, int4) if bits == 4 else (e4m3fn,),
+        Arrangement(codes, sizes),
+        unit=bits,
+        k_step=CDNA_K_STEP,
+        word=CDNA_INT4_WORD if bits == 4 else None,
+        scales=tuple(scales),
+    )
+
+
 CDNA_ORDERS = (
     _cdna("cdna_n16", "(nb r) (kb b) -> nb kb r b", E8M0_TILE),
     _cdna("cdna_n16_gui", "(gu nb r) (kb b) -> nb gu kb r b", E8M0_TILE_GU),
@@ -464,6 +461,7 @@ CDNA_ORDERS = (
         "(gu nb r) (kb pair) -> kb nb gu r pair", "(gu nb r) (kb) -> kb nb gu r",
     ),
 )
+CDNA_RUNS = tuple(_cdna_runs(bits, gate_up) for bits in (4, 8) for gate_up in (False, True))
 
 HOPPER_TILES = [
     HopperTile(gate_up, warps, repeat, k_slices, k64)
@@ -480,6 +478,7 @@ ORDERS: dict[str, Order] = {
     for order in (
         ROWS,
         *CDNA_ORDERS,
+        *CDNA_RUNS,
         *(hopper_fp4(tile, fold) for tile in HOPPER_TILES if not tile.k64 for fold in Fold),
         *(hopper_fp8(tile) for tile in HOPPER_TILES),
     )

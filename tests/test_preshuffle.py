@@ -34,7 +34,8 @@ from mixmoe.preshuffle import ORDERS, HopperTile, Order, hopper_fp4, hopper_fp8,
 
 HOPPER = [HopperTile(), HopperTile(True), HopperTile(warps=4, repeat=2), HopperTile(warps=1)]
 HOPPER += [HopperTile(True, 8, 1, 8), HopperTile(True, 8, 2, 4, True), HopperTile(True, 1)]
-CDNA = [name for name in ORDERS if name.startswith("cdna")]
+RUNS = [name for name in ORDERS if name.startswith("cdna_runs")]
+CDNA = [name for name in ORDERS if name.startswith("cdna") and name not in RUNS]
 
 
 def weights(fmt, experts, n, k, seed=0, scales=(122, 134)):
@@ -134,6 +135,21 @@ def cdna_bit(order, bits):
     return place
 
 
+def runs_bit(order, bits):
+    """A lane's 16 bytes: 8 codes of each of ``16 / bits`` blocks of 32, lane group kl the kl-th."""
+
+    def place(n, k, bit, shape):
+        row = interleaved(n, shape) if order.endswith("gui") else n
+        wide, span = -(-shape[1] // 128) * 128, 512 // bits
+        lane = k // span * 64 + k // 8 % 4 * 16 + row % 16
+        code = row // 16 * 16 * wide + lane * (128 // bits) + k // 32 % (16 // bits) * 8 + k % 8
+        if bits == 4:
+            code = code // 8 * 8 + 2 * (code % 4) + code // 4 % 2
+        return bits * code + bit
+
+    return place
+
+
 def check_order(order: Order, formula, fmt, n, k):
     """Ramp the index of every weight through ``pack``, digit by digit, and find it again."""
     bits = fmt.element.bits
@@ -159,6 +175,8 @@ CASES += [(ORDERS[n], cdna_bit(n, 4), mxfp4) for n in CDNA if "int4" not in n]
 CASES += [(ORDERS[n], cdna_bit(n, 8), int8_channel) for n in CDNA if "int4" not in n]
 CASES += [(ORDERS[n], cdna_bit(n, 16), bf16) for n in CDNA if "int4" not in n]
 CASES += [(ORDERS[n], cdna_bit(n, 4), int4_group()) for n in CDNA if "int4" in n]
+CASES += [(ORDERS[n], runs_bit(n, 4), f) for n in RUNS[:2] for f in (mxfp4, int4_group())]
+CASES += [(ORDERS[n], runs_bit(n, 8), mxfp8) for n in RUNS[2:]]
 IDS = [f"{order}-{fmt}" for order, _, fmt in CASES]
 
 
@@ -185,6 +203,8 @@ def test_index_ramp_at_2880():
         (ORDERS["cdna_n16"], "pattern", ("nb kb r b", "kb nb r b")),
         (ORDERS["cdna_n16_gui"], "pattern", ("-> nb gu", "-> gu nb")),
         (ORDERS["cdna_int4"], "word", None),
+        (ORDERS["cdna_runs4"], "word", None),
+        (ORDERS["cdna_runs8_gui"], "pattern", ("r s e", "s r e")),
     ],
 )
 def test_index_ramp_catches_a_mutation(order, part, value):
@@ -247,6 +267,26 @@ def test_cdna_int4_scales(group):
     check_scales(gui, single, n, k, lambda r, g: g * 64 + interleaved(r, (n, k)))
     with pytest.raises(AssertionError):
         check_scales(order, single, n, k, lambda r, g: r * groups + g)
+
+
+@pytest.mark.parametrize("fmt", [
+    mxfp4, mxfp8, int4_group(), int4_group(128), int4_group(64, ScaleKind.F32)
+], ids=str)
+def test_cdna_runs_scales(fmt):
+    """16 bytes of four rows: as many of their scales as fit, then the next four rows."""
+    n, k = 48, 384
+    per = 4 // {ScaleKind.E8M0: 1, ScaleKind.BF16: 2, ScaleKind.F32: 4}[fmt.scale]
+    wide = -(-(k // fmt.cols) // per)
+
+    def place(r, b):
+        return ((r // 16 * wide + b // per) * 4 + r // 4 % 4) * 4 * per + b % per * 4 + r % 4
+
+    bits = fmt.element.bits
+    check_scales(ORDERS[f"cdna_runs{bits}"], fmt, n, k, place)
+    gui = ORDERS[f"cdna_runs{bits}_gui"]
+    check_scales(gui, fmt, n, k, lambda r, b: place(interleaved(r, (n, k)), b))
+    with pytest.raises(AssertionError):
+        check_scales(gui, fmt, n, k, place)
 
 
 @pytest.mark.parametrize("tile", [t for t in HOPPER if not t.k64], ids=str)
