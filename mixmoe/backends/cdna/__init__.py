@@ -15,7 +15,7 @@ from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Routed, Weights
 
-ARCHITECTURES = ("gfx950",)
+ARCHITECTURES = ("gfx950", "gfx942")
 
 
 def architecture() -> str | None:
@@ -62,8 +62,10 @@ class CdnaBackend:
         return self.kernels.ARCHITECTURES[architecture()]
 
     def prepare(self, weights: Weights, recipe: Recipe) -> Weights:
-        """w13 with gate and up interleaved every 16 rows, w2 in blocks of 16 rows."""
-        return self.kernels.prepare(weights, recipe)
+        """w13 with gate and up interleaved every 16 rows, w2 in blocks of 16 rows, in the order of
+        the current GPU's kernels (of gfx950's where there is no AMD GPU)."""
+        known = self.kernels.ARCHITECTURES
+        return self.kernels.prepare(known.get(architecture(), known["gfx950"]), weights, recipe)
 
     def check(self, recipe: Recipe, weights: Weights, problem: Problem) -> None:
         """Formats without a kernel, orders the kernels do not read, sizes past a limit."""
@@ -82,7 +84,7 @@ class CdnaBackend:
 
     def quantise(self, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """A row per token."""
-        return self.kernels.quantise(self.atoms, x, recipe)
+        return self.kernels.quantise(self.atoms, x, weights, routed, recipe)
 
     def gemm1(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """Gate and up GEMM, activation, requantisation; rows of skipped routes are zero."""

@@ -15,7 +15,15 @@ import flydsl.expr as fx
 from flydsl.expr.typing import MmaAtom
 
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import Format
+from mixmoe.formats import (
+    Element,
+    Format,
+    bfloat16,
+    e4m3fn,
+    e4m3fnuz,
+    float16,
+    int8,
+)
 
 WAVE = 64
 MFMA_ROWS = 16
@@ -50,13 +58,46 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
+class Mma:
+    """An MFMA without scales, ``16 x 16 x k`` for every k of ``ks``; both operands one element.
+
+    A lane holds ``k / 4`` codes of either operand; which k they stand for is free as long as it is
+    the same on both sides.
+    """
+
+    element: Element
+    numeric: type[fx.Numeric]
+    sum: type[fx.Numeric]
+    ks: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.element.bits
+
+    def atom(self, k: int) -> MmaAtom:
+        """``weight (16, k) x token (16, k)^T``; K = 128 is the scaled one, its scales left out."""
+        if k == 128:
+            op = fx.rocdl.cdna4.MFMA_Scale(MFMA_ROWS, MFMA_ROWS, k, self.numeric, self.numeric)
+        else:
+            op = fx.rocdl.MFMA(MFMA_ROWS, MFMA_ROWS, k, self.numeric, self.sum)
+        return fx.make_mma_atom(op)
+
+
+@dataclass(frozen=True, slots=True)
 class Atoms:
-    """An architecture: LDS of a workgroup, K of its MFMA, and the formats that MFMA takes."""
+    """An architecture: LDS of a workgroup, K of its scaled MFMA and the formats that takes (0 and
+    none where there is no such instruction), and the MFMAs without scales."""
 
     arch: str
     lds_bytes: int
     mfma_k: int
     operands: tuple[tuple[str, Operand], ...]
+    plain: tuple[Mma, ...]
+
+    def mma_of(self, element: Element) -> Mma | None:
+        """The MFMA without scales whose operands are of this element."""
+        return next((mma for mma in self.plain if mma.element is element), None)
 
     def operand(self, fmt: Format) -> Operand:
         """The operand of a format's codes. Raises MixMoEError where the MFMA does not take it."""
@@ -81,4 +122,22 @@ class Atoms:
 
 E2M1 = Operand("e2m1", fx.Float4E2M1FN, bits=4, emax=2, mantissa=1, largest=6.0)
 E4M3 = Operand("e4m3", fx.Float8E4M3FN, bits=8, emax=8, mantissa=3, largest=448.0)
-GFX950 = Atoms("gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3)))
+# 16x16x64 int8 has no atom in FlyDSL 0.4.2.
+GFX950 = Atoms(
+    "gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3)),
+    (
+        Mma(bfloat16, fx.BFloat16, fx.Float32, (32,)),
+        Mma(float16, fx.Float16, fx.Float32, (32,)),
+        Mma(int8, fx.Int8, fx.Int32, (32,)),
+        Mma(e4m3fn, fx.Float8E4M3FN, fx.Float32, (32, 128)),
+    ),
+)
+GFX942 = Atoms(
+    "gfx942", 64 << 10, 0, (),
+    (
+        Mma(bfloat16, fx.BFloat16, fx.Float32, (16,)),
+        Mma(float16, fx.Float16, fx.Float32, (16,)),
+        Mma(int8, fx.Int8, fx.Int32, (32,)),
+        Mma(e4m3fnuz, fx.Float8E4M3FNUZ, fx.Float32, (32,)),
+    ),
+)

@@ -15,15 +15,16 @@ from mixmoe.backends.cdna import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna import quantise as quantise_kernels
 from mixmoe.backends.cdna import route as routing
-from mixmoe.backends.cdna.atoms import GFX950, MFMA_ROWS, SCALE_BLOCK, Atoms
+from mixmoe.backends.cdna.atoms import GFX942, GFX950, MFMA_ROWS, SCALE_BLOCK, Atoms
 from mixmoe.backends.cdna.choose import TILES
 from mixmoe.backends.cdna.config import THREADS, WAVES, Gemm, RowsOut
+from mixmoe.backends.cdna.plain import stages as plain
 from mixmoe.errors import MixMoEError, nearest_multiple
 from mixmoe.formats import Quantised
 from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
 from mixmoe.spec import Problem, Recipe, Routed, Weights
 
-ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950,)}
+ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950, GFX942)}
 PAIRS = (("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"))
 NUMERIC = {
     torch.bfloat16: fx.BFloat16,
@@ -62,12 +63,17 @@ def plan(
     return Plan(first, second)
 
 
+def scaled(atoms: Atoms, recipe: Recipe) -> bool:
+    """Whether the scaled MFMA takes both formats; every other recipe is :mod:`plain`'s."""
+    pair = (recipe.activation.name, recipe.weight.name)
+    return bool(atoms.operands) and pair in PAIRS
+
+
 def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
     """Formats without a kernel, orders the kernels do not read, sizes past a limit."""
-    pair = (recipe.activation.name, recipe.weight.name)
-    if pair not in PAIRS:
-        names = ", ".join(f"{a} x {w}" for a, w in PAIRS)
-        raise MixMoEError(f"cdna has kernels on {atoms.arch} for", f"{pair[0]} x {pair[1]}", names)
+    if not scaled(atoms, recipe):
+        plain.check(atoms, recipe, weights, problem)
+        return
     both = plan(atoms, recipe, weights, MIN_BLOCK)
     for name, gemm in (("w13", both.gemm1), ("w2", both.gemm2)):
         if 4 * gemm.code_words > EXPERT_BYTES:
@@ -75,8 +81,10 @@ def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> N
             raise MixMoEError(rule, 4 * gemm.code_words, EXPERT_BYTES)
 
 
-def prepare(weights: Weights, recipe: Recipe) -> Weights:
+def prepare(atoms: Atoms, weights: Weights, recipe: Recipe) -> Weights:
     """Gate and up interleaved every 16 rows, w2 plain; what is in an order already stays."""
+    if not scaled(atoms, recipe):
+        return plain.prepare(weights, recipe)
     w13, w2 = (
         w if isinstance(w, Packed) and w.order in LOADED_ORDERS
         else order_named(name).pack(weights.rows(stage))
@@ -129,8 +137,12 @@ def stream():
     return torch.cuda.current_stream()
 
 
-def quantise(atoms: Atoms, x: Tensor, recipe: Recipe) -> Quantised:
+def quantise(
+    atoms: Atoms, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe
+) -> Quantised:
     """``x (T, H)`` in the recipe's activation format."""
+    if not scaled(atoms, recipe):
+        return plain.quantise(atoms, x, weights, routed, recipe)
     fmt, (tokens, hidden) = recipe.activation, x.shape
     columns = hidden // fmt.element.per_byte
     codes = torch.empty((tokens, columns), dtype=fmt.element.storage, device=x.device)
@@ -177,6 +189,8 @@ def gemm1(
     atoms: Atoms, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe
 ) -> Quantised:
     """h with its scales, a row per route; rows of skipped routes are zero."""
+    if not scaled(atoms, recipe):
+        return plain.gemm1(atoms, x, weights, routed, recipe)
     problem, fmt = routed.problem, recipe.activation
     cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
     columns = problem.intermediate // fmt.element.per_byte
@@ -214,6 +228,8 @@ def gemm2(
     atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe
 ) -> Tensor:
     """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
+    if not scaled(atoms, recipe):
+        return plain.gemm2(atoms, h, weights, routed, recipe)
     problem = routed.problem
     rows = torch.zeros(
         (problem.routes, problem.hidden), dtype=recipe.out_dtype, device=h.device
@@ -274,8 +290,10 @@ def layer(
     """All stages; stage 2 may leave something else than rows."""
     problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
     routed = route(topk_ids, topk_weights, problem, expert_map, None)
-    h = gemm1(atoms, quantise(atoms, x, recipe), weights, routed, recipe)
-    kind = choose.rows_for(problem, routed.block, deterministic)
+    h = gemm1(atoms, quantise(atoms, x, weights, routed, recipe), weights, routed, recipe)
+    kind = RowsOut.ROWS
+    if scaled(atoms, recipe):
+        kind = choose.rows_for(problem, routed.block, deterministic)
     return down(atoms, h, weights, routed, recipe, out, kind)
 
 

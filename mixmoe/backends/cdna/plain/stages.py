@@ -1,0 +1,255 @@
+"""The stages without scaled MFMAs: choose a tile, allocate, launch. No maths here."""
+
+from dataclasses import dataclass
+
+import flydsl.expr as fx
+import torch
+from torch import Tensor
+
+from mixmoe.activations import Activation
+from mixmoe.backends.cdna.atoms import Atoms, Mma
+from mixmoe.backends.cdna.config import THREADS
+from mixmoe.backends.cdna.plain import gemm1 as gemm1_kernels
+from mixmoe.backends.cdna.plain import gemm2 as gemm2_kernels
+from mixmoe.backends.cdna.plain import quantise as quantise_kernels
+from mixmoe.backends.cdna.plain.config import Gemm
+from mixmoe.backends.cdna.plain.decode import token_decoder, weight_decoder
+from mixmoe.backends.cdna.plain.epilogue import Extras
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import (
+    F32_TINY,
+    SCALE_STORAGE,
+    Element,
+    Format,
+    Quantised,
+    ScaleKind,
+    bfloat16,
+    e4m3fn,
+    e4m3fnuz,
+    float16,
+    int8,
+)
+from mixmoe.preshuffle import Packed, order_named, require
+from mixmoe.spec import Problem, Recipe, Routed, Weights
+
+NUMERIC = {
+    torch.bfloat16: fx.BFloat16,
+    torch.float16: fx.Float16,
+    torch.float32: fx.Float32,
+}
+MIN_BLOCK, TILES = 16, (64, 32, 16)
+EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
+INT8_SUM = 1 << 17  # K whose products of int8 fit an int32: 127^2 K < 2^31
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Both GEMMs of a recipe on weights of one shape, for tiles of one number of tokens."""
+
+    gemm1: Gemm
+    gemm2: Gemm
+
+
+def mma_for(atoms: Atoms, token: Element) -> Mma | None:
+    """The MFMA that tokens of an element are multiplied by."""
+    if token in (bfloat16, float16, int8):
+        return atoms.mma_of(token)
+    own = atoms.mma_of(e4m3fn) or atoms.mma_of(e4m3fnuz)
+    return own if own is not None and token_decoder(token, own.element) else None
+
+
+def operands(atoms: Atoms, recipe: Recipe) -> Mma:
+    """The MFMA of a recipe. Raises MixMoEError for formats that do not reach one exactly."""
+    mma = mma_for(atoms, recipe.activation.element)
+    if mma is None:
+        nearest = recipe.activation.name.removesuffix("_fnuz")
+        rule = f"{recipe.activation.element.name} has values that no MFMA of {atoms.arch} takes"
+        raise MixMoEError(rule, recipe.activation, nearest)
+    if weight_decoder(recipe.weight.element, mma.element) is None:
+        rule = f"{recipe.weight} weights do not become {mma.element.name} exactly on {atoms.arch}"
+        raise MixMoEError(rule, recipe.weight, "another recipe")
+    return mma
+
+
+def orders(weight: Format) -> tuple[str, str]:
+    """Weight orders of w13 and w2: runs where blocks of K have scales of their own."""
+    blocked = weight.scale is not ScaleKind.NONE and weight.cols and weight.rows == 1
+    name = f"cdna_runs{weight.element.bits}" if blocked else "cdna_n16"
+    return f"{name}_gui", name
+
+
+def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
+    """The kernels' records. Raises MixMoEError for what they cannot do."""
+    mma, names = operands(atoms, recipe), orders(weights.format)
+    if mma.element is int8 and max(weights.H, weights.I) > INT8_SUM:
+        raise MixMoEError("K of int8 products, at most", max(weights.H, weights.I), INT8_SUM)
+    for stored, name, order in zip((weights.w13, weights.w2), ("w13", "w2"), names, strict=True):
+        require(stored, (order_named(order), order_named(names[1])), name)
+    if weights.orders[1] != names[1]:
+        raise MixMoEError("w2 has no gate and up to interleave", weights.orders[1], names[1])
+    tokens = next(t for t in TILES if block % t == 0)
+    shapes = ((2, weights.I, weights.H), (1, weights.H, weights.I))
+    first, second = (
+        Gemm(atoms, mma, stored.format, recipe.activation, order, *shape, tokens=tokens,
+             sort_tiles=block // tokens)
+        for stored, order, shape in zip(
+            (weights.w13, weights.w2), weights.orders, shapes, strict=True
+        )
+    )
+    return Plan(first, second)
+
+
+def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
+    """Formats no MFMA takes, orders the kernels do not read, sizes past a limit."""
+    both = plan(atoms, recipe, weights, MIN_BLOCK)
+    for name, gemm in (("w13", both.gemm1), ("w2", both.gemm2)):
+        if 4 * gemm.code_words > EXPERT_BYTES:
+            rule = f"bytes of one expert's {name}, at most"
+            raise MixMoEError(rule, 4 * gemm.code_words, EXPERT_BYTES)
+
+
+def prepare(weights: Weights, recipe: Recipe) -> Weights:
+    """The orders of :func:`orders`; what is in one of them already stays."""
+    names = orders(weights.format)
+    known = tuple(order_named(name) for name in names)
+    w13, w2 = (
+        w if isinstance(w, Packed) and w.order in known
+        else order_named(name).pack(weights.rows(stage))
+        for w, stage, name in zip((weights.w13, weights.w2), ("w13", "w2"), names, strict=True)
+    )
+    extra = {name: getattr(weights, name) for name in Weights.TENSORS}
+    return Weights(w13, w2, **extra)
+
+
+def words(codes: Tensor) -> Tensor:
+    """The bytes of a tensor as one row of 32-bit words."""
+    return codes.contiguous().view(torch.uint8).flatten().view(torch.int32)
+
+
+def nothing(device: torch.device) -> Tensor:
+    """What stands for a tensor that a kernel does not read."""
+    return torch.zeros(4, device=device)
+
+
+def stream():
+    """The caller's stream."""
+    return torch.cuda.current_stream()
+
+
+def quantise(
+    atoms: Atoms, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe
+) -> Quantised:
+    """``x (T, H)`` in the recipe's activation format; a row per route where it is smoothed."""
+    smooth = weights.w13_smooth if recipe.activation.name == "int8_smooth" else None
+    return to_format(atoms, x, recipe, routed, smooth)
+
+
+def to_format(
+    atoms: Atoms, x: Tensor, recipe: Recipe, routed: Routed, smooth: Tensor | None = None
+) -> Quantised:
+    """Rows of floats in the recipe's activation format."""
+    fmt, (count, columns) = recipe.activation, x.shape
+    if fmt.scale is ScaleKind.NONE:
+        return Quantised(x.to(fmt.element.storage).contiguous(), None, fmt)
+    rows = count if smooth is None else routed.problem.routes
+    codes = torch.zeros(
+        (rows, columns // fmt.element.per_byte), dtype=torch.uint8, device=x.device
+    )
+    scales = torch.full(
+        fmt.scale_shape(rows, columns), 0 if fmt.scale is ScaleKind.E8M0 else F32_TINY,
+        dtype=SCALE_STORAGE[fmt.scale], device=x.device,
+    )
+    if rows:
+        # The kernels load 16 bytes at a time, from row starts that are multiples of that.
+        aligned = x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+        x = x if aligned else x.contiguous()
+        flat = x.as_strided((x.stride(0) * (count - 1) + columns,), (1,))
+        cfg = quantise_kernels.Rows(
+            atoms, fmt, NUMERIC[x.dtype], columns, recipe.rounding, smooth is not None
+        )
+        launch_quantise(cfg, codes, scales, flat, x.stride(0), count, routed, smooth)
+    return Quantised(codes.view(fmt.element.storage), scales, fmt)
+
+
+def launch_quantise(
+    cfg: quantise_kernels.Rows, codes: Tensor, scales: Tensor, x: Tensor, row_stride: int,
+    rows: int, routed: Routed, smooth: Tensor | None,
+) -> None:
+    """The kernel for a scale a row, or for a scale a block."""
+    out = (words(codes), scales.view(-1), x)
+    if cfg.fmt.cols:
+        threads = rows * cfg.blocks * cfg.per_block
+        launch = quantise_kernels.build_blocks(cfg)
+        launch(*out, rows, row_stride, -(-threads // THREADS), stream=stream())
+        return
+    problem = routed.problem
+    rows = rows if smooth is None else routed.sorted_token_ids.numel()
+    factors = nothing(x.device) if smooth is None else smooth.view(-1)
+    quantise_kernels.build_rows(cfg)(
+        *out, factors, routed.sorted_token_ids, routed.sorted_expert_ids, rows, problem.tokens,
+        problem.topk, routed.block, row_stride, -(-rows * cfg.lanes // THREADS), stream=stream(),
+    )
+
+
+def tensors(
+    source: Quantised, stored: Packed | Quantised, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Tensors both GEMMs take: tokens' codes and scales, weights' codes, block scales and row
+    scales, bias; anything where there is none."""
+    held, device = nothing(source.device), source.device
+    assert isinstance(stored, Packed), "checked by plan"
+    scales = held if source.scales is None else source.scales.contiguous().view(-1)
+    blocks = held.view(torch.int32) if stored.scales is None else words(stored.scales)
+    rows = nothing(device) if stored.row_scale is None else stored.row_scale.view(-1)
+    bias = nothing(device) if bias is None else bias.flatten()
+    return words(source.codes), scales, words(stored.codes), blocks, rows, bias
+
+
+def scalars(act: Activation) -> tuple[float, float, float, float]:
+    """limit, alpha, beta, beta2; no limit is an infinite one."""
+    limit = float("inf") if act.limit is None else act.limit
+    return limit, act.alpha, act.beta, act.beta2
+
+
+def gemm1(
+    atoms: Atoms, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe
+) -> Quantised:
+    """h in the activation format, a row per route; rows of skipped routes are zero."""
+    problem, fmt = routed.problem, recipe.activation
+    cfg = plan(atoms, recipe, weights, routed.block).gemm1
+    exact = fmt.scale is ScaleKind.NONE
+    kind = fmt.element.storage if exact else torch.float32
+    h = torch.zeros((problem.routes, problem.intermediate), dtype=kind, device=x.device)
+    smoothed = fmt.name == "int8_smooth"
+    smooth = weights.w2_smooth if smoothed else None
+    extras = Extras(
+        weights.w13_bias is not None, recipe.weight_on == 1, smooth is not None, smoothed
+    )
+    if problem.routes:
+        launch = gemm1_kernels.build(cfg, recipe.act.kind, NUMERIC[kind], extras)
+        launch(
+            h.view(-1), *tensors(x, weights.w13, weights.w13_bias),
+            nothing(x.device) if smooth is None else smooth.view(-1),
+            routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
+            problem.tokens, problem.topk, *scalars(recipe.act),
+            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+        )
+    return Quantised(h, None, fmt) if exact else to_format(atoms, h, recipe, routed)
+
+
+def gemm2(
+    atoms: Atoms, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe
+) -> Tensor:
+    """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
+    problem = routed.problem
+    cfg = plan(atoms, recipe, weights, routed.block).gemm2
+    shape = (problem.routes, problem.hidden)
+    rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
+    if problem.routes:
+        launch = gemm2_kernels.build(cfg, NUMERIC[rows.dtype], weights.w2_bias is not None)
+        launch(
+            rows.view(-1), *tensors(h, weights.w2, weights.w2_bias),
+            routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
+            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+        )
+    return rows
