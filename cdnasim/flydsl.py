@@ -135,6 +135,9 @@ def environment(arch: str) -> None:
     """Settings FlyDSL's compiler reads: target, assembly dump, where ld.lld is."""
     find_tool('ld.lld')
     os.environ.update(SETTINGS, ARCH=arch, FLYDSL_GPU_ARCH=arch, FLYDSL_DUMP_DIR=dump_folder())
+    # Each operation's chain of call sites is printed after every pass of a dump; one link is enough
+    # for messages, and the assembly has no source lines.
+    os.environ.setdefault('FLYDSL_DEBUG_MAX_LOC_DEPTH', '1')
     have = os.environ.get('ROCM_PATH', '')
     if not os.path.exists(os.path.join(have, 'llvm', 'bin', 'ld.lld')):
         os.environ['ROCM_PATH'] = rocm_folder()
