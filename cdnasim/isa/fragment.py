@@ -10,6 +10,7 @@ decoded once for each run of them.
 
 from __future__ import annotations
 
+from functools import reduce
 from math import gcd, log2
 from operator import is_
 from typing import TYPE_CHECKING
@@ -188,20 +189,24 @@ class Side:
         if self.shape.blocks == 1 and (self.scale is None or self.scale.kind == 'v'):
             share = run_length(raw, rows[self.nregs :])
             raw, rows = raw[::share], [row[::share] for row in rows[self.nregs :]]
-        el, span = elements(raw, self.ty, self.arch), SPAN.get(self.ty, 0.0)
+        span = SPAN.get(self.ty, 0.0)
         if self.scale is None:
-            return Fragment(self.arrange(el), share, span)
-        codes = self.scale_codes(w, rows)
-        if el.dtype == f32:
+            return Fragment(self.arrange(elements(raw, self.ty, self.arch)), share, span)
+        codes, more = self.scale_codes(w, rows), None
+        if self.ty in SPAN:
             codes, more = near_codes(codes, raw)
-            if more is None:
-                el = el.astype(f64)
-            else:
-                span += more
-        scale = (nm.E8M0 if el.dtype == f64 else E8M0_F32).take(codes.swapaxes(1, 2))
-        x = self.arrange(el)
-        x = x.reshape(*x.shape[:3], self.shape.groups, 32) * scale[:, None, ..., None]
-        return Fragment(x.reshape(*x.shape[:3], -1), share, span)
+        n, groups = len(raw), self.shape.groups
+        if self.split:
+            x = self.arrange(elements(raw, self.ty, self.arch))
+        else:  # a lane holds one block of 32: move registers instead of numbers
+            lanes = raw.reshape(n, groups, self.rows, -1).swapaxes(1, 2)
+            x = elements(np.ascontiguousarray(lanes), self.ty, self.arch)
+        x = x.reshape(n, self.rows, groups, 32)
+        if more is None:
+            x, more = x.astype(f64, copy=False), 0.0
+        scale = (nm.E8M0 if x.dtype == f64 else E8M0_F32).take(codes.swapaxes(1, 2))
+        x *= scale[..., None]
+        return Fragment(x.reshape(n, 1, self.rows, -1), share, span + more)
 
     def arrange(self, el: Array) -> Array:
         """(waves, 64, elements) -> (waves, blocks, rows, K)."""
@@ -224,7 +229,7 @@ class Side:
         assert o is not None
         if o.kind == 'v':
             x = np.ascontiguousarray(rows[-1]).view(u8)[:, self.bit // 8 :: 4]
-            return x.reshape(-1, self.shape.groups, self.rows)
+            return np.ascontiguousarray(x).reshape(-1, self.shape.groups, self.rows)
         bits = w.s[o.idx] if o.kind == 's' else const_bits(o, 'f')
         one = ((np.asarray(bits, u64) >> u64(self.bit)).astype(i64) & 255).astype(u8)
         return np.broadcast_to(np.reshape(one, (-1, 1, 1)), (w.n, self.shape.groups, self.rows))
@@ -235,17 +240,23 @@ def near_codes(codes: Array, raw: Array) -> tuple[Array, float | None]:
 
     A block of zeros may have any scale: it takes its row's, so that it widens nothing.
     """
-    most, least = codes.max(1), codes.min(1)
+    most, least = extremes(codes)
     if not (near(least) and near(most)):
         blank = ((raw & u32(0x77777777)) == 0).all(-1).reshape(codes.shape) & (codes != 255)
         if raw.shape[-1] != 4 or not blank.any():
             return codes, None
         top = np.where(blank, u8(0), codes).max(1, keepdims=True)
         codes = np.where(blank, np.where(top == 0, u8(127), top), codes)
-        most, least = codes.max(1), codes.min(1)
+        most, least = extremes(codes)
         if not (near(least) and near(most)):
             return codes, None
     return codes, float((most - least).max())
+
+
+def extremes(codes: Array) -> tuple[Array, Array]:
+    """Largest and smallest code of each row."""
+    groups = list(codes.swapaxes(0, 1))
+    return reduce(np.maximum, groups), reduce(np.minimum, groups)
 
 
 def near(codes: Array) -> bool:

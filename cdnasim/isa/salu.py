@@ -13,7 +13,7 @@ import numpy as np
 from ..asm import GOT_BASE, Instr
 from ..batch import ALL, M32, Batch, Scalar, each, norm
 from ..errors import UnsupportedError
-from ..numerics import u64
+from ..numerics import i32, i64, u32, u64
 from ..operands import rs32, rs64, ws32, ws64
 
 Closure = Callable[[Batch], Any]
@@ -182,6 +182,31 @@ UN: dict[
     's_sext_i32_i16': (32, 32, lambda a: sx(a & 0xFFFF, 16), None),
     's_abs_i32': (32, 32, lambda a: abs(sx(a)), NZ),
 }
+def sx_array(x: Any) -> Any:
+    """uint64 array of 32-bit values -> int64, sign-extended."""
+    return x.astype(u32).view(i32).astype(i64)
+
+
+# the same on uint64 arrays, for those above that Python ints alone can do: (result, SCC or None)
+ARRAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {
+    's_ashr_i32': (lambda a, b: (sx_array(a) >> (b & 31).astype(i64)).view(u64), None),
+    's_ashr_i64': (lambda a, b: (a.view(i64) >> (b & 63).astype(i64)).view(u64), None),
+    's_mul_hi_i32': (lambda a, b: ((sx_array(a) * sx_array(b)) >> 32).view(u64), None),
+    's_min_u32': (np.minimum, lambda a, b: a < b),
+    's_max_u32': (np.maximum, lambda a, b: a > b),
+    's_min_i32': (
+        lambda a, b: np.minimum(sx_array(a), sx_array(b)).view(u64),
+        lambda a, b: sx_array(a) < sx_array(b),
+    ),
+    's_max_i32': (
+        lambda a, b: np.maximum(sx_array(a), sx_array(b)).view(u64),
+        lambda a, b: sx_array(a) > sx_array(b),
+    ),
+    's_bfe_u32': (
+        lambda a, b: (a >> (b & 31)) & ((u64(1) << np.minimum(b >> 16 & 0x7F, 32)) - u64(1)),
+        None,
+    ),
+}
 CMP: dict[str, Callable[..., Any]] = {
     'eq': lambda a, b: a == b,
     'lg': lambda a, b: a != b,
@@ -209,10 +234,13 @@ def wide(x: Scalar) -> Any:
     return u64(x) if type(x) is int else x
 
 
-def apply2(fn: Callable[..., Any], vectorised: bool, a: Scalar, b: Scalar) -> Scalar:
+def apply2(fn: Callable[..., Any], array_fn: Any, a: Scalar, b: Scalar) -> Scalar:
+    """`array_fn`: the function for uint64 arrays, None when there is none."""
     if type(a) is int and type(b) is int:
         return fn(a, b)
-    return fn(wide(a), wide(b)) if vectorised else each(fn, a, b)
+    if array_fn is None:
+        return each(fn, a, b)
+    return array_fn(wide(a), wide(b))
 
 
 def as_flag(x: Any) -> Scalar:
@@ -227,7 +255,11 @@ def two_sources(ins: Instr) -> Closure:
     o = ins.ops
     db, ab, bb, fn, rule = BIN[ins.op]
     a, b = (rs32 if ab == 32 else rs64)(o[1]), (rs32 if bb == 32 else rs64)(o[2])
-    wr, dm, vec = (ws32 if db == 32 else ws64)(o[0]), mask_of(db), ins.op in VECTORISED
+    wr, dm = (ws32 if db == 32 else ws64)(o[0]), mask_of(db)
+    vec, array_rule = fn if ins.op in VECTORISED else None, None
+    if ins.op in ARRAYS:
+        array_fn, array_rule = ARRAYS[ins.op]
+        vec = lambda x, y: norm(array_fn(x, y))  # noqa: E731
 
     def plain(w: Batch) -> None:
         r = apply2(fn, vec, a(w), b(w)) & dm
@@ -241,6 +273,8 @@ def two_sources(ins: Instr) -> Closure:
         wr(w, r & dm)
         if type(x) is int and type(y) is int:
             w.scc = int(rule(x, y, r))
+        elif array_rule:
+            w.scc = as_flag(np.broadcast_to(array_rule(wide(x), wide(y)), w.n))
         elif vec:
             w.scc = as_flag(rule(wide(x), wide(y), r))
         else:

@@ -74,6 +74,8 @@ def funnel(a: Any, b: Any, shift: Any) -> Any:
 
 def v_perm(a: Any, b: Any, sel: Any) -> Any:
     """Byte select from {a, b}: 0-7 a byte, 8-11 the sign of a word, 12 zero, 13 and above 0xFF."""
+    if np.ndim(sel) == 0:
+        return perm_same(a, b, int(sel))
     data = (a.astype(u64) << u64(32)) | b.astype(u64)
     out: Any = u32(0)
     for k in range(4):
@@ -83,6 +85,23 @@ def v_perm(a: Any, b: Any, sel: Any) -> Any:
         sign = np.where((data >> sign_bit) & u64(1), u64(255), u64(0))
         byte = np.where(s >= 13, u64(255), np.where(s == 12, u64(0), np.where(s >= 8, sign, byte)))
         out = out | (byte.astype(u32) << u32(8 * k))
+    return out
+
+
+def perm_same(a: Any, b: Any, sel: int) -> Any:
+    """v_perm where every lane has the same selector."""
+    out: Any = u32(0)
+    for k in range(4):
+        s, byte = sel >> 8 * k & 255, u32(255)
+        if s == 12:
+            continue
+        if s < 12:
+            word, shift = (b, 8 * s) if s < 4 else (a, 8 * (s - 4))
+            if s >= 8:
+                word, shift = (b if s < 10 else a), 15 + 16 * (s & 1)
+            byte = (word >> u32(shift)) & u32(255 if s < 8 else 1)
+            byte = byte if s < 8 else byte * u32(255)
+        out = out | (byte << u32(8 * k))
     return out
 
 
