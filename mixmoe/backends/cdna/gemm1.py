@@ -85,13 +85,11 @@ def compute(spec: Stage1, args: Arguments, lds, number) -> None:
         place = mainloop.stand(cfg, work)
 
         # 1. Which tokens: padding reads row 0 and writes nothing
-        def token_of(t):
-            token = fx.Int32(args.sorted_ids[work.routes + t]) & TOKEN_MASK
-            return (token < tokens).select(token, 0)
+        rows = mainloop.Rows(args.sorted_ids, work.routes, tokens)
 
         # 2. Multiply
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.x, args.x_scales, token_of, first)
+        operands = (args.codes, args.scales, args.x, args.x_scales, rows, first)
         acc = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it

@@ -59,7 +59,7 @@ class Arguments:
 @flyc.jit
 def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     """One piece of work."""
-    cfg, tokens, topk = spec.cfg, args.tokens, args.topk
+    cfg, tokens = spec.cfg, args.tokens
     work = mainloop.work_of(
         cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
     )
@@ -67,14 +67,11 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
         place = mainloop.stand(cfg, work)
 
         # 1. Which routes: padding reads row 0 and writes nothing
-        def route_of(t):
-            packed = fx.Int32(args.sorted_ids[work.routes + t])
-            token = packed & TOKEN_MASK
-            return (token < tokens).select(token * topk + (packed >> 24), 0)
+        rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, args.topk)
 
         # 2. Multiply
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.h, args.h_scales, route_of, first)
+        operands = (args.codes, args.scales, args.h, args.h_scales, rows, first)
         acc = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it

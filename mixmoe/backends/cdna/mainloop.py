@@ -264,14 +264,14 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
 def multiply_all(cfg: Gemm, place: Place, lds, operands) -> dict:
     """The accumulators of a piece of work; with K shared out those of part 0 hold the sum.
 
-    ``operands``: codes and scales of the weights, codes and scales of the tokens, the row of a
-    token, the wave's first block.
+    ``operands``: codes and scales of the weights, codes and scales of the tokens, their rows, the
+    wave's first block.
     """
-    codes, scales, tokens, token_scales, row_of, first = operands
+    codes, scales, tokens, token_scales, rows, first = operands
     ops = Operands(
         Weights(cfg, place, codes, scales, first),
-        Tokens(cfg, place, lds, tokens, row_of),
-        ScaleFill(cfg, place, lds, token_scales, row_of),
+        Tokens(cfg, place, lds, tokens, rows),
+        ScaleFill(cfg, place, lds, token_scales, rows),
     )
     acc = make_accumulators(cfg)
     run(cfg, ops, acc)
@@ -280,7 +280,13 @@ def multiply_all(cfg: Gemm, place: Place, lds, operands) -> dict:
 
 
 def begin(cfg: Gemm, ops: Operands) -> None:
-    """The rings filled, tile 0 in place, its first phases read."""
+    """The rings filled, tile 0 in place, its first phases read. Weights need no token's id: they
+    are asked for while the ids are on their way."""
+    fx.rocdl.sched_barrier(0)
+    for kt in range(cfg.ring // cfg.steps):
+        start_weights(cfg, ops.weights, kt)
+    fx.rocdl.sched_barrier(0)
+    ops.tokens.find()
     ops.fill.start()
     fx.rocdl.sched_barrier(0)
     for kt in range(min(cfg.stages - 1, cfg.part_tiles)):
@@ -288,10 +294,6 @@ def begin(cfg: Gemm, ops: Operands) -> None:
             start()
         fx.rocdl.asyncmark()
         fx.rocdl.sched_barrier(0)
-        start_weights(cfg, ops.weights, kt)
-    for kt in range(min(cfg.stages - 1, cfg.part_tiles), cfg.ring // cfg.steps):
-        start_weights(cfg, ops.weights, kt)
-    fx.rocdl.sched_barrier(0)
     ops.fill.publish()
     fx.rocdl.wait_asyncmark(min(cfg.stages - 1, cfg.part_tiles) - 1)
     fx.gpu.barrier()
@@ -351,6 +353,27 @@ def gather(cfg: Gemm, place: Place, lds, acc) -> None:
         fx.gpu.barrier()
         if place.part == 0:
             add_sums(cfg, place, lds, acc)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the tokens of a tile lie: ``id(t)`` loads what is sorted at place t, ``row(id)`` is
+    the memory row of a token, or of a route where ``topk`` is given. Padding reads row 0."""
+
+    ids: fx.Tensor
+    first: fx.Int32
+    tokens: fx.Int32
+    topk: Any = None
+
+    def id(self, t) -> fx.Int32:
+        """The packed token and slot."""
+        return fx.Int32(self.ids[self.first + t])
+
+    def row(self, packed):
+        """The row in memory."""
+        token = packed & TOKEN_MASK
+        row = token if self.topk is None else token * self.topk + (packed >> 24)
+        return (token < self.tokens).select(row, 0)
 
 
 @dataclass(frozen=True, slots=True)

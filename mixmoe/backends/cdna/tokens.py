@@ -32,10 +32,15 @@ def shared_storage(cfg: Gemm):
 
 
 class Tokens:
-    """Token codes in LDS and in registers, and their scales."""
+    """Token codes in LDS and in registers, and their scales.
 
-    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, row_of):
+    ``rows`` says where tokens lie: ``rows.id(t)`` loads what is sorted at place t of the tile,
+    ``rows.row(id)`` is the row in memory. Ids are asked for at once, used in :meth:`find`.
+    """
+
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
         self.cfg, self.place, self.lds = cfg, place, lds
+        self.source, self.rows = source, rows
         width = 8 * cfg.copy_bytes
         self.dma = fx.make_copy_atom(fx.rocdl.cdna4.GlobalLoadAsyncLDS(width), fx.Int32)
         self.piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
@@ -44,16 +49,23 @@ class Tokens:
             fx.make_rmem_tensor(4 * cfg.token.pieces, fx.Int32) for _ in range(FRAGMENTS)
         ]
         self.scales = [fx.make_rmem_tensor(1, fx.Int32) for _ in range(cfg.groups)]
-        self.sources = [self._source(i, source, row_of) for i in range(cfg.copies)]
+        self.ids = [rows.id(self._place(i)[0]) for i in range(cfg.copies)]
+        self.sources: list[tuple] = []
 
-    def _source(self, i: int, source: fx.Tensor, row_of):
-        """(row in memory, piece of a K tile, word) that fill a thread's i-th place of a stage."""
+    def _place(self, i: int):
+        """(token, word of its K tile) of a thread's i-th place of a stage."""
         cfg = self.cfg
         word = (i * cfg.team * WAVE + self.place.mate) * (cfg.copy_bytes // WORD)
         per_row = cfg.chunks * 4
-        token, column = word // per_row, word % per_row
-        chunk = cfg.swizzled(token, column // 4)
-        return fx.get_iter(source) + fx.Int64(row_of(token)) * cfg.row_words, chunk, column % 4
+        return word // per_row, word % per_row
+
+    def find(self) -> None:
+        """(row in memory, piece of a K tile, word) that fill each place."""
+        for i, packed in enumerate(self.ids):
+            token, column = self._place(i)
+            row = fx.Int64(self.rows.row(packed)) * self.cfg.row_words
+            chunk = self.cfg.swizzled(token, column // 4)
+            self.sources.append((fx.get_iter(self.source) + row, chunk, column % 4))
 
     def copies(self, kt):
         """Functions that start one copy each, of K tile ``kt`` into its stage."""
@@ -107,9 +119,9 @@ class ScaleFill:
     Up to eight neighbouring threads share a token: 128 bytes, one line of memory.
     """
 
-    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, row_of):
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
         self.cfg, self.place, self.lds, self.source = cfg, place, lds, source
-        self.row_of = row_of
+        self.rows = rows
         self.width = min(8, 1 << (cfg.scale_dwords - 1).bit_length())
         self.passes = -(-cfg.tokens * self.width // THREADS)
         self.rounds = -(-cfg.scale_dwords // self.width)
@@ -118,6 +130,9 @@ class ScaleFill:
             for p in range(self.passes)
             for i in range(self.rounds)
         }
+        self.ids = [
+            rows.id(fx.min(self.slot(p, 0)[0], cfg.tokens - 1)) for p in range(self.passes)
+        ]
 
     def slot(self, p: int, i: int):
         """(token, dword) of a thread in pass p, round i."""
@@ -130,8 +145,7 @@ class ScaleFill:
         unit, per_row = cfg.scale_unit, cfg.scale_blocks // cfg.scale_unit
         piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
         for p in range(self.passes):
-            token = fx.min(self.slot(p, 0)[0], cfg.tokens - 1)
-            row = fx.get_iter(self.source) + fx.Int64(self.row_of(token)) * per_row
+            row = fx.get_iter(self.source) + fx.Int64(self.rows.row(self.ids[p])) * per_row
             for i in range(self.rounds):
                 frag, dword = self.frags[p, i], fx.min(self.slot(p, i)[1], cfg.scale_dwords - 1)
                 if unit == PIECE:
