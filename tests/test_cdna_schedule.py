@@ -26,6 +26,7 @@ MOVES = {
     "fixed": {"walk": Walk(each=3)},
     "persistent": {"walk": Walk(groups=3, together=True, band=2), "streaming": True},
     "room for two": {"waves_per_eu": 2, "walk": Walk(together=True)},
+    "far": {"far": True},
 }
 SPLITS = {
     "two waves": {"k_waves": 2},
@@ -148,6 +149,7 @@ def test_chooser_prefill():
     assert chosen(DSV3, 2048, 64)[0].blocks == 4  # 64 tokens of e2m1: 512 rows
     assert chosen(DSV3, 8192, 128, E4M3)[0].waves_per_eu == 1  # LDS holds one workgroup
     assert chosen(DSV3, 8192, 96)[0].sort_tiles == 3
+    assert [g.far for g in chosen(DSV3, 1 << 21, 128)] == [True, False]  # 7 GiB of x, 2 of h
 
 
 def test_chooser_decode():

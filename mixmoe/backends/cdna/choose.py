@@ -11,6 +11,7 @@ from mixmoe.spec import Problem
 
 TILES = (128, 64, 32, 16)  # tokens
 CUS = 256  # of a MI355X
+NEAR_BYTES = 1 << 32  # what a lane's 32-bit offset reaches
 
 
 def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
@@ -38,6 +39,9 @@ def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
     twice = replace(out, waves_per_eu=2)
     if twice.stages > 2:
         out = twice
+    if problem is not None:
+        rows = problem.tokens if out.halves == 2 else problem.routes
+        out = replace(out, far=rows * out.token.row_bytes(out.k) >= NEAR_BYTES)
     if problem is not None and few:
         tiles = out.row_tiles * min(problem.routes, problem.experts)
         out = share_k(out, tiles)

@@ -51,7 +51,8 @@ class Gemm:
     in registers: the one multiplied and those on their way. K may be shared out: over ``k_waves``
     of the four waves, whose sums meet in LDS, and over ``split_k`` workgroups, whose sums meet in
     memory. ``streaming`` weights are not kept in L2; ``waves_per_eu`` waves a SIMD (workgroups a
-    CU) shall fit, by the LDS they use; ``walk`` says which workgroup takes which tiles.
+    CU) shall fit, by the LDS they use; ``far`` tokens lie more than 4 GiB apart; ``walk`` says
+    which workgroup takes which tiles.
     """
 
     atoms: Atoms
@@ -69,6 +70,7 @@ class Gemm:
     split_k: int = 1
     streaming: bool = False
     waves_per_eu: int = 1
+    far: bool = False
     walk: Walk = Walk()
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class Gemm:
         formats = f"{self.atoms.arch}_{self.token.name}_{self.weight.name}"
         shape = f"{self.halves}x{self.rows}x{self.k}"
         tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}r{self.ring}"
-        split = f"k{self.k_waves}z{self.split_k}n{self.streaming:d}o{self.waves_per_eu}"
+        split = f"k{self.k_waves}z{self.split_k}n{self.streaming:d}o{self.waves_per_eu}f{self.far:d}"
         return f"{formats}_{self.order}_{shape}_{tile}{split}{self.walk.name}"
 
     @property

@@ -42,7 +42,8 @@ class Tokens:
         self.cfg, self.place, self.lds = cfg, place, lds
         self.source, self.rows = source, rows
         width = 8 * cfg.copy_bytes
-        self.dma = fx.make_copy_atom(fx.rocdl.cdna4.GlobalLoadAsyncLDS(width), fx.Int32)
+        near, far = fx.rocdl.cdna4.BufferLoadAsyncLDS, fx.rocdl.cdna4.GlobalLoadAsyncLDS
+        self.dma = fx.make_copy_atom((far if cfg.far else near)(width), fx.Int32)
         self.piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
         self.word = fx.make_copy_atom(fx.UniversalCopy32b(), fx.Int32)
         self.ring = [
@@ -60,12 +61,13 @@ class Tokens:
         return word // per_row, word % per_row
 
     def find(self) -> None:
-        """(row in memory, piece of a K tile, word) that fill each place."""
+        """(row's first word, piece of a K tile, word) that fill each place."""
         for i, packed in enumerate(self.ids):
             token, column = self._place(i)
-            row = fx.Int64(self.rows.row(packed)) * self.cfg.row_words
+            row = self.rows.row(packed)
+            first = (fx.Int64(row) if self.cfg.far else row) * self.cfg.row_words
             chunk = self.cfg.swizzled(token, column // 4)
-            self.sources.append((fx.get_iter(self.source) + row, chunk, column % 4))
+            self.sources.append((first, chunk, column % 4))
 
     def copies(self, kt):
         """Functions that start one copy each, of K tile ``kt`` into its stage."""
@@ -75,16 +77,21 @@ class Tokens:
         cfg = self.cfg
         words = cfg.copy_bytes // WORD
         row, chunk, word = self.sources[i]
-        source = row + (chunk * 4 + word) + kt * (cfg.chunks * 4)
+        step = kt * (cfg.chunks * 4)
         if cfg.parts > 1 or (isinstance(kt, int) and (kt + 1) * TILE_K > cfg.k):
             # Beyond K weights are zero codes: any finite code of the row will do.
-            chunk = (self.place.first_tile + kt) * cfg.chunks + chunk
+            chunk, step = (self.place.first_tile + kt) * cfg.chunks + chunk, 0
             chunk = (chunk < cfg.row_words // 4).select(chunk, 0)
-            source = row + (chunk * 4 + word)
         place = (i * cfg.team + self.place.wave % cfg.team) * WAVE * words
-        target = self.lds.codes.ptr + (self._stage(kt) + place)
         layout = fx.make_layout(words, 1)
-        fx.copy(self.dma, source.view(layout), target.view(layout))
+        target = (self.lds.codes.ptr + (self._stage(kt) + place)).view(layout)
+        at = row + (chunk * 4 + word)
+        if cfg.far:
+            fx.copy(self.dma, (fx.get_iter(self.source) + (at + step)).view(layout), target)
+            return
+        # A scalar carries the K tile, so that no lane computes an address.
+        buffer = fx.get_iter(fx.rocdl.make_buffer_tensor(self.source))
+        fx.copy(self.dma, fx.make_view(buffer + at, layout), target, soffset=step)
 
     def _stage(self, kt):
         """First word of the stage that holds K tile ``kt`` of the wave's part."""
