@@ -104,8 +104,9 @@ class Gemm:
         formats = f"{self.atoms.arch}_{self.token.name}_{self.weight.name}"
         shape = f"{self.halves}x{self.rows}x{self.k}"
         tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}r{self.ring}"
-        split = f"k{self.k_waves}z{self.split_k}n{self.streaming:d}o{self.waves_per_eu}f{self.far:d}"
-        return f"{formats}_{self.order}_{shape}_{tile}{split}{self.walk.name}"
+        split = f"k{self.k_waves}z{self.split_k}"
+        place = f"n{self.streaming:d}o{self.waves_per_eu}f{self.far:d}{self.walk.name}"
+        return f"{formats}_{self.order}_{shape}_{tile}{split}{place}"
 
     @property
     def groups(self) -> int:
