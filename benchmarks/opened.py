@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .case import Case
 from .operands import Operand
-from .registry import Run, Shows
+from .registry import Run, Shows, Unsupported
 
 BACKEND = "hopper"
 
@@ -181,6 +181,40 @@ def _prefill_stage2(call: Call, chosen: Any) -> Run:
     def launch() -> None:
         for rows, routed, work, out in passes:
             chosen.stage2(rows, call.weights, routed, recipe, out, work)
+
+    return Run(launch, lambda tokens: y[tokens], Shows.TOKEN)
+
+
+def atomics_of(call: Call) -> list[tuple[Any, Any]]:
+    """How stage 2 adds by atomics, with the routing, in each pass; refuses where it does not."""
+    from mixmoe.backends.hopper.prefill_schedule import PREFILL, red_of
+    from mixmoe.backends.hopper.stages import schedule_for
+
+    found = []
+    for tokens, _ in _passes(call):
+        routed = call.routed(tokens)
+        p = routed.problem
+        red = red_of(p, call.case.x)
+        chosen = schedule_for(call.recipe, call.weights, p, routed.block)
+        if chosen is not PREFILL or red is None:
+            raise Unsupported("no schedule adds by atomics here")
+        found.append((red, routed))
+    return found
+
+
+def stage2_by_atomics(call: Call) -> Run:
+    """Stage 2 by atomics, the zeroing of its result included."""
+    from mixmoe.backends.hopper.prefill_schedule import PREFILL
+
+    h, y = call.case.h_in("fp8_token"), torch.empty_like(call.case.x)
+    passes = []
+    for (tokens, routes), (red, routed) in zip(_passes(call), atomics_of(call), strict=True):
+        rows = PREFILL.sorted_rows(call.quantised(_part(h, routes)), routed)
+        passes.append((rows, routed, red, y[tokens]))
+
+    def launch() -> None:
+        for rows, routed, red, out in passes:
+            PREFILL.add(rows, call.weights, routed, call.recipe, red, out.zero_())
 
     return Run(launch, lambda tokens: y[tokens], Shows.TOKEN)
 

@@ -43,16 +43,24 @@ def _call(case: Case, name: str, accumulate: str) -> Call:
     return Call(case, case.model.memo.once((OURS, name), pack), recipe)
 
 
-def _layer(call: Call) -> Run:
+def _layer(call: Call, deterministic: bool = True) -> Run:
     import mixmoe
 
     case, y = call.case, torch.empty_like(call.case.x)
     ids, shares = case.routing.ids, case.routing.weights
 
     def launch() -> None:
-        mixmoe.moe(case.x, call.weights, ids, shares, recipe=call.recipe, out=y, backend=BACKEND)
+        mixmoe.moe(
+            case.x, call.weights, ids, shares, recipe=call.recipe, out=y, backend=BACKEND,
+            deterministic=deterministic,
+        )  # fmt: skip
 
     return Run(launch, lambda tokens: y[tokens], Shows.TOKEN)
+
+
+def _by_atomics(call: Call) -> Run:
+    opened.atomics_of(call)
+    return _layer(call, deterministic=False)
 
 
 STAGES: dict[Stage, Callable[[Call], Run]] = {
@@ -75,3 +83,10 @@ for name in RECIPE_NAMES:
             provider(OURS, stage, recipe=name, needs=NEEDS, accumulate=accumulate)(
                 _build(stage, name, accumulate)
             )
+
+ATOMICS = {Stage.STAGE2: opened.stage2_by_atomics, Stage.LAYER: _by_atomics}
+for accumulate in ("precise", "fast"):
+    for stage, run in ATOMICS.items():
+        provider(
+            OURS, stage, recipe="a8w4", needs=NEEDS, accumulate=accumulate, deterministic=False
+        )(lambda case, run=run, how=accumulate: run(_call(case, "a8w4", how)))

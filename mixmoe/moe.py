@@ -64,7 +64,8 @@ def moe(
     topk_weights: (T, topk) float; weights: see :class:`Weights`; expert_map: (global experts,)
     int32 of local ids, -1 where another rank holds the expert. Returns y: (T, H) in
     ``recipe.out_dtype``, written to ``out`` where given (it need not be zeroed).
-    ``deterministic=False`` lets a backend add with atomics (none does). ``backend`` is a name of
+    ``deterministic=False`` lets a backend add with atomics (hopper's prefill does, within the same
+    bounds, in an order that changes from run to run). ``backend`` is a name of
     ``mixmoe.backends.REGISTRY``; None is the device's own.
 
     Raises MixMoEError for anything that breaks a rule, before any launch.

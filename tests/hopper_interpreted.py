@@ -135,6 +135,24 @@ def test_route(tokens: int, topk: int, experts: int, block: int, mapped: bool) -
         assert not same_lists(got, moved)
 
 
+@pytest.mark.parametrize("tokens", [9, 300])
+def test_rows_ride_along(tokens: int) -> None:
+    """Codes of x made beside the routing, small and large, are those made alone."""
+    g = torch.Generator().manual_seed(tokens)
+    ids, weight = torch.randint(-1, 31, (tokens, 8), generator=g), torch.rand(tokens, 8)
+    x = torch.randn(tokens, 320, generator=g)
+    made = quantise_stage.empty_rows(tokens, 320, x.device)
+    writer = quantise_stage.FP8_WRITERS["fp8_token"]
+    rows = route_stage.Rows(x, made.codes, made.scales, made.codes.shape[1], writer, 0)
+    p = Problem(tokens, 64, 64, 31, 8)
+    got = route_stage.route(ids, weight, p, 32, None, rows)
+    assert same_lists(got, cases.REFERENCE.route(ids, weight, p, None, 32))
+    want = quantise_stage.quantise_fp8(x, FORMATS["fp8_token"])
+    have, codes = made.codes.view(torch.uint8), want.codes.view(torch.uint8)
+    assert torch.equal(have, codes) and torch.equal(made.scales, want.scales)
+    assert codes.any() and not torch.equal(have[1:], codes[:-1])
+
+
 @pytest.mark.parametrize("rounding", list(Rounding))
 @pytest.mark.parametrize("name", quantise_stage.WRITERS)
 def test_quantise_bits(name: str, rounding: Rounding) -> None:

@@ -41,19 +41,28 @@ def routed(experts: int, tokens: int, topk: int, skew: str) -> Routed:
     )
 
 
+@pytest.fixture
+def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is full of threes, so that what is not written shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(3))
+
+
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("main", [256, 64])
-def test_tiles_cover_routes(shape: tuple[int, int, int], skew: str, main: int) -> None:
+@pytest.mark.parametrize("main, extra", [(256, 32), (128, 64)])
+def test_tiles_cover_routes(
+    shape: tuple[int, int, int], skew: str, main: int, extra: int
+) -> None:
     r = routed(*shape, skew)
-    made = worklist.tiles(r, main, worklist.EXTRA)
-    count = int(made.count)
+    made = worklist.tiles(r, main, extra)
+    count = int(made.count[0])
     assert count <= made.room
     records = made.records[:count]
     seen = torch.zeros(r.sorted_token_ids.shape[0], dtype=torch.int32)
     for expert, start, routes, _ in records.tolist():
         first = int(r.expert_offsets[expert])
-        assert 0 < routes <= main + worklist.EXTRA
+        assert 0 < routes <= main + extra
         assert first <= start and start + routes <= first + int(r.expert_counts[expert])
         seen[start : start + routes] += 1
     assert int(seen.sum()) == int(r.expert_counts.sum()) and int(seen.max()) <= 1
@@ -63,15 +72,16 @@ def test_tiles_cover_routes(shape: tuple[int, int, int], skew: str, main: int) -
 
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ctas", [264, 130])
-def test_segments_cover_blocks(shape: tuple[int, int, int], skew: str, ctas: int) -> None:
+@pytest.mark.parametrize("ctas, equal", [(264, False), (130, True)])
+def test_segments_cover_blocks(
+    shape: tuple[int, int, int], skew: str, ctas: int, equal: bool, dirty: None
+) -> None:
     r = routed(*shape, skew)
     total, room = int(r.expert_offsets[-1]) // 32, 20
-    counters = torch.ones(700, dtype=torch.int32)
-    lists = worklist.segments(r, ctas, room, counters)
-    assert not counters.any()
+    made = worklist.segments(r, worklist.Split(ctas, room, 700, equal))
+    assert not made.counters.any()
     seen = torch.zeros(total, dtype=torch.int32)
-    for mine in lists.tolist():
+    for mine in made.records.tolist():
         live = mine[: [record[0] for record in mine].index(-1)]
         assert sum(blocks for _, _, blocks, _ in live) <= room
         for expert, block, blocks, _ in live:
@@ -81,15 +91,39 @@ def test_segments_cover_blocks(shape: tuple[int, int, int], skew: str, ctas: int
     assert bool((seen == 1).all())
 
 
-def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch, dirty: None) -> None:
     """The checks above fail when a list is short of one record."""
     honest = worklist.segments
 
-    def short(*args: object) -> torch.Tensor:
-        lists = honest(*args)
-        lists[3, 0, 0] = -1
-        return lists
+    def short(*args: object) -> worklist.Segments:
+        made = honest(*args)
+        made.records[3, 0, 0] = -1
+        return made
 
     monkeypatch.setattr(worklist, "segments", short)
     with pytest.raises(AssertionError):
-        test_segments_cover_blocks((8, 512, 2), "uniform", 264)
+        test_segments_cover_blocks((8, 512, 2), "uniform", 264, False, dirty)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_launch_lists_all(shape: tuple[int, int, int], dirty: None) -> None:
+    """Tiles of both stages, and tiles with segments, are those that are listed alone."""
+    r, split = routed(*shape, "zipf"), worklist.Split(264, 20, 60)
+    both = worklist.work_lists(r, 256, 32, 128)
+    mixed = worklist.work_lists(r, 64, 32, 0, split)
+    pairs = [
+        (both.tiles, worklist.tiles(r, 256, 32)), (both.others, worklist.tiles(r, 128, 0)),
+        (mixed.tiles, worklist.tiles(r, 64, 32)),
+    ]  # fmt: skip
+    for got, want in pairs:
+        assert got is not None and torch.equal(got.count, want.count)
+        count = int(want.count[0])
+        assert torch.equal(got.records[:count, :3], want.records[:count, :3])
+        assert count and int(want.count[1]) == 0, "nothing is drawn yet"
+    alone = worklist.segments(r, split)
+    assert mixed.segments is not None
+    for mine, want in zip(mixed.segments.records.tolist(), alone.records.tolist(), strict=True):
+        end = [record[0] for record in want].index(-1)
+        assert [record[:3] for record in mine[:end]] == [record[:3] for record in want[:end]]
+        assert mine[end][0] == -1
+    assert not mixed.segments.counters.any()

@@ -103,8 +103,11 @@ def test_route_many() -> None:
     sizes = 65536, 8192, 98304, 256, 0, 8
     ids, go = Fake(torch.int64), {"EP": 256, **PDL}
     count = compile_gluon(
-        route.count, ids, None, I32, I32, 65536, 256, 0, CHUNK=256, num_warps=16, maxnreg=64, **go
-    )
+        route.count, ids, None, I32, I32, 65536, 8192, 256, 0, 256,
+        BF16, Fake(torch.float8_e4m3fn), F32, 7168, 7168, 7168,
+        CHUNK=256, WRITE=quantise.write_fp8_row, UP=0, QB=1, KP=8192, num_warps=16, maxnreg=64,
+        **go,
+    )  # fmt: skip
     scan = compile_gluon(route.scan, I32, I32, 256, 256, ROWS=256, COLUMNS=8, num_warps=8, **PDL)
     scatter = compile_gluon(
         route.scatter, ids, F32, None, I32, I32, *LISTS, *sizes,

@@ -98,13 +98,21 @@ class HopperBackend:
         with on(rows.device):
             return self.kernels.combine(rows, routed, recipe, out)
 
-
     def down(
-        self, h: Quantised, weights: Weights, routed: Routed, recipe: Recipe, out: Tensor
+        self,
+        h: Quantised,
+        weights: Weights,
+        routed: Routed,
+        recipe: Recipe,
+        out: Tensor,
+        deterministic: bool = True,
     ) -> Tensor:
-        """gemm2 and combine, fused where the schedule can: ``out (T, H)``."""
+        """gemm2 and combine, fused where the schedule can: ``out (T, H)``.
+
+        ``deterministic=False``: long prefills add a token's rows by atomics, in any order.
+        """
         with on(h.device):
-            return self.kernels.down(h, weights, routed, recipe, out)
+            return self.kernels.down(h, weights, routed, recipe, out, deterministic)
 
     def layer(
         self,
@@ -118,10 +126,10 @@ class HopperBackend:
         expert_map: Tensor | None = None,
         deterministic: bool = True,
     ) -> Tensor:
-        """All five stages with the fusions that a stage boundary forbids; same bits."""
+        """All five stages with the fusions that a stage boundary forbids; see :meth:`down`."""
         with on(x.device):
             return self.kernels.layer(
-                x, weights, topk_ids, topk_weights, recipe, out, expert_map
+                x, weights, topk_ids, topk_weights, recipe, out, expert_map, deterministic
             )
 
 

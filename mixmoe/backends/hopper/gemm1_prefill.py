@@ -10,9 +10,10 @@ from torch import Tensor
 from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
 from mixmoe.backends.hopper.prefill import grouped_prefill
+from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
-from mixmoe.backends.hopper.worklist import Cut, Tiles, weight_boxes
+from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
 from mixmoe.fold import Fold
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Recipe
@@ -20,12 +21,13 @@ from mixmoe.spec import Recipe
 
 def launch(
     x: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
-    recipe: Recipe, cut: Cut, out: Tensor,
-) -> Tensor:
+    recipe: Recipe, cut: Cut, out: Tensor, clear: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Run stage 1: out (P, I) bf16, a row per sorted position; padding rows are not written.
 
     x: rows (T, H); weights: w13 in the order hopper_fp4q_gu_w1 (or _wide); bias (E, 2I) float32;
-    tiles: `worklist.tiles(routed, cut.main, 32)`; routed.block == 32.
+    tiles: `worklist.tiles(routed, cut.main, cut.extra)`; routed.block == 32. clear: a contiguous
+    bf16 tensor to zero on the way.
     """
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
@@ -33,9 +35,10 @@ def launch(
     weight = routed.sorted_weights if recipe.weight_on == 1 else None
     grouped_prefill[(min(multiprocessors(out.device), tiles.room * row_tiles),)](
         words, scales, x.codes, routed.sorted_token_ids, x.scales, tiles.records, tiles.count,
-        out, out.stride(0), weights.row_scale, bias, weight, p.intermediate, 0,
+        out, out.stride(0), weights.row_scale, bias, weight, clear,
+        0 if clear is None else clear.numel(), p.intermediate, 0,
         *activation_scalars(recipe.act), -(-p.intermediate // 8), row_tiles, p.hidden,
-        x.codes.stride(0), KIND=KINDS[recipe.act.kind],
-        WIDE=weights.order.fold is Fold.WIDE, **cut.options(p.hidden),
+        x.codes.stride(0), KIND=KINDS[recipe.act.kind], WIDE=weights.order.fold is Fold.WIDE,
+        **cut.options(p.hidden),
     )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.decode import multiprocessors
+from mixmoe.backends.hopper.decode import barriers, multiprocessors
 from mixmoe.backends.hopper.mainloop import (
     advance,
     cta_barrier,
@@ -43,47 +43,14 @@ from mixmoe.backends.hopper.mainloop import (
     tma_store,
 )
 from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.signals import announce, await_count, glance, proxy_fence
 from mixmoe.backends.hopper.slots import SlotRows
-from mixmoe.backends.hopper.worklist import segments, weight_boxes
+from mixmoe.backends.hopper.worklist import Segments, Split, segments, weight_boxes
 from mixmoe.fold import Fold
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-
-
-@gluon.jit
-def observe(ptr):
-    """The counter at `ptr`, with everything that happened before its last increment."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr.to(gl.uint64)],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )
-
-
-@gluon.jit
-def await_count(ptr, count):
-    seen = observe(ptr)
-    while seen < count:
-        seen = observe(ptr)
-
-
-@gluon.jit
-def bulk_stores_done(zero):
-    """All TMA stores of this warp are visible to it (`tma.store_wait`: only read)."""
-    return gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.b32 $0, $1;", "=r,r", [zero],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )
-
-
-@gluon.jit
-def proxy_fence(zero):
-    """Orders what this thread observed before TMA stores that follow from it."""
-    return gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.b32 $0, $1;", "=r,r", [zero],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )
 
 
 @gluon.jit
@@ -134,10 +101,10 @@ def produce(
 
 @gluon.jit
 def piece(
-    low, high, rows, out, out_full, out_empty, w_empty, release, out_phase, first, scale, bias,
+    low, high, rows, out, out_full, out_empty, w_empty, release, put, put_phase, first, scale, bias,
     h_scale_ptr, at, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
 ):
-    """64 columns x N rows: the product over all of K, scaled, as bf16 in `out`.
+    """64 columns x N rows: the product over all of K, scaled, as bf16 in buffer `put` of `out`.
 
     The first piece gives the weights' stage back, and only after its product: a barrier does not
     wait for a warp's loads from shared memory, and behind the reducing warps' loads they can take
@@ -170,11 +137,11 @@ def piece(
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
         value *= gl.load(h_scale_ptr + at + n)[None, :]
         value += gl.convert_layout(bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
-    mbarrier.wait(out_empty, out_phase)
-    out.slice(0, N, dim=0).permute((1, 0)).store(value.to(gl.bfloat16))
+    mbarrier.wait(out_empty.index(put), put_phase)
+    out.index(put).slice(0, N, dim=0).permute((1, 0)).store(value.to(gl.bfloat16))
     fence_async_shared()
-    mbarrier.arrive(out_full, count=1)
-    return out_phase ^ 1
+    mbarrier.arrive(out_full.index(put), count=1)
+    return advance(put, put_phase, out.shape[0])
 
 
 @gluon.jit
@@ -184,12 +151,13 @@ def multiply(
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment."""
+    PIECE: gl.constexpr = out.shape[1]
     L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
     )
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    stage, phase, out_phase = 0, 0, 1
+    stage, phase, put, put_phase = 0, 0, 0, 1
     mbarrier.wait(h_full, 0)
     for s in range(slices):
         at = mine
@@ -211,23 +179,24 @@ def multiply(
                 low = low + (lo,)  # type: ignore[assignment]
                 high = high + (hi,)  # type: ignore[assignment]
             b = 0
-            while blocks - b > 2:
-                out_phase = piece(
+            while blocks - b > PIECE // 64:
+                put, put_phase = piece(
                     low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
-                    128, STEPS, ROOM,
+                    put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    PIECE, STEPS, ROOM,
                 )
-                b += 4
-            if blocks - b == 2:
-                out_phase = piece(
+                b += PIECE // 32
+            if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
+                if blocks - b == 2:
+                    put, put_phase = piece(
+                        low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
+                        put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                        64, STEPS, ROOM,
+                    )
+            if blocks - b == 1:
+                put, put_phase = piece(
                     low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
-                    64, STEPS, ROOM,
-                )
-            elif blocks - b == 1:
-                out_phase = piece(
-                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                    out_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
                     32, STEPS, ROOM,
                 )
             stage, phase = advance(stage, phase, STAGES)
@@ -237,24 +206,33 @@ def multiply(
 
 
 @gluon.jit
-def announce(written_ptr, s):
-    """Make the stores of slice s visible, then count this CTA."""
-    bulk_stores_done(s)
-    gl.atomic_add(written_ptr + s, 1, sem="release")
+def store_piece(whole_desc, ring_desc, out, row, blocks, WHOLE: gl.constexpr):
+    """A finished piece of `blocks` blocks of 32 rows to the ring; WHOLE: a full one in one box."""
+    BLOCKS: gl.constexpr = out.shape[0] // 32
+    if WHOLE and blocks == BLOCKS:
+        tma_store(whole_desc, [row, 0], out)
+    else:
+        for i in gl.static_range(BLOCKS):
+            if i < blocks:
+                tma_store(ring_desc, [row + i * 32, 0], out.slice(32 * i, 32, dim=0))
 
 
 @gluon.jit
 def store(
-    ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows, slices,
-    ROOM: gl.constexpr, RING: gl.constexpr,
+    whole_desc, ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows,
+    slices, ROOM: gl.constexpr, RING: gl.constexpr, RELAXED: gl.constexpr, LEAN: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):
-    """Role of the storing warp: tiles of `out` to the ring, slices announced, slots awaited.
+    """Role of the storing warp: pieces in `out` to the ring, slices announced, slots awaited.
 
-    Each wait (for a slice's stores to land, for a slot to be free) comes right after `out` was
-    given back, so that it falls into the time of the next tile.
+    Each wait (for a slice's stores to land, for a slot to be free) comes right after a buffer was
+    given back, so that it falls into the time of the next piece. Of several buffers the one before
+    is given back: its stores have been read when the newest ones are all that is pending.
     """
+    OUTS: gl.constexpr = out.shape[0]
+    BLOCKS: gl.constexpr = out.shape[1] // 32
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
-    phase = 0
+    take, phase, stored = 0, 0, 0
     for s in range(slices):
         at = mine
         expert, block, blocks = segment(at)
@@ -262,30 +240,34 @@ def store(
         b = 0
         owed = gl.minimum(s, 1)
         while expert >= 0:
-            mbarrier.wait(out_full, phase)
-            phase ^= 1
-            left = gl.minimum(blocks - b, 4)
-            for i in gl.static_range(4):
-                if i < left:
-                    tma_store(
-                        ring_desc, [base + (block + b + i) * 32, 0], out.slice(32 * i, 32, dim=0)
-                    )
-            tma.store_wait(0)
-            mbarrier.arrive(out_empty, count=1)
+            mbarrier.wait(out_full.index(take), phase)
+            left = gl.minimum(blocks - b, BLOCKS)
+            store_piece(
+                whole_desc, ring_desc, out.index(take), base + (block + b) * 32, left, WHOLE
+            )
+            tma.store_wait(OUTS - 1)
+            if OUTS == 1:
+                mbarrier.arrive(out_empty.index(take), count=1)
+            else:
+                if stored >= OUTS - 1:
+                    mbarrier.arrive(out_empty.index((take + 1) % OUTS), count=1)
+                stored += 1
+            take, phase = advance(take, phase, OUTS)
             if owed == 1:
-                announce(written_ptr, s - 1)
+                announce(written_ptr, s - 1, LEAN)
             owed = 0
-            b += 4
+            b += BLOCKS
             if b >= blocks:
                 at += 4
                 expert, block, blocks = segment(at)
                 b = 0
         if owed == 1:
-            announce(written_ptr, s - 1)
+            announce(written_ptr, s - 1, LEAN)
         if s + 1 >= RING:
-            await_count(reduced_ptr + s + 1 - RING, gl.num_programs(0))
+            free = reduced_ptr + s + 1 - RING
+            await_count(free, gl.num_programs(0), glance(free, RELAXED), RELAXED)
             proxy_fence(s)
-    announce(written_ptr, slices - 1)
+    announce(written_ptr, slices - 1, LEAN)
 
 
 @gluon.jit
@@ -293,6 +275,7 @@ def reduce(
     ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
     written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
     TOPK: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, SCALED: gl.constexpr,
+    RELAXED: gl.constexpr,
 ):
     """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors."""
     N: gl.constexpr = positions.shape[1]
@@ -315,8 +298,7 @@ def reduce(
             factors.index(i * TOPK + k).store(f)
     seen = grid * 0
     for s in range(slices):
-        while seen < grid:
-            seen = observe(written_ptr + s)
+        await_count(written_ptr + s, grid, seen, RELAXED)
         base = ring_ptr + (s % RING * slot_rows).to(gl.int64) * 64
         for turn in gl.static_range(TURNS):
             total = gl.zeros([N, 64], gl.float32, L)
@@ -329,7 +311,7 @@ def reduce(
                 )
                 total += row.to(gl.float32) * f[:, None]
             if turn + 1 == TURNS:
-                seen = observe(written_ptr + gl.minimum(s + 1, slices - 1))
+                seen = glance(written_ptr + gl.minimum(s + 1, slices - 1), RELAXED)
             t = t0 + turn * N + n
             column = s * 64 + c
             gl.store(
@@ -343,20 +325,13 @@ def reduce(
 
 
 @gluon.jit
-def barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(bars.index(i), count=arrivals)
-    return bars
-
-
-@gluon.jit
 def gemm2_ring(
-    w_desc, s_desc, h_desc, ring_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr,
-    row_scale_ptr, bias_ptr, list_ptr, written_ptr, reduced_ptr,
+    w_desc, s_desc, h_desc, whole_desc, ring_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr,
+    weight_ptr, row_scale_ptr, bias_ptr, list_ptr, written_ptr, reduced_ptr,
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr, WIDE: gl.constexpr,
+    OUTS: gl.constexpr, RELAXED: gl.constexpr, LEAN: gl.constexpr, WHOLE: gl.constexpr,
     REDUCE_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -369,15 +344,16 @@ def gemm2_ring(
     rows = gl.allocate_shared_memory(
         gl.float8e4nv, [STEPS * ROOM, 32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    out = gl.allocate_shared_memory(gl.bfloat16, [128, 64], gl.NVMMASharedLayout(128, 16, 2))
+    out = gl.allocate_shared_memory(
+        gl.bfloat16, [OUTS] + whole_desc.block_type.shape, whole_desc.layout
+    )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     positions = gl.allocate_shared_memory(gl.int32, [TURNS * TOPK, SPAN], flat)
     factors = gl.allocate_shared_memory(gl.float32, [TURNS * TOPK, SPAN], flat)
     w_full = barriers(STAGES, 1)
     w_empty = barriers(STAGES, 1)
     h_full = barriers(1, ROOM).index(0)
-    out_full = barriers(1, 1).index(0)
-    out_empty = barriers(1, 1).index(0)
+    out_full, out_empty = barriers(OUTS, 1), barriers(OUTS, 1)
     fence_async_shared()
     if PDL:
         gdc_launch_dependents()
@@ -389,11 +365,11 @@ def gemm2_ring(
                         STEPS, STAGES, ROOM, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
-                      TOPK, RING, TURNS, bias_ptr is None)),
+                      TOPK, RING, TURNS, bias_ptr is None, RELAXED)),
             (produce, (w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty,
                        h_full, units, slices, STEPS, STAGES, ROOM)),
-            (store, (ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr,
-                     slot_rows, slices, ROOM, RING)),
+            (store, (whole_desc, ring_desc, out, out_full, out_empty, list_ptr, written_ptr,
+                     reduced_ptr, slot_rows, slices, ROOM, RING, RELAXED, LEAN, WHOLE)),
         ],
         [2, 1, 1],
         [REDUCE_REGISTERS, REDUCE_REGISTERS, REDUCE_REGISTERS],
@@ -406,7 +382,10 @@ class Ring:
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
     of the ring; registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of
-    the grid, all resident.
+    the grid, all resident. piece: routes multiplied at a time, outs: finished pieces that wait for
+    the storing warp; relaxed: counters are polled without acquiring; lean: one fence less before a
+    slice is announced; whole: full pieces go out in one box; equal: CTAs get equal shares of the
+    blocks even where each expert could have a CTA of its own.
     """
 
     steps: int
@@ -415,6 +394,12 @@ class Ring:
     slots: int
     registers: int
     ctas: int
+    piece: int = 128
+    outs: int = 1
+    relaxed: bool = False
+    lean: bool = False
+    whole: bool = False
+    equal: bool = False
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device, slots: int = 4) -> "Ring | None":
@@ -427,35 +412,47 @@ class Ring:
         ring = cls(steps, room, stages, slots, registers, 2 * multiprocessors(device))
         return ring if problem.padded_routes(32) <= ring.ctas * room * 32 else None
 
+    def split(self, problem: Problem) -> Split:
+        """The segments it works on, and two counters a slice."""
+        return Split(self.ctas, self.room, 2 * -(-problem.hidden // COLUMNS), self.equal)
+
+
+def slot_boxes(scratch: Tensor, rows: int) -> TensorDescriptor:
+    """TMA boxes of a slice's rows in the ring."""
+    return TensorDescriptor.from_tensor(
+        scratch, [rows, COLUMNS], gl.NVMMASharedLayout(128, 16, 2)
+    )
+
 
 def launch(
     h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, recipe: Recipe,
-    ring: Ring, out: Tensor,
+    ring: Ring, out: Tensor, work: Segments | None = None,
 ) -> Tensor:
     """Run stage 2 and the sum over a token's routes: out (T, H).
 
     h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
-    _wide); routed.block == 32.
+    _wide); routed.block == 32; work: segments of `ring.split`, for one launch.
     """
     p = routed.problem
     device = out.device
     slices = -(-p.hidden // COLUMNS)
     slot_rows = h.codes.shape[0]
     scratch = torch.empty((ring.slots * slot_rows, COLUMNS), dtype=torch.bfloat16, device=device)
-    counters = torch.empty(2 * slices, dtype=torch.int32, device=device)
-    lists = segments(routed, ring.ctas, ring.room, counters)
+    work = segments(routed, ring.split(p)) if work is None else work
+    counters = work.counters
     span = 16
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     gemm2_ring[(ring.ctas,)](
         words, scales,
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
-        TensorDescriptor.from_tensor(scratch, [32, COLUMNS], gl.NVMMASharedLayout(128, 16, 2)),
+        slot_boxes(scratch, ring.piece), slot_boxes(scratch, 32),
         scratch, out, routed.position, h.scales, weight, weights.row_scale, bias,
-        lists, counters, counters[slices:],
+        work.records, counters, counters[slices:],
         p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
         p.topk, ring.steps, ring.stages, ring.room, ring.slots, -(-p.tokens // (ring.ctas * span)),
-        span, weights.order.fold is Fold.WIDE, ring.registers, True,
+        span, weights.order.fold is Fold.WIDE, ring.outs, ring.relaxed,
+        ring.lean, ring.whole, ring.registers, True,
         num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip
     return out

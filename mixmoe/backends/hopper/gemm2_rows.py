@@ -2,7 +2,7 @@
 
 The launch of `prefill.grouped_prefill` on rows of h in sorted order, with the plain epilogue, and a
 kernel that adds a token's topk rows in float32, in slot order. The columns of H are done in as many
-groups as keep the rows within twice the activations.
+groups as keep the rows within twice the activations, or within SCRATCH where that is more.
 """
 
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.prefill import grouped_prefill
+from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
-from mixmoe.backends.hopper.worklist import Cut, Tiles, weight_boxes
+from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
 from mixmoe.fold import Fold
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Recipe
 
 ROWS = 128  # weight rows of a tile
+SCRATCH = 64 << 20  # bf16 values of rows that are always allowed: a group more costs two launches
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def launch_group(
     words, scales = weight_boxes(weights, 4, 1)
     grouped_prefill[(min(multiprocessors(rows.device), tiles.room * count),)](
         words, scales, h.codes, routed.sorted_token_ids, h.scales, tiles.records, tiles.count,
-        rows, rows.stride(0), weights.row_scale, bias, None, p.hidden, base,
+        rows, rows.stride(0), weights.row_scale, bias, None, None, 0, p.hidden, base,
         0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),
         KIND=None, WIDE=weights.order.fold is Fold.WIDE,
         **cut.options(p.intermediate),
@@ -77,18 +79,27 @@ def launch(
 ) -> Tensor:
     """Run stage 2 and the sum: out (T, H). Tiles as stage 1's, the rest as `gemm2_prefill`'s."""
     p = routed.problem
-    device, padded = out.device, h.codes.shape[0]
+    padded = h.codes.shape[0]
     total = -(-p.hidden // ROWS)
-    group = max(1, min(total, 2 * p.tokens * p.hidden // (padded * ROWS)))
-    rows = torch.empty((padded, group * ROWS), dtype=torch.bfloat16, device=device)
+    most = max(1, max(SCRATCH, 2 * p.tokens * p.hidden) // (padded * ROWS))
+    group = -(-total // -(-total // most))
+    rows = torch.empty((padded, group * ROWS), dtype=torch.bfloat16, device=out.device)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
-    width = min(1024, pow2(group * ROWS))
     for base in range(0, total, group):
         count = min(group, total - base)
         columns = min(count * ROWS, p.hidden - base * ROWS)
         launch_group(h, weights, bias, routed, tiles, cut, base, count, rows)
-        sum_routes[(p.tokens, -(-columns // width))](
-            rows, routed.position, weight, out[:, base * ROWS :], columns, rows.stride(0),
-            out.stride(0), TOPK=p.topk, N=width, num_warps=max(1, width // 256), **options(device),
-        )  # fmt: skip
+        add_up(rows, weight, routed, columns, out[:, base * ROWS :])
     return out
+
+
+def add_up(
+    rows: Tensor, weight: Tensor | None, routed: Placed, columns: int, out: Tensor
+) -> None:
+    """Sum over a token's rows (P, >= columns), times weight (P,) if given, into out (T, ..)."""
+    p = routed.problem
+    width = min(1024, pow2(columns))
+    sum_routes[(p.tokens, -(-columns // width))](
+        rows, routed.position, weight, out, columns, rows.stride(0), out.stride(0), TOPK=p.topk,
+        N=width, num_warps=max(1, width // 256), **options(out.device),
+    )  # fmt: skip

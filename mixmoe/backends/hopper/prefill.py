@@ -1,6 +1,6 @@
 """The grouped GEMM of both stages for many rows per expert, at the FP8 tensor rate.
 
-A tile is 128 weight rows x up to MAIN + 32 routes of one expert. Its rows of x are gathered by
+A tile is 128 weight rows x up to MAIN + EXTRA routes of one expert. Its rows of x are gathered by
 cp.async; an expert with slightly more than MAIN routes adds a second, narrow accumulator that
 reuses the dequantised weights. Persistent: CTA c takes items c, 2G - 1 - c, 2G + c, ... of a list
 sorted by size, so that loads come out even without a scheduler, and the CTAs that share rows of x
@@ -14,27 +14,13 @@ has the tensor cores to itself.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.mainloop import (
-    activate,
-    advance,
-    cp_async,
-    half_fragment,
-    halves,
-    load_units,
-    smem_cast,
-    tma_load,
-)
+from mixmoe.backends.hopper.mainloop import activate, advance, cp_async, smem_cast, tma_load
+from mixmoe.backends.hopper.prefill_products import multiply, multiply_precise
 
 SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
-EXTRA = gl.constexpr(32)  # routes beyond MAIN that a tile takes
 
 
 @gluon.jit
@@ -61,18 +47,37 @@ def addresses(x_ptr, ids_ptr, start, first: gl.constexpr, routes, pitch, N: gl.c
 
 
 @gluon.jit
+def clear(ptr, at, end):
+    """2 KB of zeros from bf16 number `at` on, as far as `end`; the next place."""
+    SPAN: gl.constexpr = gl.num_warps() * 256
+    n = at + gl.arange(0, SPAN, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
+    gl.store(ptr + n, gl.full([SPAN], 0.0, gl.bfloat16, n.type.layout), mask=n < end)
+    return at + SPAN
+
+
+@gluon.jit
 def gather(
-    w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, tiles_ptr, count_ptr, words, scales,
-    xs, extra, x_scales, weights, full, empty, units, row_tiles, base, steps, pitch,
+    w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, clear_ptr, clear_end, tiles_ptr,
+    count_ptr, words, scales, xs, extra, x_scales, weights, full, empty, units, row_tiles, base,
+    steps, pitch,
     MAIN: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, BY_TOKEN: gl.constexpr,
 ):
-    """Role of the gathering warps: weights by TMA, rows of x by cp.async, scales of the rows."""
+    """Role of the gathering warps: weights by TMA, rows of x by cp.async, scales of the rows.
+
+    Beside that they zero their share of what a later kernel adds to, a little in every step: the
+    memory is idle enough here to take it.
+    """
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
+    EXTRA: gl.constexpr = extra.shape[1]
     TEAM_UNITS: gl.constexpr = w_desc.block_type.shape[0]
     total = gl.load(count_ptr) * row_tiles
     turn = 0
     at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
     stage, phase = 0, 1
+    if clear_ptr is not None:
+        share = gl.cdiv(gl.cdiv(clear_end, gl.num_programs(0)), 8) * 8
+        clear_at = gl.program_id(0) * share
+        clear_end = gl.minimum(clear_end, clear_at + share)
     while more:
         unit = gl.load(at) * units + (base + row_tile) * (TEAMS * TEAM_UNITS)
         start = gl.load(at + 1)
@@ -117,122 +122,13 @@ def gather(
                 cp_async(extra.index(stage), x_ptr + k * 128 + offset2, mask=mask2)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
+            if clear_ptr is not None:
+                clear_at = clear(clear_ptr, clear_at, clear_end)
         turn += 1
         at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
-
-
-@gluon.jit
-def multiply(
-    words, scales, xs, extra, full, empty, stage, phase, steps, team: gl.constexpr,
-    N: gl.constexpr, N2: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
-
-    The second half of a step is dequantised while the first multiplies; then the team waits, and
-    the other team multiplies. No wgmma is in flight over the loop edge: with two teams ptxas would
-    serialise every one (C7512).
-    """
-    WARPS: gl.constexpr = gl.num_warps()
-    L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 32]
-    )
-    L2: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N2, 32]
-    )
-    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
-    A2: gl.constexpr = gl.DotOperandLayout(0, L2, 4)
-    acc = gl.zeros([WARPS * 16, N], gl.float32, L)
-    acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    for _ in range(steps):
-        mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
-        x = xs.index(stage)
-        x2 = extra.index(stage)
-        if xs.shape[1] != N:
-            x = x.slice(0, N, dim=0)
-        lo, hi = load_units(
-            words.index(stage * TEAMS + team), scales.index(stage * TEAMS + team), 1, WARPS, WIDE
-        )
-        low, high = halves(lo), halves(hi)
-        for h in gl.static_range(2):
-            a = half_fragment(low[h], high[h], A, 1, WARPS)
-            acc = warpgroup_mma(
-                a, x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, is_async=True
-            )
-            if N2 > 8:
-                a2 = gl.convert_layout(a, A2, assert_trivial=True)
-                acc2 = warpgroup_mma(
-                    a2, x2.slice(h * 64, 64, dim=1).permute((1, 0)), acc2, is_async=True
-                )
-        if N2 > 8:
-            acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
-        else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = advance(stage, phase, STAGES)
-    return acc, acc2, stage, phase
-
-
-@gluon.jit
-def multiply_precise(
-    words, scales, xs, extra, full, empty, stage, phase, steps, team: gl.constexpr,
-    N: gl.constexpr, N2: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """`multiply` with every 128 columns of K added in float32: totals (rows, N / PARTS), acc2.
-
-    FP8 tensor cores keep about 14 bits of a running sum. A team waits for a part of its product and
-    adds it while the other team multiplies; four parts leave room for acc2 in the registers.
-    """
-    WARPS: gl.constexpr = gl.num_warps()
-    PARTS: gl.constexpr = 2 if N2 == 8 else 4
-    PART: gl.constexpr = N // PARTS
-    L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, PART, 32]
-    )
-    L2: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N2, 32]
-    )
-    totals = ()
-    for _ in gl.static_range(PARTS):
-        totals = totals + (gl.zeros([WARPS * 16, PART], gl.float32, L),)  # type: ignore[assignment]
-    acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    for _ in range(steps):
-        mbarrier.wait(full.index(stage), phase)
-        fence_async_shared()
-        x = xs.index(stage)
-        lo, hi = load_units(
-            words.index(stage * TEAMS + team), scales.index(stage * TEAMS + team), 1, WARPS, WIDE
-        )
-        sums = ()
-        for i in gl.static_range(PARTS):
-            part = product(lo, hi, x.slice(i * PART, PART, dim=0), L, PART, WARPS)
-            sums = sums + (totals[i] + part,)  # type: ignore[assignment]
-        totals = sums
-        if N2 > 8:
-            acc2 += product(lo, hi, extra.index(stage), L2, N2, WARPS)
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = advance(stage, phase, STAGES)
-    return totals, acc2, stage, phase
-
-
-@gluon.jit
-def product(lo, hi, x, L: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
-    """128 columns of the dequantised weights times the N rows of x, complete."""
-    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
-    lo0, lo1 = halves(lo)
-    hi0, hi1 = halves(hi)
-    acc = gl.zeros([WARPS * 16, N], gl.float32, L)
-    acc = warpgroup_mma(
-        half_fragment(lo0, hi0, A, 1, WARPS), x.slice(0, 64, dim=1).permute((1, 0)), acc,
-        use_acc=False, is_async=True,
-    )
-    acc = warpgroup_mma(
-        half_fragment(lo1, hi1, A, 1, WARPS), x.slice(64, 64, dim=1).permute((1, 0)), acc,
-        is_async=True,
-    )
-    return warpgroup_mma_wait(0, deps=[acc])
+    if clear_ptr is not None:
+        while clear_at < clear_end:
+            clear_at = clear(clear_ptr, clear_at, clear_end)
 
 
 @gluon.jit
@@ -350,18 +246,19 @@ def tile(
     words, scales, xs, extra, x_scales, weights, out, full, empty, stage, phase, tiles_ptr, turn,
     total, row_tiles, steps, end, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
     STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    PRECISE: gl.constexpr,
+    FLUSH: gl.constexpr, PART: gl.constexpr,
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read late: registers are short."""
-    if PRECISE:
+    if FLUSH > 0:
+        PARTS: gl.constexpr = max(1, N // min(PART, max(32, N // 2)))
         totals, acc2, stage, phase = multiply_precise(
             words, scales, xs, extra, full, empty, stage, phase, steps, team, N, N2, STAGES,
-            TEAMS, WIDE,
+            TEAMS, WIDE, PARTS, FLUSH,
         )
         at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
         record = (gl.load(at), gl.load(at + 1), gl.load(at + 2))
         block = row_tile * TEAMS + team
-        for i in gl.static_range(2 if N2 == 8 else 4):
+        for i in gl.static_range(PARTS):
             finish(
                 totals[i], out, x_scales, weights, i * totals[i].shape[1], record, block, end, KIND
             )
@@ -384,9 +281,10 @@ def consume(
     team: gl.constexpr, words, scales, xs, extra, x_scales, weights, out, full, empty, tiles_ptr,
     count_ptr, row_tiles, steps, end, MAIN: gl.constexpr, SMALL: gl.constexpr,
     STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    PRECISE: gl.constexpr,
+    FLUSH: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
 ):
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
+    EXTRA: gl.constexpr = extra.shape[1]
     total = gl.load(count_ptr) * row_tiles
     turn = 0
     at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
@@ -398,17 +296,20 @@ def consume(
         if routes > MAIN:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, EXTRA, STAGES, TEAMS, KIND, WIDE, PRECISE,
+                total, row_tiles, steps, end, team, MAIN, EXTRA, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                LONG_PART,
             )
         elif routes > SMALL:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
+                total, row_tiles, steps, end, team, MAIN, 8, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                PART,
             )
         else:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, SMALL, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
+                total, row_tiles, steps, end, team, SMALL, 8, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                PART,
             )
         turn += 1
         at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
@@ -417,13 +318,17 @@ def consume(
 @gluon.jit(do_not_specialize=["base", "units", "row_tiles"])
 def grouped_prefill(
     w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, tiles_ptr, count_ptr,
-    out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
+    out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, clear_ptr, clear_end, columns, base,
     limit, alpha, beta, beta2, units, row_tiles, K, pitch,
-    MAIN: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
+    TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
+    FLUSH: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
-    """KIND None: rows of x lie in sorted order, plain epilogue; else rows by token, gated."""
+    """KIND None: rows of x lie in sorted order, plain epilogue; else rows by token, gated.
+
+    clear_ptr: clear_end bf16 to fill with zeros, or None.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
@@ -456,15 +361,15 @@ def grouped_prefill(
                        tiles_ptr, count_ptr, row_tiles, steps,
                        (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
                         limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE)),
+                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, FLUSH, PART, LONG_PART)),
             (consume, (1, words, scales, xs, extra, x_scales, weights, out.index(1), full, empty,
                        tiles_ptr, count_ptr, row_tiles, steps,
                        (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
                         limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE)),
-            (gather, (w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, tiles_ptr,
-                      count_ptr, words, scales, xs, extra, x_scales, weights, full, empty,
-                      units, row_tiles, base, steps, pitch, MAIN, STAGES, TEAMS,
+                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, FLUSH, PART, LONG_PART)),
+            (gather, (w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, clear_ptr, clear_end,
+                      tiles_ptr, count_ptr, words, scales, xs, extra, x_scales, weights, full,
+                      empty, units, row_tiles, base, steps, pitch, MAIN, STAGES, TEAMS,
                       KIND is not None)),
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],

@@ -1,7 +1,8 @@
 """The schedule for many rows per expert: packed mxfp4 weights, FP8-like activations.
 
-    route -> x to fp8 rows -> tiles -> stage 1 (h bf16, sorted order) -> h to fp8 rows
-          -> stage 2 and the sum: `gemm2_prefill` (short K) or `gemm2_rows`
+    route, x to fp8 rows -> work lists of both stages -> stage 1 (h bf16, sorted order)
+          -> h to fp8 rows -> stage 2 and the sum: `gemm2_prefill` (short K) or `gemm2_rows`;
+             `gemm2_red` (short K) where the sum need not be deterministic
 
 Inside the layer h stays in sorted order, the order in which stage 2 loads it. Tokens beyond `CHUNK`
 go through in several passes: what stage 2 keeps on the chip grows with the tokens, while a pass
@@ -14,13 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_rows
+from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_red, gemm2_rows
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
+from mixmoe.backends.hopper.gemm2_prefill import Ring
+from mixmoe.backends.hopper.gemm2_red import Red
+from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.quantise import slot_rows
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
-from mixmoe.backends.hopper.worklist import EXTRA, ROUTE_BLOCK, Cut, Tiles, tiles
+from mixmoe.backends.hopper.worklist import (
+    ROUTE_BLOCK,
+    Segments,
+    Tiles,
+    tiles,
+    work_lists,
+)
 from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Weights
 
@@ -29,6 +39,9 @@ if TYPE_CHECKING:
 
 CHUNK = 8192  # tokens of a pass
 MEAN = 24  # routes per expert from which tiles beat the decode streams
+RING_FROM = 4097  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
+# wait for each other however few rows they have (H100, 2026-11-28: 405 us at T 1024, 429 at 2048)
+STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
 
 
 def suits(problem: Problem) -> bool:
@@ -36,10 +49,20 @@ def suits(problem: Problem) -> bool:
     return problem.routes >= MEAN * problem.experts
 
 
+def ring_of(problem: Problem, device: torch.device) -> Ring | None:
+    """How the ring is cut; None where it does not fit, or where rows and their sum are faster."""
+    return Ring.of(problem, device) if problem.tokens >= RING_FROM else None
+
+
+def rows_of(problem: Problem) -> Red | None:
+    """How `gemm2_red` is cut to store rows; None: `gemm2_rows` makes them."""
+    return Red.of(problem) if STORED else None
+
+
 def cut_tiles(routed: Placed, recipe: Recipe) -> tuple[Cut, Tiles]:
     """How stage 1 is cut, and its work list."""
     cut = Cut.of(routed.problem, recipe.accumulate == "precise")
-    return cut, tiles(routed, cut.main, EXTRA)
+    return cut, tiles(routed, cut.main, cut.extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +77,14 @@ class Prefill:
         )
 
     def stage1(
-        self, x: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, cut: Cut, work: Tiles
-    ) -> Tensor:
-        """h in bf16, a row per sorted position; padding rows are not written."""
+        self, x: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, cut: Cut, work: Tiles,
+        clear: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """h in bf16, a row per sorted position; padding rows are not written. Zeroes `clear`."""
         shape = (routed.sorted_token_ids.shape[0], routed.problem.intermediate)
         h = torch.empty(shape, dtype=torch.bfloat16, device=x.codes.device)
         return gemm1_prefill.launch(
-            x, weights.w13, weights.w13_bias, routed, work, recipe, cut, h  # type: ignore[arg-type]
+            x, weights.w13, weights.w13_bias, routed, work, recipe, cut, h, clear  # type: ignore[arg-type]
         )
 
     def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
@@ -72,10 +96,15 @@ class Prefill:
         return rows[routed.position.clamp_min(0).long()].to(recipe.out_dtype)
 
     def down(
-        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
-    ) -> Tensor:
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        deterministic: bool = True,
+    ) -> Tensor:  # fmt: skip
         """gemm2 and combine of rows in route order."""
-        return self.stage2(self.sorted_rows(h, routed), weights, routed, recipe, out)
+        rows = self.sorted_rows(h, routed)
+        red = None if deterministic else red_of(routed.problem, out)
+        if red is None:
+            return self.stage2(rows, weights, routed, recipe, out)
+        return self.add(rows, weights, routed, recipe, red, out.zero_())
 
     def sorted_rows(self, h: Quantised, routed: Placed) -> SlotRows:
         """FP8 rows of h in sorted order; padding repeats a row."""
@@ -87,18 +116,46 @@ class Prefill:
 
     def stage2(
         self, h: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
-        work: tuple[Cut, Tiles] | None = None,
+        work: tuple[Cut, Tiles] | None = None, segments: Segments | None = None,
+        others: Tiles | None = None,
     ) -> Tensor:  # fmt: skip
-        """Stage 2 and the sum, h in sorted order."""
-        ring = gemm2_prefill.Ring.of(routed.problem, out.device)
+        """Stage 2 and the sum, h in sorted order; the lists, where they are there already."""
+        ring, red = ring_of(routed.problem, out.device), rows_of(routed.problem)
         if ring is not None:
             return gemm2_prefill.launch(
-                h, weights.w2, weights.w2_bias, routed, recipe, ring, out  # type: ignore[arg-type]
+                h, weights.w2, weights.w2_bias, routed, recipe, ring, out, segments  # type: ignore[arg-type]
             )
+        if red is not None:
+            return self.store(h, weights, routed, recipe, red, out, others)
         cut, tiled = cut_tiles(routed, recipe) if work is None else work
         return gemm2_rows.launch(
             h, weights.w2, weights.w2_bias, routed, tiled, recipe, cut, out  # type: ignore[arg-type]
         )
+
+    def add(
+        self, h: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, red: Red, out: Tensor,
+        work: Tiles | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Stage 2 and the sum by atomics, into zeros."""
+        work = tiles(routed, red.main, 0) if work is None else work
+        return gemm2_red.launch(
+            h, weights.w2, weights.w2_bias, routed, work, recipe, red, out  # type: ignore[arg-type]
+        )
+
+    def store(
+        self, h: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, red: Red, out: Tensor,
+        work: Tiles | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Stage 2 as weighted rows (P, H), then the sum."""
+        p = routed.problem
+        work = tiles(routed, red.main, 0) if work is None else work
+        shape = (h.codes.shape[0], -(-p.hidden // 64) * 64)
+        rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
+        gemm2_red.launch(
+            h, weights.w2, weights.w2_bias, routed, work, recipe, red, rows, adds=False  # type: ignore[arg-type]
+        )
+        gemm2_rows.add_up(rows, None, routed, p.hidden, out)
+        return out
 
     def layer(self, call: "Call", out: Tensor) -> Tensor:
         """Everything, from x and topk_ids to out, CHUNK tokens at a time."""
@@ -108,17 +165,38 @@ class Prefill:
 
     def chunk(self, call: "Call", part: slice, out: Tensor) -> None:
         """The layer for some of the tokens."""
-        recipe, weights, x = call.recipe, call.weights, call.x[part]
+        recipe, weights, x, y = call.recipe, call.weights, call.x[part], out[part]
         p = call.problem
         p = Problem(x.shape[0], p.hidden, p.intermediate, p.experts, p.topk)
+        rows = quantise_stage.empty_rows(p.tokens, p.hidden, x.device)
+        writer = quantise_stage.FP8_WRITERS[recipe.activation.name]
+        up = quantise_stage.round_up_from(recipe.activation, recipe.rounding)
         routed = route_stage.route(
-            call.topk_ids[part], call.topk_weights[part], p, ROUTE_BLOCK, call.expert_map
-        )
-        rows = quantise_stage.quantise_fp8(x, recipe.activation, recipe.rounding)
-        cut, work = cut_tiles(routed, recipe)
-        h = self.stage1(rows, weights, routed, recipe, cut, work)
-        codes = quantise_stage.quantise_fp8(h, recipe.activation, recipe.rounding)
-        self.stage2(codes, weights, routed, recipe, out[part], (cut, work))
+            call.topk_ids[part], call.topk_weights[part], p, ROUTE_BLOCK, call.expert_map,
+            route_stage.Rows(x, rows.codes, rows.scales, rows.codes.shape[1], writer, up),
+        )  # fmt: skip
+        cut = Cut.of(p, recipe.accumulate == "precise")
+        red = None if call.deterministic else red_of(p, y)
+        ring = ring_of(p, x.device) if red is None else None
+        other = red if red else rows_of(p) if ring is None else None
+        lists = work_lists(
+            routed, cut.main, cut.extra, other.main if other else 0,
+            ring.split(p) if ring else None,
+        )  # fmt: skip
+        assert lists.tiles is not None
+        h = self.stage1(rows, weights, routed, recipe, cut, lists.tiles, y if red else None)
+        rows = quantise_stage.quantise_fp8(h, recipe.activation, recipe.rounding)
+        if red is not None:
+            self.add(rows, weights, routed, recipe, red, y, lists.others)
+        else:
+            tiled = cut, lists.tiles
+            self.stage2(rows, weights, routed, recipe, y, tiled, lists.segments, lists.others)
+
+
+def red_of(problem: Problem, out: Tensor) -> Red | None:
+    """How stage 2 adds by atomics; None where its kernel cannot, or is not the faster one."""
+    plain = out.is_contiguous() and out.dtype == torch.bfloat16
+    return Red.of(problem) if plain else None
 
 
 PREFILL = Prefill()

@@ -6,12 +6,13 @@ are sums over compares, so no order of arrival enters and a graph replay gives t
 ========  ===============================================================================
 small     up to ``SMALL`` routes: every CTA counts all ids, then places 32 routes of its own;
           further CTAs quantise the rows of x, which needs no routing, in the same launch
-large     ``count`` (rank in a chunk of 256, histogram of the chunk), ``scan`` (prefix over
-          chunks per expert), ``scatter``
+large     ``count`` (rank in a chunk of 256, histogram of the chunk; the rows of x as above),
+          ``scan`` (prefix over chunks per expert), ``scatter``
 ========  ===============================================================================
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -151,19 +152,30 @@ def route_small(
 
 @triton.jit(do_not_specialize=SIZES)
 def count(
-    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, E, known,
-    CHUNK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, T, E, known, chunks,
+    x_ptr, codes_ptr, scales_ptr, K, x_stride, pitch,
+    CHUNK: tl.constexpr, EP: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
+    KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own."""
+    """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own.
+
+    CTAs beyond the chunks quantise QB rows of x each.
+    """
     start_dependents(PDL)
     chunk = tl.program_id(0)
-    r = chunk * CHUNK + tl.arange(0, CHUNK)
-    e = expert_of(ids_ptr, map_ptr, r, R, E, known)
-    counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
-    k = tl.arange(0, EP)
-    tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
-    rank = rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known, CHUNK)
-    tl.store(rank_ptr + r, rank, mask=r < R)
+    if chunk < chunks:
+        r = chunk * CHUNK + tl.arange(0, CHUNK)
+        e = expert_of(ids_ptr, map_ptr, r, R, E, known)
+        counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
+        k = tl.arange(0, EP)
+        tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
+        rank = rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known, CHUNK)
+        tl.store(rank_ptr + r, rank, mask=r < R)
+    else:
+        if WRITE is not None:
+            row = (chunk - chunks) * QB + tl.arange(0, QB)
+            x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
+            WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -210,7 +222,7 @@ def scatter(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Rows of x that ``route_small`` quantises beside its routing, and where the codes go.
+    """Rows of x that routing quantises in its first launch, and where the codes go.
 
     A row of codes holds ``pitch`` values, zeros beyond those of x.
     """
@@ -227,10 +239,10 @@ def route(
     topk_ids: Tensor, topk_weights: Tensor, problem: Problem, block: int,
     expert_map: Tensor | None = None, rows: Rows | None = None,
 ) -> Placed:  # fmt: skip
-    """Sort ``topk_ids (T, topk)`` into blocks of ``block`` routes; ``rows`` rides along if small.
+    """Sort ``topk_ids (T, topk)`` into blocks of ``block`` routes; ``rows`` rides along.
 
-    An id of -1, at least E, or mapped to -1 is skipped. ``rows`` may be given only where
-    ``problem.routes <= SMALL``. Every byte of the result is written; nothing is read back.
+    An id of -1, at least E, or mapped to -1 is skipped. Every byte of the result is written;
+    nothing is read back.
     """
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     out = empty_routed(problem, block, topk_ids, topk_weights, expert_map)
@@ -279,37 +291,39 @@ def route_few(
     p = out.problem
     ep = pow2(p.experts)
     routers = max(1, -(-p.routes // 32), min(ep // 32, 8))
-    shape = {"QB": 1, "KP": 1, "num_warps": 8}
-    x, codes, scales, pitch, grid = ids, ids, ids, 0, routers
-    if rows is not None:
-        x, codes, scales = rows.x, rows.codes, rows.scales
-        pitch = rows.pitch
-        shape |= {**plan(pitch, p.tokens), "num_warps": 8}
-        grid += -(-p.tokens // shape["QB"])
-    route_small[(grid,)](
-        ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map),
-        x, codes, scales, x.shape[-1], x.stride(0), pitch,
+    operands, shape, more = riders(rows, ids, p.tokens)
+    route_small[(routers + more,)](
+        ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map), *operands,
         BLOCK=out.block, RP=max(16, pow2(p.routes)), EP=ep,
-        ROUTES=32, ROUTERS=routers, WRITE=None if rows is None else rows.writer,
-        UP=0 if rows is None else rows.up, **shape, **options(ids.device),
+        ROUTES=32, ROUTERS=routers, num_warps=8, **shape, **options(ids.device),
     )  # fmt: skip
+
+
+def riders(rows: Rows | None, ids: Tensor, tokens: int) -> tuple[tuple, dict[str, Any], int]:
+    """For rows beside a routing kernel: operands, constants, and how many CTAs more."""
+    if rows is None:
+        nothing = {"QB": 1, "KP": 1, "WRITE": None, "UP": 0}
+        return (ids, ids, ids, ids.shape[-1], ids.stride(0), 0), nothing, 0
+    x, cut = rows.x, plan(rows.pitch, tokens)
+    operands = (x, rows.codes, rows.scales, x.shape[-1], x.stride(0), rows.pitch)
+    shape = {"QB": cut["QB"], "KP": cut["KP"], "WRITE": rows.writer, "UP": rows.up}
+    return operands, shape, -(-tokens // cut["QB"])
 
 
 def route_many(
     ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed, rows: Rows | None
 ) -> None:
     """Three launches: chunks counted, prefixes over the chunks, routes scattered."""
-    if rows is not None:
-        raise ValueError(f"rows ride along up to {SMALL} routes only")
     p = out.problem
     chunks, ep = -(-p.routes // CHUNK), pow2(p.experts)
     chunk_counts = torch.empty((chunks, p.experts), dtype=torch.int32, device=ids.device)
     totals = torch.empty(p.experts, dtype=torch.int32, device=ids.device)
     R, T, P, E, known, topk = sizes_of(out, expert_map)
     go = options(ids.device)
-    count[(chunks,)](
-        ids, expert_map, chunk_counts, out.position, R, E, known,
-        CHUNK=CHUNK, EP=ep, num_warps=16, maxnreg=64, **go,
+    operands, shape, more = riders(rows, ids, p.tokens)
+    count[(chunks + more,)](
+        ids, expert_map, chunk_counts, out.position, R, T, E, known, chunks, *operands,
+        CHUNK=CHUNK, EP=ep, num_warps=16, maxnreg=64, **shape, **go,
     )  # fmt: skip
     scan[(-(-E // SCAN_COLUMNS),)](
         chunk_counts, totals, chunks, E, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS, num_warps=8, **go

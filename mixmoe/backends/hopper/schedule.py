@@ -51,6 +51,7 @@ class Call:
     expert_map: Tensor | None
     recipe: Recipe
     problem: Problem
+    deterministic: bool = True
 
 
 class Schedule(Protocol):
@@ -63,9 +64,10 @@ class Schedule(Protocol):
         """The down GEMM, a row per route; skipped rows undefined."""
 
     def down(
-        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
-    ) -> Tensor:
-        """gemm2 and combine."""
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        deterministic: bool,
+    ) -> Tensor:  # fmt: skip
+        """gemm2 and combine; a schedule with no faster form ignores `deterministic` and is so."""
 
     def layer(self, call: Call, out: Tensor) -> Tensor:
         """Everything, from x and topk_ids to out."""
@@ -79,17 +81,11 @@ def is_fp8_like(fmt: Format) -> bool:
 def route_with_codes(
     call: Call, block: int, codes: Tensor, scales: Tensor, pitch: int, writer: object
 ) -> Placed:
-    """Route, and fill codes and scales of x: in one launch where the routes are few."""
+    """Route, and fill codes and scales of x in the same launch."""
     p, fmt = call.problem, call.recipe.activation
     up = quantise_stage.round_up_from(fmt, call.recipe.rounding)
-    if 0 < p.routes <= route_stage.SMALL:
-        rows = route_stage.Rows(call.x, codes, scales, pitch, writer, up)
-        return route_stage.route(
-            call.topk_ids, call.topk_weights, p, block, call.expert_map, rows
-        )
-    routed = route_stage.route(call.topk_ids, call.topk_weights, p, block, call.expert_map)
-    quantise_stage.launch_rows(call.x, codes, scales, pitch, writer, up, None, False)
-    return routed
+    rows = route_stage.Rows(call.x, codes, scales, pitch, writer, up) if p.routes else None
+    return route_stage.route(call.topk_ids, call.topk_weights, p, block, call.expert_map, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +108,9 @@ class General:
         return choose.stage(p, stage, recipe.activation, fmt, recipe.accumulate)
 
     def down(
-        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
-    ) -> Tensor:
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        deterministic: bool = True,
+    ) -> Tensor:  # fmt: skip
         """See :class:`Schedule`."""
         return combine(self.gemm2(h, weights, routed, recipe), routed, recipe.weight_on, out)
 
@@ -169,8 +166,9 @@ class Decode:
         return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out, early)
 
     def down(
-        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor
-    ) -> Tensor:
+        self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe, out: Tensor,
+        deterministic: bool = True,
+    ) -> Tensor:  # fmt: skip
         """See :class:`Schedule`."""
         return self.finish(slot_rows(h), weights, routed, recipe, out)
 

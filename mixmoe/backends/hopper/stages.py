@@ -83,10 +83,13 @@ def gemm2(h: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Ten
     return zeroed(rows, placed(routed).position)
 
 
-def down(h: Quantised, weights: Weights, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor:
+def down(
+    h: Quantised, weights: Weights, routed: Routed, recipe: Recipe, out: Tensor,
+    deterministic: bool,
+) -> Tensor:  # fmt: skip
     """Stage 2 and the sum over a token's routes."""
     schedule = schedule_for(recipe, weights, routed.problem, routed.block)
-    return schedule.down(h, weights, placed(routed), recipe, out)
+    return schedule.down(h, weights, placed(routed), recipe, out, deterministic)
 
 
 def combine(rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor:
@@ -96,10 +99,10 @@ def combine(rows: Tensor, routed: Routed, recipe: Recipe, out: Tensor) -> Tensor
 
 def layer(
     x: Tensor, weights: Weights, topk_ids: Tensor, topk_weights: Tensor, recipe: Recipe,
-    out: Tensor, expert_map: Tensor | None,
+    out: Tensor, expert_map: Tensor | None, deterministic: bool,
 ) -> Tensor:  # fmt: skip
     """The pipeline, fused as its schedule can."""
     problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
-    call = Call(x, weights, topk_ids, topk_weights, expert_map, recipe, problem)
+    call = Call(x, weights, topk_ids, topk_weights, expert_map, recipe, problem, deterministic)
     schedule = schedule_for(recipe, weights, problem, choose.block_for(problem))
     return schedule.layer(call, out)

@@ -2,7 +2,8 @@
 
 tiles     (room, 4) int32, largest first: expert, first sorted position, routes, 0. An expert's
           routes are cut into tiles of MAIN, the last of which may be EXTRA larger, so that an
-          expert with 270 routes makes one tile of 256 + 32 and not two.
+          expert with 270 routes makes one tile of 256 + 32 and not two. Beside them (2,) int32: how
+          many there are, and a zero from which one kernel counts the items it has drawn.
 segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks, 0. What
           each CTA of `gemm2_ring` keeps in shared memory: whole experts where there are CTAs
           enough, else equal cuts of the line of all blocks.
@@ -11,7 +12,6 @@ Both follow from the counts alone, so a captured graph replays with any routing.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -27,25 +27,19 @@ from mixmoe.backends.hopper.mainloop import (
     weight_descriptors,
 )
 from mixmoe.preshuffle import Packed
-from mixmoe.spec import Problem, Routed
+from mixmoe.spec import Routed
 
-EXTRA = 32  # routes that the last tile of an expert may have beyond the others
 ROUTE_BLOCK = 32  # routes of one block of the sorted lists, and the unit of all work
 PER_PROGRAM = 16  # CTAs whose segments one program writes
 
 
 @triton.jit
-def list_tiles(
-    counts_ptr, offsets_ptr, tiles_ptr, count_ptr, E, MAIN: tl.constexpr, EXTRA: tl.constexpr,
-    EP: tl.constexpr, PDL: tl.constexpr,
+def write_tiles(
+    routes, start, e, tiles_ptr, count_ptr, MAIN: tl.constexpr, EXTRA: tl.constexpr,
+    EP: tl.constexpr,
 ):  # fmt: skip
-    """One program. MAIN and EXTRA in blocks of 32. A tile's rank is the number of larger tiles
-    plus the number of equal ones before it, counted per size, so nothing is compared pairwise.
-    """
-    start_dependents(PDL)
-    e = tl.arange(0, EP)
-    routes = tl.load(counts_ptr + e, mask=e < E, other=0)
-    start = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    """MAIN and EXTRA in blocks of 32. A tile's rank is the number of larger tiles plus the number
+    of equal ones before it, counted per size, so nothing is compared pairwise."""
     blocks = (routes + 31) // 32
     whole = tl.where(blocks > MAIN + EXTRA, (blocks - EXTRA - 1) // MAIN, 0)  # before the last
     rest = blocks - whole * MAIN
@@ -65,6 +59,7 @@ def list_tiles(
             rank = tl.where(rest == size, before, rank)
         larger += tl.sum(mine, 0)
     tl.store(count_ptr, larger)
+    tl.store(count_ptr + 1, 0)
     last = tiles_ptr + rank * 4
     has = rest > 0
     tl.store(last, e, mask=has)
@@ -78,25 +73,22 @@ def list_tiles(
 
 
 @triton.jit
-def list_segments(
-    counts_ptr, offsets_ptr, segments_ptr, counters_ptr, counters, E, ctas,
-    ROOM: tl.constexpr, EP: tl.constexpr, N: tl.constexpr, PDL: tl.constexpr,
+def write_segments(
+    routes, start, e, worker, workers, segments_ptr, counters_ptr, counters, ctas,
+    ROOM: tl.constexpr, N: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
-    """Program p: the lists of CTAs p * N .. p * N + N - 1, and its share of zeroed counters."""
-    start_dependents(PDL)
-    for first in range(tl.program_id(0) * 256, counters, tl.num_programs(0) * 256):
+    """The lists of CTAs worker * N .. worker * N + N - 1, and a share of zeroed counters."""
+    for first in range(worker * 256, counters, workers * 256):
         c = first + tl.arange(0, 256)
         tl.store(counters_ptr + c, tl.zeros((256,), tl.int32), mask=c < counters)
-    e = tl.arange(0, EP)
-    routes = tl.load(counts_ptr + e, mask=e < E, other=0)
-    begin = tl.load(offsets_ptr + e, mask=e < E, other=0) // 32
+    begin = start // 32
     blocks = (routes + 31) // 32
     end = begin + blocks
     parts = (blocks + ROOM - 1) // ROOM
     part_end = tl.cumsum(parts, 0)
     total_parts = tl.sum(parts, 0)
     total = tl.sum(blocks, 0)
-    cta = tl.program_id(0) * N + tl.arange(0, N)
+    cta = worker * N + tl.arange(0, N)
     owner = (part_end - parts)[None, :] <= cta[:, None]
     owner = owner & (cta[:, None] < part_end[None, :])
     pick = owner.to(tl.int32)
@@ -107,7 +99,7 @@ def list_segments(
     low = origin + part * size // pieces
     high = origin + (part + 1) * size // pieces
     high = tl.where(cta < total_parts, high, low)
-    crowded = total_parts > ctas
+    crowded = (total_parts > ctas) | EQUAL
     low = tl.where(crowded, (cta.to(tl.int64) * total // ctas).to(tl.int32), low)
     high = tl.where(crowded, ((cta + 1).to(tl.int64) * total // ctas).to(tl.int32), high)
     at = segments_ptr + cta * (4 * (ROOM + 1))
@@ -123,49 +115,119 @@ def list_segments(
         low = tl.where(expert >= 0, stop, low)
 
 
+@triton.jit(do_not_specialize=["counters", "E", "ctas"])
+def list_work(
+    counts_ptr, offsets_ptr, tiles_ptr, others_ptr, segments_ptr, counters_ptr, counters, E, ctas,
+    MAIN: tl.constexpr, EXTRA: tl.constexpr, OTHER: tl.constexpr, ROOM: tl.constexpr,
+    N: tl.constexpr, EQUAL: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program 0: tiles of MAIN; the others: tiles of OTHER (one program), or segments. 0: none."""
+    start_dependents(PDL)
+    e = tl.arange(0, EP)
+    routes = tl.load(counts_ptr + e, mask=e < E, other=0)
+    start = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    worker = tl.program_id(0) - 1
+    if worker < 0:
+        if MAIN > 0:
+            write_tiles(routes, start, e, tiles_ptr + 4, tiles_ptr, MAIN, EXTRA, EP)
+    else:
+        if OTHER > 0:
+            write_tiles(routes, start, e, others_ptr + 4, others_ptr, OTHER, 0, EP)
+        if ROOM > 0:
+            write_segments(
+                routes, start, e, worker, tl.num_programs(0) - 1, segments_ptr, counters_ptr,
+                counters, ctas, ROOM, N, EQUAL,
+            )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Tiles of `list_tiles`: records, how many there are (on the device), and the bound on them."""
+    """Tiles: records, (how many, drawn) on the device, and the bound on them."""
 
     records: Tensor
     count: Tensor
     room: int
 
+    @classmethod
+    def empty(cls, routed: Routed, main: int) -> "Tiles":
+        """Room for as many tiles as any routing makes."""
+        p = routed.problem
+        room = min(p.experts, p.routes) + routed.sorted_token_ids.shape[0] // main
+        memory = torch.empty((room + 1, 4), dtype=torch.int32, device=routed.expert_counts.device)
+        return cls(memory[1:], memory[0], room)
 
-def tile_room(routed: Routed, main: int) -> int:
-    """No routing makes more tiles than this."""
-    p = routed.problem
-    return min(p.experts, p.routes) + routed.sorted_token_ids.shape[0] // main
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How segments are asked for: so many CTAs with room for so many blocks each.
+
+    equal: cut the line of blocks into equal shares in any case. counters: ints to zero beside.
+    """
+
+    ctas: int
+    room: int
+    counters: int
+    equal: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Segments of `ctas * room` blocks at most, and zeroed counters."""
+
+    records: Tensor
+    counters: Tensor
+
+    @classmethod
+    def empty(cls, split: Split, device: torch.device) -> "Segments":
+        """Memory for them."""
+        records = torch.empty((split.ctas, split.room + 1, 4), dtype=torch.int32, device=device)
+        return cls(records, torch.empty(split.counters, dtype=torch.int32, device=device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lists:
+    """Tiles of both stages, or of one with the segments of the other."""
+
+    tiles: Tiles | None
+    others: Tiles | None
+    segments: Segments | None
+
+
+def work_lists(
+    routed: Routed, main: int, extra: int, other: int = 0, split: Split | None = None
+) -> Lists:
+    """One launch: tiles of `main` routes, the last of an expert up to `main + extra`; tiles of
+    `other` routes; segments. 0 and None leave a list out."""
+    device, experts = routed.expert_counts.device, routed.problem.experts
+    nothing = routed.expert_counts
+    first = Tiles.empty(routed, main) if main else None
+    second = Tiles.empty(routed, other) if other else None
+    segments = Segments.empty(split, device) if split else None
+    workers = -(-split.ctas // PER_PROGRAM) if split else int(other > 0)
+    list_work[(1 + workers,)](
+        routed.expert_counts, routed.expert_offsets,
+        first.count if first else nothing, second.count if second else nothing,
+        segments.records if segments else nothing, segments.counters if segments else nothing,
+        split.counters if split else 0, experts, split.ctas if split else 0,
+        MAIN=main // ROUTE_BLOCK, EXTRA=extra // ROUTE_BLOCK, OTHER=other // ROUTE_BLOCK,
+        ROOM=split.room if split else 0, N=PER_PROGRAM, EQUAL=bool(split and split.equal),
+        EP=pow2(experts), num_warps=8, **options(device),
+    )  # fmt: skip
+    return Lists(first, second, segments)
 
 
 def tiles(routed: Routed, main: int, extra: int) -> Tiles:
-    """Tiles of `main` routes, the last of an expert up to `main + extra`."""
-    device = routed.expert_counts.device
-    room = tile_room(routed, main)
-    records = torch.empty((room, 4), dtype=torch.int32, device=device)
-    count = torch.empty(1, dtype=torch.int32, device=device)
-    experts = routed.problem.experts
-    list_tiles[(1,)](
-        routed.expert_counts, routed.expert_offsets, records, count, experts,
-        MAIN=main // ROUTE_BLOCK, EXTRA=extra // ROUTE_BLOCK, EP=pow2(experts),
-        num_warps=8, **options(device),
-    )  # fmt: skip
-    return Tiles(records, count, room)
+    """Tiles alone."""
+    made = work_lists(routed, main, extra).tiles
+    assert made is not None
+    return made
 
 
-def segments(routed: Routed, ctas: int, room: int, clear: Tensor) -> Tensor:
-    """Lists of at most `room` blocks for each of `ctas` CTAs; zeroes `clear` (int32) as well.
-
-    They hold all routes if `routed` has no more than ctas * room blocks.
-    """
-    device = routed.expert_counts.device
-    out = torch.empty((ctas, room + 1, 4), dtype=torch.int32, device=device)
-    experts = routed.problem.experts
-    list_segments[(-(-ctas // PER_PROGRAM),)](
-        routed.expert_counts, routed.expert_offsets, out, clear, clear.numel(), experts, ctas,
-        ROOM=room, EP=pow2(experts), N=PER_PROGRAM, num_warps=8, **options(device),
-    )  # fmt: skip
-    return out
+def segments(routed: Routed, split: Split) -> Segments:
+    """Segments alone. They hold all routes if there are no more than ctas * room blocks."""
+    made = work_lists(routed, 0, 0, 0, split).segments
+    assert made is not None
+    return made
 
 
 def weight_boxes(
@@ -177,36 +239,3 @@ def weight_boxes(
     words = packed.codes.view(-1, units, UNIT_WORDS)
     scales = packed.scales.view(torch.int32).view(-1, units * UNIT_SCALES // 4)
     return weight_descriptors(words, scales, row_units, k_units)
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How a problem is cut: tiles of up to main + 32 routes, `small` where so few suffice.
-
-    registers: a thread's, of the second team and of the gathering warps; the first team has the
-    rest of 65536. precise: every 128 of K is added in float32.
-    """
-
-    main: int
-    small: int
-    stages: int
-    registers: tuple[int, int]
-    precise: bool
-
-    @classmethod
-    def of(cls, problem: Problem, precise: bool) -> "Cut":
-        """The widest tile that an expert's mean share of the routes fills."""
-        mean = problem.routes / problem.experts
-        main = 256 if mean > 144 else 128 if mean > 72 else 64
-        registers = (224, 64) if precise else (208, 88)
-        stages = {256: 4, 128: 6, 64: 8}[main]
-        return cls(main, max(32, main // 4), stages, registers, precise)
-
-    def options(self, k: int) -> dict[str, Any]:
-        """Keywords of `prefill.grouped_prefill`'s launch for rows of k columns."""
-        stages = min(self.stages, -(-k // 128))  # the kernel's double buffers rely on it
-        return {
-            "MAIN": self.main, "SMALL": self.small, "STAGES": stages, "TEAMS": 2,
-            "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
-            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4, "launch_pdl": True,
-        }  # fmt: skip

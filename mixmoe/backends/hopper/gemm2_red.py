@@ -1,0 +1,409 @@
+"""Stage 2 for many rows per expert and a short K, summed by atomics: not the same bits every run.
+
+The product and its epilogue are those of `gemm2_prefill`, but the rows of a token are added up in
+the L2 by `red` of 8 bf16 at a time, into a y that an earlier kernel has zeroed. An item is a tile
+of one expert's routes x SPAN column tiles of 64; items run column group by column group, so that
+the live columns of y stay in the L2 (H200, 2026-11-22: `red` of all rows in that order 305-318 us
+at T 8192, topk 8, H 7168; with whole rows first 560-580).
+
+Roles of a CTA (two CTAs on an SM): 4 matrix warps; 2 warps that add finished tiles to y; a producer
+warp that draws items from a counter and loads what they need: rows of h (resident for the item),
+weights through a ring, factors and token numbers of the routes. Matrix warps and adders learn of an
+item from a ring of records in shared memory, so no other warp waits for global memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers, multiprocessors
+from mixmoe.backends.hopper.mainloop import (
+    advance,
+    half_fragment,
+    halves,
+    load_units,
+    tma_load,
+)
+from mixmoe.backends.hopper.route import Placed
+from mixmoe.backends.hopper.slots import SlotRows
+from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
+from mixmoe.fold import Fold
+from mixmoe.preshuffle import Packed
+from mixmoe.spec import Problem, Recipe
+
+COLUMNS = 64  # weight rows of a column tile
+RECORDS = gl.constexpr(4)  # adders lag behind the producer by two items at most
+
+
+@gluon.jit
+def announce(records, slot, expert, first, routes, count):
+    """Write an item's record; expert -1 ends the work."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout=L)
+    low = gl.where(field == 0, expert, first)
+    high = gl.where(field == 2, routes, count)
+    records.index(slot).store(gl.where(field < 2, low, high))
+
+
+@gluon.jit
+def observe(records, slot):
+    """A record: expert, first column tile, routes, column tiles."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout=L)
+    record = records.index(slot).load(L)
+    return (
+        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
+        gl.sum(gl.where(field == 2, record, 0), 0), gl.sum(gl.where(field == 3, record, 0), 0),
+    )  # fmt: skip
+
+
+@gluon.jit
+def draw(tiles_ptr, count_ptr, groups, tiles):
+    """The next item in the order column group, tile: its record's address, its group, if any."""
+    index = gl.atomic_add(count_ptr + 1, 1, sem="relaxed")
+    return tiles_ptr + index % tiles * 4, index // tiles, index < tiles * groups
+
+
+@gluon.jit
+def load_item(
+    w_desc, s_desc, h_desc, words, scales, rows, w_full, w_empty, h_full, hold, stage, phase,
+    unit, start, blocks, count, STEPS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Rows of h in boxes of 32, then the weights of `count` column tiles."""
+    ROOM: gl.constexpr = rows.shape[1] // 32
+    for b in gl.static_range(ROOM):
+        if b < blocks:
+            mbarrier.expect(h_full, STEPS * h_desc.block_type.nbytes)
+            for k in gl.static_range(STEPS):
+                box = rows.index(hold * STEPS + k).slice(b * 32, 32, dim=0)
+                tma_load(h_desc, [start + b * 32, k * 128], h_full, box)
+        else:
+            mbarrier.arrive(h_full, count=1)
+    for c in range(count):
+        full = w_full.index(stage)
+        mbarrier.wait(w_empty.index(stage), phase)
+        mbarrier.expect(full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
+        for k in gl.static_range(STEPS):
+            slot = stage * STEPS + k
+            tma_load(w_desc, [unit + c * 4, k, 0], full, words.index(slot))
+            tma_load(s_desc, [unit + c * 4, 16 * k], full, scales.index(slot))
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def produce(
+    w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr, weight_ptr, words, scales,
+    rows, factors, targets, records, w_full, w_empty, h_full, h_empty, units, span, columns,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, HOLDS: gl.constexpr, BIASED: gl.constexpr,
+    ADDS: gl.constexpr,
+):
+    """Role of the producer warp. factors: (2 HOLDS, MAIN) of the product and of the bias; targets:
+    rows of the result."""
+    MAIN: gl.constexpr = rows.shape[1]
+    n = gl.arange(0, MAIN, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    tiles = gl.load(count_ptr)
+    groups = (columns + span - 1) // span
+    stage, phase, hold, h_phase, slot = 0, 1, 0, 1, 0
+    at, group, more = draw(tiles_ptr, count_ptr, groups, tiles)
+    while more:
+        expert, start, routes = gl.load(at), gl.load(at + 1), gl.load(at + 2)
+        live = n < routes
+        target = start + n
+        if ADDS:
+            target = gl.load(ids_ptr + start + n, mask=live, other=0) & SENTINEL_MASK
+        factor = gl.load(h_scale_ptr + start + n, mask=live, other=0.0)
+        weight = gl.full([MAIN], 1.0, gl.float32, n.type.layout)
+        if weight_ptr is not None:
+            weight = gl.load(weight_ptr + start + n, mask=live, other=0.0)
+        first = group * span
+        count = gl.minimum(span, columns - first)
+        mbarrier.wait(h_empty.index(hold), h_phase)
+        factors.index(2 * hold).store(factor * weight)
+        if BIASED:
+            factors.index(2 * hold + 1).store(weight)
+        targets.index(slot).store(gl.where(live, target, -1))
+        announce(records, slot, expert, first, routes, count)
+        mbarrier.arrive(h_full.index(hold), count=1)
+        stage, phase = load_item(
+            w_desc, s_desc, h_desc, words, scales, rows, w_full, w_empty, h_full.index(hold), hold,
+            stage, phase, expert * units + first * 4, start, (routes + 31) // 32, count,
+            STEPS, STAGES,
+        )  # fmt: skip
+        hold, h_phase = advance(hold, h_phase, HOLDS)
+        slot = (slot + 1) % RECORDS
+        at, group, more = draw(tiles_ptr, count_ptr, groups, tiles)
+    mbarrier.wait(h_empty.index(hold), h_phase)
+    announce(records, slot, -1, 0, 0, 0)
+    for _ in gl.static_range(MAIN // 32 + 1):
+        mbarrier.arrive(h_full.index(hold), count=1)
+
+
+@gluon.jit
+def product(words, scales, rows, hold, stage, N: gl.constexpr, STEPS: gl.constexpr,
+            WIDE: gl.constexpr):  # fmt: skip
+    """64 columns x N rows over all of K, complete."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
+    )
+    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
+    acc = gl.zeros([64, N], gl.float32, L)
+    for k in gl.static_range(STEPS):
+        slot = stage * STEPS + k
+        lo, hi = load_units(words.index(slot), scales.index(slot), 1, 4, WIDE)
+        low, high = halves(lo), halves(hi)
+        x = rows.index(hold * STEPS + k).slice(0, N, dim=0)
+        for h in gl.static_range(2):
+            acc = warpgroup_mma(
+                half_fragment(low[h], high[h], A, 1, 4),
+                x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=k + h > 0, is_async=True,
+            )  # fmt: skip
+    return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def scale_of(ptr, row, column, H):
+    """A value per column of the result, zeros past H."""
+    return gl.load(ptr + row + column, mask=column < H, other=0.0)
+
+
+@gluon.jit
+def multiply_item(
+    words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty, row_scale_ptr,
+    bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
+    N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, OUTS: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """All column tiles of an item with at most N routes. Row scales are loaded a tile ahead."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
+    )
+    m = first * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
+    ahead = scale_of(row_scale_ptr, row, m, H)
+    for _ in range(count):
+        scale = ahead
+        if bias_ptr is not None:
+            bias = scale_of(bias_ptr, row, m, H)
+        m += 64
+        ahead = scale_of(row_scale_ptr, row, m, H)
+        mbarrier.wait(w_full.index(stage), phase)
+        acc = product(words, scales, rows, hold, stage, N, STEPS, WIDE)
+        # Only now: a barrier does not wait for loads from shared memory, the product does.
+        mbarrier.arrive(w_empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+        factor = factors.index(2 * hold).slice(0, N).load(gl.SliceLayout(0, L))
+        value = acc * scale[:, None] * factor[None, :]
+        if bias_ptr is not None:
+            weight = factors.index(2 * hold + 1).slice(0, N).load(gl.SliceLayout(0, L))
+            value += bias[:, None] * weight[None, :]
+        mbarrier.wait(out_empty.index(put), put_phase)
+        out.index(put).slice(0, N, dim=0).permute((1, 0)).store(value.to(out.dtype))
+        mbarrier.arrive(out_full.index(put), count=1)
+        put, put_phase = advance(put, put_phase, OUTS)
+    return stage, phase, put, put_phase
+
+
+@gluon.jit
+def multiply(
+    words, scales, rows, out, factors, records, w_full, w_empty, h_full, h_empty, out_full,
+    out_empty, row_scale_ptr, bias_ptr, H,
+    SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, HOLDS: gl.constexpr,
+    OUTS: gl.constexpr, WIDE: gl.constexpr,
+):
+    """Role of the matrix warps: weights dequantised, times the item's rows, scaled, into `out`."""
+    MAIN: gl.constexpr = rows.shape[1]
+    stage, phase, put, put_phase, hold, h_phase, slot = 0, 0, 0, 1, 0, 0, 0
+    mbarrier.wait(h_full.index(hold), h_phase)
+    expert, first, routes, count = observe(records, slot)
+    while expert >= 0:
+        row = expert.to(gl.int64) * H
+        if routes > SMALL:
+            stage, phase, put, put_phase = multiply_item(
+                words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty,
+                row_scale_ptr, bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
+                MAIN, STEPS, STAGES, OUTS, WIDE,
+            )
+        else:
+            stage, phase, put, put_phase = multiply_item(
+                words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty,
+                row_scale_ptr, bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
+                SMALL, STEPS, STAGES, OUTS, WIDE,
+            )
+        mbarrier.arrive(h_empty.index(hold), count=1)
+        hold, h_phase = advance(hold, h_phase, HOLDS)
+        slot = (slot + 1) % RECORDS
+        mbarrier.wait(h_full.index(hold), h_phase)
+        expert, first, routes, count = observe(records, slot)
+    mbarrier.wait(out_empty.index(put), put_phase)
+    mbarrier.arrive(out_full.index(put), count=1)  # nothing in it: the record says the end
+
+
+@gluon.jit
+def put_rows(value, y_ptr, target, m, y_stride, H, ADDS: gl.constexpr):
+    """y[target] += (or =) value, bf16; targets -1 and columns past H are left out."""
+    at = y_ptr + target.to(gl.int64)[:, None] * y_stride + m[None, :]
+    mask = (target >= 0)[:, None] & (m < H)[None, :]
+    if ADDS:
+        gl.atomic_add(at, value, mask=mask, sem="relaxed")
+    else:
+        gl.store(at, value, mask=mask)
+
+
+@gluon.jit
+def add(
+    y_ptr, out, targets, records, out_full, out_empty, H, y_stride, OUTS: gl.constexpr,
+    ADDS: gl.constexpr,
+):
+    """Role of the adding warps. A tile is taken in two halves, for want of registers, and given
+    back when both have been added: a barrier does not wait for a warp's loads from shared memory,
+    an addition waits for the loads it needs."""
+    HALF: gl.constexpr = out.shape[1] // 2
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    stage, phase, slot = 0, 0, 0
+    mbarrier.wait(out_full.index(stage), phase)
+    expert, first, routes, count = observe(records, slot)
+    while expert >= 0:
+        mine = targets.index(slot)
+        low = mine.slice(0, HALF).load(gl.SliceLayout(1, L))
+        high = mine.slice(HALF, HALF).load(gl.SliceLayout(1, L))
+        m = first * 64 + c
+        for _ in range(count):
+            mbarrier.wait(out_full.index(stage), phase)
+            tile = out.index(stage)
+            put_rows(tile.slice(0, HALF, dim=0).load(L), y_ptr, low, m, y_stride, H, ADDS)
+            if routes > HALF:
+                put_rows(tile.slice(HALF, HALF, dim=0).load(L), y_ptr, high, m, y_stride, H, ADDS)
+            mbarrier.arrive(out_empty.index(stage), count=1)
+            m += 64
+            stage, phase = advance(stage, phase, OUTS)
+        slot = (slot + 1) % RECORDS
+        mbarrier.wait(out_full.index(stage), phase)
+        expert, first, routes, count = observe(records, slot)
+
+
+@gluon.jit
+def gemm2_red(
+    w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr, weight_ptr, row_scale_ptr,
+    bias_ptr, y_ptr, H, y_stride, units, span, columns,
+    MAIN: gl.constexpr, SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    HOLDS: gl.constexpr, OUTS: gl.constexpr, ADDS: gl.constexpr, WIDE: gl.constexpr,
+    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):
+    """ADDS: y (T, H) += by token; else y (P, H) = by sorted position."""
+    words = gl.allocate_shared_memory(
+        gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
+    )
+    scales = gl.allocate_shared_memory(
+        gl.int32, [STAGES * STEPS] + s_desc.block_type.shape, s_desc.layout
+    )
+    rows = gl.allocate_shared_memory(
+        gl.float8e4nv, [HOLDS * STEPS, MAIN, 128], gl.NVMMASharedLayout(128, 8, 2)
+    )
+    out = gl.allocate_shared_memory(
+        gl.bfloat16, [OUTS, MAIN, 64], gl.NVMMASharedLayout(128, 16, 2)
+    )
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    factors = gl.allocate_shared_memory(gl.float32, [2 * HOLDS, MAIN], flat)
+    targets = gl.allocate_shared_memory(gl.int32, [RECORDS, MAIN], flat)
+    records = gl.allocate_shared_memory(gl.int32, [RECORDS, 4], flat)
+    w_full, w_empty = barriers(STAGES, 1), barriers(STAGES, 1)
+    h_full, h_empty = barriers(HOLDS, MAIN // 32 + 1), barriers(HOLDS, 1)
+    out_full, out_empty = barriers(OUTS, 1), barriers(OUTS, 1)
+    fence_async_shared()
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gl.warp_specialize(
+        [
+            (multiply, (words, scales, rows, out, factors, records, w_full, w_empty, h_full,
+                        h_empty, out_full, out_empty, row_scale_ptr, bias_ptr, H,
+                        SMALL, STEPS, STAGES, HOLDS, OUTS, WIDE)),
+            (add, (y_ptr, out, targets, records, out_full, out_empty, H, y_stride, OUTS, ADDS)),
+            (produce, (w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr,
+                       weight_ptr, words, scales, rows, factors, targets, records, w_full, w_empty,
+                       h_full, h_empty, units, span, columns,
+                       STEPS, STAGES, HOLDS, bias_ptr is not None, ADDS)),
+        ],
+        [2, 1],
+        [REGISTERS, REGISTERS],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Red:
+    """How gemm2_red is cut for a problem.
+
+    steps: K / 128; main: routes of a tile, small: of one that few routes fill; span: column tiles
+    of 64 an item takes; stages: weight tiles in flight; holds: items whose rows of h are resident;
+    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread;
+    ctas: on an SM.
+    """
+
+    steps: int
+    main: int
+    small: int
+    span: int = 7
+    stages: int = 3
+    holds: int = 1
+    outs: int = 2
+    registers: int = 112
+    ctas: int = 2
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Red | None":
+        """None where two CTAs do not fit on an SM: K over 384."""
+        steps = -(-problem.intermediate // 128)
+        if steps > 3:
+            return None
+        main = 128 if problem.routes > 72 * problem.experts else 64
+        columns = -(-problem.hidden // COLUMNS)
+        return cls(steps, main, 32, span_of(columns), stages=2 if steps == 3 else 3)
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of the launch but for the weights' order."""
+        return {
+            "MAIN": self.main, "SMALL": self.small, "STEPS": self.steps, "STAGES": self.stages,
+            "HOLDS": self.holds, "OUTS": self.outs, "REGISTERS": self.registers, "PDL": True,
+            "num_warps": 4, "maxnreg": 256 // self.ctas // 8 * 8, "launch_pdl": True,
+        }  # fmt: skip
+
+
+def span_of(columns: int, least: int = 5, most: int = 9, wanted: int = 7) -> int:
+    """Column tiles of an item: near `wanted`, and no short last group if that can be."""
+    spans = range(least, most + 1)
+    return min(spans, key=lambda span: (-columns % span, abs(span - wanted)))
+
+
+def launch(
+    h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
+    recipe: Recipe, red: Red, out: Tensor, adds: bool = True,
+) -> Tensor:  # fmt: skip
+    """Add stage 2 and the sum over a token's routes to out (T, H) bf16, which holds zeros.
+
+    h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
+    _wide); tiles: `worklist.tiles(routed, red.main, 0)`, drawn by one launch.
+    Without `adds` out is (P, H), rows in sorted order, weighted, for `gemm2_rows.sum_routes`.
+    """
+    p = routed.problem
+    words, scales = weight_boxes(weights, 4, 1)
+    weight = routed.sorted_weights if recipe.weight_on == 2 else None
+    gemm2_red[(red.ctas * multiprocessors(out.device),)](
+        words, scales,
+        TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
+        tiles.records, tiles.count, routed.sorted_token_ids, h.scales, weight, weights.row_scale,
+        bias, out, p.hidden, out.stride(0), -(-p.hidden // 16), red.span, -(-p.hidden // COLUMNS),
+        ADDS=adds, WIDE=weights.order.fold is Fold.WIDE, **red.options(),
+    )  # fmt: skip
+    return out
