@@ -18,6 +18,8 @@ from mixmoe.backends.hopper import (
     gemm2_tokens,
 )
 from mixmoe.backends.hopper.decode import Stream
+from mixmoe.backends.hopper.prefill_schedule import PREFILL
+from mixmoe.backends.hopper.schedule import DECODE, GENERAL, schedule_for
 from mixmoe.backends.hopper.slots import SlotRows, padded
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
@@ -167,6 +169,9 @@ ROWS = [(s, block) for s in SHAPES for block in (1, 2, 8, 16, 32)]
 def test_stage2_rows(compiled, shape, block):
     hidden_size, inter, experts, topk = SHAPES[shape]
     problem = Problem(64, hidden_size, inter, experts, topk)
+    if not choose.decode_fits(problem, block):
+        assert (inter, block) == (2880, 32), "only this one goes to another schedule"
+        return
     tile, w = choose.decode_rows(problem, block), weights(SHAPES[shape], bias=shape == "gptoss")
     h, out = hidden(problem, shape in WIDE), meta(problem.routes, problem.hidden)
     resources = compiled(
@@ -228,3 +233,23 @@ def test_too_few_registers_are_seen(compiled):
     resources = stage1(compiled, problem, weights(SHAPES["dsv3_tp8"]), Recipe.named("a8w4"), tile)
     with pytest.raises(AssertionError):
         assert_good(resources, tile)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (4096, 3072, 8, 2)])
+@pytest.mark.parametrize("block", [1, 8, 32])
+def test_a_ring_outlasts_a_tile(shape, block):
+    """A team that has skipped the other's tile still knows a stage's fill from the one before."""
+    problem = Problem(64, *shape)
+    if choose.decode_fits(problem, block):
+        tile = choose.decode_rows(problem, block)
+        assert tile.stages > -(-problem.intermediate // tile.k) + 1, tile
+
+
+def test_long_rows_go_to_the_general_schedule():
+    recipe, long = Recipe.named("a8w4"), (4096, 14336, 8, 2)
+    for tokens, expected in ((4, GENERAL), (1024, PREFILL)):
+        problem = Problem(tokens, *long)
+        block = choose.block_for(problem)
+        assert schedule_for(recipe, weights(long), problem, block) is expected
+    short = SHAPES["gptoss"]
+    assert schedule_for(recipe, weights(short), Problem(64, *short), 8) is DECODE

@@ -199,7 +199,9 @@ def general(gemm: Gemm, block: int = 1) -> Tile:
     return best.tile
 
 
-SUM_TOKENS = 2  # up to which a layer's stage 2 adds the experts up in one kernel
+# Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
+# behind them were slower (H100 and H200, 2026-11-28; rows longer than LONG: not timed since).
+SUM_TOKENS, SUM_TOKENS_LONG, LONG = 2, 16, 256
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
@@ -233,24 +235,40 @@ def rows_memory(tile: Tile, intermediate: int, buffers: int) -> int:
     n = max(8, tile.tokens)
     a_stage = tile.rows // 16 * (tile.k // 128) * 1088 + 2 * 4 * tile.rows
     h = n * -(-intermediate // tile.k) * tile.k
-    return tile.stages * a_stage + buffers * (h + 4 * n) + 1024
+    transposing = 640 * n  # of both teams' results, with what alignment takes
+    return tile.stages * a_stage + buffers * (h + 4 * n) + transposing + 1024
 
 
 def decode_rows(problem: Problem, block: int) -> Tile:
     """Decode stage 2 with a row per route: 64 weight rows for each of two teams of 4 warps.
 
     Two CTAs an SM where each keeps 32 KB of weights in flight beside two blocks of h, else one
-    block of h, else one CTA an SM.
+    block of h, else one CTA an SM. The ring is longer than a tile's steps: a team skips the other's
+    tile, and a barrier's phase tells a stage's fill only from the one before it. Where it can hold
+    whole pairs of tiles it does, so that a stage is always the same team's.
     """
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
+    steps = -(-problem.intermediate // k)
+    least = max(2048 // k, steps + 2)
     for ctas, buffers in ((2, 2), (2, 1), (1, 2), (1, 1)):
         room = HALF_SM if ctas == 2 else SMEM
-        for stages in range(16, 2048 // k - 1, -1):
+        for stages in range(max(16, least), least - 1, -1):
+            if stages >= 2 * steps and stages % (2 * steps):
+                continue
             tile = Tile(block, 64, k, stages, 4, 1, ctas)
             if rows_memory(tile, problem.intermediate, buffers) <= room:
                 return tile
-    rule = f"a block of {block} rows of h fits beside the ring in decode: I"
-    raise MixMoEError(rule, problem.intermediate, SMEM // (2 * max(8, block)))
+    rule = f"a block of {block} rows of h and a ring of {steps + 2} steps fit on an SM: I"
+    raise MixMoEError(rule, problem.intermediate, "the general schedule")
+
+
+def decode_fits(problem: Problem, block: int) -> bool:
+    """Whether `decode_rows` has a tile: a row of h of up to some 3000 columns."""
+    try:
+        decode_rows(problem, block)
+    except MixMoEError:
+        return False
+    return True
 
 
 def rows_buffers(tile: Tile, intermediate: int) -> int:
@@ -265,7 +283,8 @@ def decode_sums(problem: Problem) -> Tile | None:
     An expert (or half, a quarter) goes to a warp, so topk divides 8; an expert that two tokens
     share is read twice, so tokens are few.
     """
-    if problem.tokens > SUM_TOKENS or 8 % problem.topk:
+    most = SUM_TOKENS if problem.intermediate <= LONG else SUM_TOKENS_LONG
+    if problem.tokens > most or 8 % problem.topk:
         return None
     span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
     return ring(1, 256, 8, problem.topk * resident_bytes(problem.intermediate, 256 * span))

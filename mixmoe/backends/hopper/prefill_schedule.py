@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from mixmoe.backends.hopper.schedule import Call
 
 CHUNK = 8192  # tokens of a pass
-MEAN = 24  # routes per expert from which tiles beat the decode streams
+# Routes per expert from which tiles beat the decode streams; where rows of h are long, two decode
+# CTAs do not fit on an SM and it is fewer (gpt-oss T 512, stage 1: 423 us against 408, H100).
+MEAN, MEAN_LONG, LONG = 24, 12, 384
 RING_FROM = 4097  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
 # wait for each other however few rows they have (H100, 2026-11-28: 405 us at T 1024, 429 at 2048)
 STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
@@ -46,7 +48,8 @@ STORED = True  # below, rows come from `gemm2_red`, which can store them; else f
 
 def suits(problem: Problem) -> bool:
     """Whether experts have rows enough for tensor-core tiles."""
-    return problem.routes >= MEAN * problem.experts
+    mean = MEAN if problem.intermediate <= LONG else MEAN_LONG
+    return problem.routes >= mean * problem.experts
 
 
 def ring_of(problem: Problem, device: torch.device) -> Ring | None:

@@ -254,4 +254,6 @@ def schedule_for(recipe: Recipe, weights: Weights, problem: Problem, block: int)
     """The schedule that serves these operands; ``block`` is how the routes are sorted."""
     if not is_streamed(weights) or not is_fp8_like(recipe.activation) or block > ROUTE_BLOCK:
         return GENERAL
-    return PREFILL if block == ROUTE_BLOCK and suits(problem) else DECODE
+    if block == ROUTE_BLOCK and suits(problem):
+        return PREFILL
+    return DECODE if choose.decode_fits(problem, block) else GENERAL
