@@ -8,6 +8,7 @@ replaces its answer for shapes that were timed. Constants: one H200, 2026-11-24 
 import json
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from math import exp, log1p
 from pathlib import Path
 
@@ -242,20 +243,20 @@ def rows_memory(tile: Tile, intermediate: int, buffers: int) -> int:
 def decode_rows(problem: Problem, block: int) -> Tile:
     """Decode stage 2 with a row per route: 64 weight rows for each of two teams of 4 warps.
 
-    Two CTAs an SM where each keeps 32 KB of weights in flight beside two blocks of h, else one
+    Two CTAs an SM where each keeps 50 KB of weights in flight beside two blocks of h, else one
     block of h, else one CTA an SM. The ring is longer than a tile's steps: a team skips the other's
     tile, and a barrier's phase tells a stage's fill only from the one before it. Where it can hold
     whole pairs of tiles it does, so that a stage is always the same team's.
     """
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
     steps = -(-problem.intermediate // k)
-    least = max(2048 // k, steps + 2)
-    for ctas, buffers in ((2, 2), (2, 1), (1, 2), (1, 1)):
+    least = max(1536 // k, steps + 2)
+    for (ctas, buffers), pairs in product(((2, 2), (2, 1), (1, 2), (1, 1)), (True, False)):
         room = HALF_SM if ctas == 2 else SMEM
         for stages in range(max(16, least), least - 1, -1):
-            if stages >= 2 * steps and stages % (2 * steps):
-                continue
             tile = Tile(block, 64, k, stages, 4, 1, ctas)
+            if pairs and stages % (2 * steps):
+                continue
             if rows_memory(tile, problem.intermediate, buffers) <= room:
                 return tile
     rule = f"a block of {block} rows of h and a ring of {steps + 2} steps fit on an SM: I"

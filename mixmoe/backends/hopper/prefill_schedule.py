@@ -41,8 +41,9 @@ CHUNK = 8192  # tokens of a pass
 # Routes per expert from which tiles beat the decode streams; where rows of h are long, two decode
 # CTAs do not fit on an SM and it is fewer (gpt-oss T 512, stage 1: 423 us against 408, H100).
 MEAN, MEAN_LONG, LONG = 24, 12, 384
-RING_FROM = 4097  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
-# wait for each other however few rows they have (H100, 2026-11-28: 405 us at T 1024, 429 at 2048)
+RING_FROM = 3073  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
+# wait for each other however few rows they have (H100, 2026-11-28, us at T 1024 / 2048 / 4096 /
+# 8192: ring 383 / 410 / 515 / 762, stored rows and their sum 188 / 310 / - / 946)
 STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
 
 

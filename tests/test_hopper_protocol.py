@@ -1,0 +1,199 @@
+"""The decode rings, played through on paper: no deadlock and no stale stage under any timing.
+
+Neither a compiler nor Triton's interpreter runs warp-specialised kernels on the CPU, and a GPU
+shows a wrong wait only when the timing is bad. So the roles' waits and arrivals are restated here,
+as the kernels make them, with the mbarrier of the PTX ISA (phase, arrivals, bytes under way), and
+stepped in random order; TMA lands late and in any order. Every read is compared with what it
+should be.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from mixmoe.backends.hopper import choose
+from mixmoe.spec import Problem
+
+Role = Iterator[Callable[[], bool]]  # yields what it waits for
+
+
+@dataclass
+class Barrier:
+    """mbarrier: a phase ends when all arrivals and all bytes of it have come."""
+
+    count: int
+    phase: int = 0
+    pending: int = field(init=False)
+    flying: int = 0
+
+    def __post_init__(self) -> None:
+        self.pending = self.count
+
+    def arrive(self) -> None:
+        self.pending -= 1
+        self.settle()
+
+    def land(self) -> None:
+        self.flying -= 1
+        self.settle()
+
+    def settle(self) -> None:
+        assert self.pending >= 0, "an arrival too many"
+        if self.pending == 0 and self.flying == 0:
+            self.phase += 1
+            self.pending = self.count
+
+    def done(self, parity: int) -> Callable[[], bool]:
+        """What `mbarrier.wait(parity)` waits for: that the current phase is of the other parity."""
+        return lambda: self.phase & 1 != parity
+
+
+@dataclass
+class Ring:
+    """Stages with their barriers, what lies in each, and copies under way."""
+
+    stages: int
+    full: list[Barrier]
+    empty: list[Barrier]
+    weights: list[object] = field(default_factory=list)
+    rows: list[object] = field(default_factory=list)
+    copies: list[Callable[[], None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, stages: int, filled_by: int, read_by: int) -> "Ring":
+        return cls(
+            stages, [Barrier(filled_by) for _ in range(stages)],
+            [Barrier(read_by) for _ in range(stages)], [None] * stages, [None] * stages,
+        )  # fmt: skip
+
+    def tma(self, stage: int, what: object) -> None:
+        """expect, then a box that lands at some time."""
+        self.full[stage].flying += 1
+        self.full[stage].arrive()
+
+        def land() -> None:
+            self.weights[stage] = what
+            self.full[stage].land()
+
+        self.copies.append(land)
+
+
+def play(roles: list[Role], ring: Ring, seed: int, patience: int = 400) -> None:
+    """Steps roles and landings in random order; TimeoutError where nothing can move any more."""
+    rng = random.Random(seed)
+    waiting = [next(role, None) for role in roles]
+    idle = 0
+    while any(waiting):
+        choice = rng.randrange(len(roles) + 1)
+        if choice == len(roles):
+            if ring.copies:
+                ring.copies.pop(rng.randrange(len(ring.copies)))()
+                idle = 0
+        elif (condition := waiting[choice]) is not None and condition():
+            waiting[choice] = next(roles[choice], None)
+            idle = 0
+        idle += 1
+        if idle > patience and not ring.copies:
+            raise TimeoutError("deadlock")
+
+
+def stream(ring: Ring, tiles: int, steps: int) -> Role:
+    """`stream` and `stream_weights`: every step of every tile in order."""
+    stage, phase = 0, 1
+    for tile in range(tiles):
+        for step in range(steps):
+            yield ring.empty[stage].done(phase)
+            ring.tma(stage, (tile, step))
+            stage, phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+
+
+def alternate(team: int, ring: Ring, tiles: int, steps: int) -> Role:
+    """`gemm2_decode.multiply`: every second tile; the next stage is read before one is freed."""
+    at = team * steps
+    if team < tiles:
+        yield ring.full[at % ring.stages].done(at // ring.stages & 1)
+        assert ring.weights[at % ring.stages] == (team, 0), "stale"
+    for tile in range(team, tiles, 2):
+        for step in range(steps):
+            stage = at % ring.stages
+            last = step + 1 == steps
+            at += 1 + (steps if last else 0)
+            if not last or tile + 2 < tiles:
+                yield ring.full[at % ring.stages].done(at // ring.stages & 1)
+                expected = (tile + 2, 0) if last else (tile, step + 1)
+                assert ring.weights[at % ring.stages] == expected, "stale"
+            ring.empty[stage].arrive()
+
+
+def gather(ring: Ring, tiles: int, steps: int, lag: int) -> Role:
+    """`gemm1_decode.gather_rows`: copies of a step are announced `lag` steps later."""
+    stage, phase, late, issued = 0, 1, 0, 0
+    for tile in range(tiles):
+        for step in range(steps):
+            yield ring.empty[stage].done(phase)
+            ring.rows[stage] = (tile, step)
+            stage, phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+            issued += 1
+            if issued > lag:
+                ring.full[late].arrive()
+                late = (late + 1) % ring.stages
+    for _ in range(min(issued, lag)):
+        ring.full[late].arrive()
+        late = (late + 1) % ring.stages
+
+
+def together(ring: Ring, tiles: int, steps: int) -> Role:
+    """`gemm1_decode.multiply`: both teams read every stage."""
+    total, stage, phase = tiles * steps, 0, 0
+    yield ring.full[0].done(0)
+    for i in range(total):
+        ahead, ahead_phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+        here = divmod(i, steps)
+        assert ring.rows[stage] == here, "stale rows"
+        if i + 1 < total:
+            yield ring.full[ahead].done(ahead_phase)
+            assert ring.weights[ahead] == divmod(i + 1, steps), "stale"
+        ring.empty[stage].arrive()
+        stage, phase = ahead, ahead_phase
+
+
+def stage2(stages: int, tiles: int, steps: int, seed: int) -> None:
+    ring = Ring.of(stages, 1, 1)
+    teams = [alternate(team, ring, tiles, steps) for team in range(2)]
+    play([stream(ring, tiles, steps), *teams], ring, seed)
+
+
+def stage1(stages: int, tiles: int, steps: int, lag: int, seed: int) -> None:
+    ring = Ring.of(stages, 2, 2)
+    roles = [stream(ring, tiles, steps), gather(ring, tiles, steps, lag)]
+    play([*roles, *(together(ring, tiles, steps) for _ in range(2))], ring, seed)
+
+
+@pytest.mark.parametrize("inter", [192, 256, 384, 2048, 2880])
+@pytest.mark.parametrize("block", [1, 8, 16])
+def test_stage2_rings_of_the_chooser(inter: int, block: int) -> None:
+    problem = Problem(64, 2880, inter, 32, 4)
+    tile = choose.decode_rows(problem, block)
+    for seed in range(6):
+        for tiles in (1, 2, 7):
+            stage2(tile.stages, tiles, -(-inter // tile.k), seed)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+def test_stage1_rings_of_the_chooser(block: int) -> None:
+    stages = choose.decode_stage1(block).stages
+    for seed in range(6):
+        stage1(stages, 4, 28, 3 if stages > 4 else stages - 2, seed)
+
+
+def test_a_ring_shorter_than_a_tile_reads_stale_words() -> None:
+    with pytest.raises(AssertionError, match="stale|too many"):
+        for seed in range(200):
+            stage2(8, 6, 8, seed)
+
+
+def test_a_lag_as_long_as_the_ring_deadlocks() -> None:
+    with pytest.raises(TimeoutError):
+        stage1(4, 3, 9, 3, 0)
