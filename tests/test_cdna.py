@@ -120,6 +120,16 @@ def test_every_token_tile_gives_the_same_bits(recipe, block):
     assert findings(session) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_stored_in_lines_or_in_fours_are_the_same_bits(dtype):
+    """Tiles of 128 tokens stage rows in LDS, tiles of 32 store what a lane holds."""
+    recipe = Recipe.named("a4w4", out_dtype=dtype)
+    parts = layer_parts(recipe, tokens=70, hidden=288)
+    with simulate("random") as session:
+        assert same(staged(recipe, parts, 32), staged(recipe, parts, 128))
+    assert findings(session) == []
+
+
 def test_a_row_does_not_depend_on_its_batch():
     recipe = Recipe.named("a8w4_mx")
     x, weights, ids, share = layer_parts(recipe, tokens=40)

@@ -220,6 +220,17 @@ class Gemm:
         """LDS of a workgroup: the stages of codes and every scale."""
         return self.k_waves * self.stages * self.code_bytes + self.scale_room
 
+    def staging_stride(self, item: int) -> int:
+        """Items of ``item`` bytes from one staged row of results to the next: a wave's columns of
+        one half, and 16 bytes more, so that rows begin in different banks."""
+        return self.blocks * MFMA_ROWS + PIECE // item
+
+    def stages_rows(self, item: int) -> bool:
+        """Whether rows of results go through LDS, to be stored in whole lines: where a wave has
+        its columns for itself and twice 16 rows of every wave fit where the codes were."""
+        size = 2 * WAVES * MFMA_ROWS * self.staging_stride(item) * item
+        return self.k_waves == 1 and size <= self.stages * self.code_bytes
+
     @property
     def copy_bytes(self) -> int:
         """Bytes a lane moves to LDS at once: 16, or 4 where a stage is less for every thread."""

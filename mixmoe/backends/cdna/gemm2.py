@@ -11,7 +11,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.backends.cdna import grid, mainloop
-from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, SCALE_BLOCK
+from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, PIECE, SCALE_BLOCK, WAVE
 from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
@@ -77,15 +77,15 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
         # 3. What comes of it
         if fx.const_expr(cfg.k_waves > 1):
             if place.part == 0:
-                store(spec, args, work, place, acc, first)
+                store(spec, args, lds, work, place, acc, first)
         else:
-            store(spec, args, work, place, acc, first)
+            store(spec, args, lds, work, place, acc, first)
 
 
 @flyc.jit
-def store(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+def store(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
     """In the way that the kernel is compiled for."""
-    STORES[spec.kind](spec, args, work, place, acc, first)
+    STORES[spec.kind](spec, args, lds, work, place, acc, first)
 
 
 def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int, column):
@@ -98,7 +98,7 @@ def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int
 
 
 @flyc.jit
-def add_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+def add_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
     """Weight, then add four columns to the token's sums: float32, in any order."""
     cfg = spec.cfg
     ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
@@ -118,7 +118,7 @@ def add_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
 
 
 @flyc.jit
-def store_codes_of_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
     """Blocks of 32 columns of one route as e4m3 codes and a scale."""
     cfg = spec.cfg
     ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
@@ -146,8 +146,17 @@ def store_codes_of_rows(spec: Stage2, args: Arguments, work, place, acc, first) 
 
 
 @flyc.jit
-def store_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
-    """Bias, then four columns of one route at a time."""
+def store_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+    """Rows in the output's type."""
+    if fx.const_expr(spec.cfg.stages_rows(spec.out.width // 8)):
+        store_lines(spec, args, lds, work, place, acc, first)
+    else:
+        store_quads(spec, args, work, place, acc, first)
+
+
+@flyc.jit
+def store_quads(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+    """Four columns of one route at a time, from where the MFMA left them."""
     cfg, out = spec.cfg, spec.out
     quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
     ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
@@ -163,6 +172,85 @@ def store_rows(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
                 frag.store(value.to(out))
                 dest = fx.get_iter(args.rows) + route * cfg.rows + column
                 fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+
+
+class Staging:
+    """Twice 16 rows of a wave's columns in LDS, in the place of the codes: written as the MFMA
+    leaves them, read in 16-byte pieces along the row. No other wave touches them."""
+
+    def __init__(self, spec: Stage2, place, lds):
+        cfg, self.out, self.place = spec.cfg, spec.out, place
+        item = self.out.width // 8
+        self.items = PIECE // item
+        self.stride = cfg.staging_stride(item)
+        self.pieces = cfg.blocks * MFMA_ROWS // self.items
+        self.rows = WAVE // self.pieces  # that one read covers
+        base = fx.recast_iter(self.out, lds.codes.ptr)
+        self.base = base + place.wave * (2 * MFMA_ROWS * self.stride)
+        self.lane = place.tid % WAVE
+
+    def _at(self, group: int, row):
+        """Start of a row of a group; groups take turns in the two places."""
+        return self.base + (row + group % 2 * MFMA_ROWS) * self.stride
+
+    def write(self, group: int, block: int, values: fx.Vector) -> None:
+        """Four columns of a block."""
+        frag = fx.make_rmem_tensor(4, self.out)
+        frag.store(values.to(self.out))
+        at = self._at(group, self.place.r) + (block * MFMA_ROWS + self.place.g * 4)
+        quad = fx.make_copy_atom(fx.UniversalCopy(4 * self.out.width), self.out)
+        fx.copy(quad, frag, at.view(fx.make_layout(4, 1)))
+
+    def row(self, turn: int):
+        """The row that a lane reads in its turn."""
+        return self.lane // self.pieces + turn * self.rows
+
+    def column(self):
+        """First column of a lane's piece."""
+        return self.lane % self.pieces * self.items
+
+    def read(self, group: int, turn: int):
+        """A piece of a row."""
+        frag = fx.make_rmem_tensor(self.items, self.out)
+        at = self._at(group, self.row(turn)) + self.column()
+        piece = fx.make_copy_atom(fx.UniversalCopy128b(), self.out)
+        fx.copy(piece, at.view(fx.make_layout(self.items, 1)), frag)
+        return frag
+
+
+@flyc.jit
+def store_piece(spec: Stage2, args: Arguments, packed, column, frag) -> None:
+    """16 bytes of a route's row."""
+    token = packed & TOKEN_MASK
+    piece = fx.make_copy_atom(fx.UniversalCopy128b(), spec.out)
+    if (token < args.tokens) & (column < spec.cfg.rows):
+        route = fx.Int64(token * args.topk + (packed >> 24))
+        dest = fx.get_iter(args.rows) + route * spec.cfg.rows + column
+        fx.copy(piece, frag, dest.view(fx.make_layout(PIECE * 8 // spec.out.width, 1)))
+
+
+def store_lines(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+    """Whole lines of memory: a store takes 16 bytes a lane along the rows. What is read from LDS
+    is stored after the next group was written, so that nothing waits for it."""
+    cfg, staging = spec.cfg, Staging(spec, place, lds)
+    turns = range(MFMA_ROWS // staging.rows)
+    ids = [  # of all that a lane stores: loaded before any store, which might alias
+        [fx.Int32(args.sorted_ids[work.routes + group * MFMA_ROWS + staging.row(turn)])
+         for turn in turns]
+        for group in range(cfg.groups)
+    ]
+    column = first * MFMA_ROWS + staging.column()
+    fx.gpu.barrier()  # the last tokens are read
+    pending: list[tuple] = []
+    for group in range(cfg.groups):
+        for b in range(cfg.blocks):
+            at = fx.min((first + b) * MFMA_ROWS, cfg.rows - MFMA_ROWS) + place.g * 4
+            staging.write(group, b, columns_of(spec, args, place, acc, b, group, at))
+        for packed, frag in pending:
+            store_piece(spec, args, packed, column, frag)
+        pending = [(ids[group][turn], staging.read(group, turn)) for turn in turns]
+    for packed, frag in pending:
+        store_piece(spec, args, packed, column, frag)
 
 
 STORES = {
