@@ -34,6 +34,13 @@ Scalar = Any  # int | uint64 array (waves,)
 Row = Any  # uint32 array that broadcasts to (waves, 64)
 
 
+def spread(x: Row, shape: tuple[int, int]) -> Row:
+    """np.broadcast_to, without its overhead for one value and for whole rows."""
+    if x.shape == shape:
+        return x
+    return np.ndarray(shape, x.dtype, x, 0, (0, 0)) if x.ndim == 0 else np.broadcast_to(x, shape)
+
+
 def norm(x: Array) -> Scalar:
     """uint64[waves] -> int when all waves agree."""
     first = x[0]
@@ -188,7 +195,7 @@ class Batch:
     def put(self, i: int, x: Row) -> None:
         """EXEC-masked write of one vector register."""
         if self.full:
-            self.v[i] = x if x.shape == self.shape else np.broadcast_to(x, self.shape)
+            self.v[i] = spread(x, self.shape)
         else:
             self.v[i] = np.where(self.m, x, self.v[i])
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .asm import Operand
-from .batch import ALL, EXEC, M32, Batch, Row, Scalar, bool_to_mask, pair
+from .batch import ALL, EXEC, M32, Batch, Row, Scalar, bool_to_mask, pair, spread
 from .errors import UnsupportedError
 from .numerics import f16, f32, f64, i16, i32, i64, u16, u32, u64
 
@@ -161,7 +161,7 @@ def write_mask(o: Operand) -> Write:
     wr = ws64(o)
 
     def write(w: Batch, b: Any) -> None:
-        b = np.broadcast_to(b, w.shape)
+        b = spread(b, w.shape)
         wr(w, bool_to_mask(b if w.full else b & w.m))
 
     return write

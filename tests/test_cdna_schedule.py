@@ -15,6 +15,7 @@ pytest.importorskip("flydsl")
 from cdna_cases import failures, findings, judge, simulate
 from test_cdna import layer_parts, same, staged
 
+from mixmoe import moe, prepare
 from mixmoe.backends.cdna import cdna, choose, gemm1, gemm2, grid, mainloop, stages
 from mixmoe.backends.cdna.atoms import E2M1, E4M3, GFX950
 from mixmoe.backends.cdna.config import Gemm, RowsOut
@@ -219,6 +220,20 @@ def test_a_forgotten_weight_is_seen(monkeypatch):
     with simulate():
         y, wanted = down_of(RowsOut.SUMS, layer_parts(recipe, tokens=4), recipe)
     assert ((y - wanted).norm(dim=1) > 2**-4 * wanted.norm(dim=1)).any()
+
+
+def test_the_door_without_determinism():
+    """The public door adds atomically where it may, and says nearly the same."""
+    recipe = Recipe.named("a4w4")
+    x, weights, ids, share = layer_parts(recipe, tokens=6)
+    with simulate() as session:
+        packed = prepare(weights, recipe, backend="cdna")
+        plain, added = (
+            moe(x, packed, ids, share, recipe=recipe, backend="cdna", deterministic=free)
+            for free in (True, False)
+        )
+    assert findings(session) == [] and any("sums" in launch.name for launch in session.launches)
+    assert ((plain - added).double().norm(dim=1) <= 2**-7 * plain.double().norm(dim=1)).all()
 
 
 def test_atomics_only_where_order_is_free():

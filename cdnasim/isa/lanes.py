@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..asm import Instr, Operand
-from ..batch import LANES, M0, M32, VCC, Batch, Row, mask_to_bool, norm
+from ..batch import LANES, M0, M32, VCC, Batch, Row, mask_to_bool, norm, spread
 from ..errors import UnsupportedError
 from ..numerics import f32, f64, i32, i64, u32, u64
 from ..operands import RAW, TYPED, lo32, rs32, rs64, rv32, rv64, write_mask, ws32, wv32, wv64
@@ -81,7 +81,7 @@ def first_lane(ins: Instr) -> Closure:
     a, wr = rv32(ins.ops[1]), ws32(ins.ops[0])
 
     def f(w: Batch) -> None:
-        x = np.broadcast_to(a(w), w.shape)
+        x = spread(a(w), w.shape)
         col = x[:, 0] if w.full else x[np.arange(w.n), np.argmax(w.m, axis=1)]
         wr(w, norm(col.astype(u64)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..asm import Instr
-from ..batch import LANES, M0, Batch, Pending
+from ..batch import LANES, M0, Batch, Pending, spread
 from ..errors import ExecError
 from ..numerics import Array, i64, u8, u32, unpack_bits
 from ..operands import rv32
@@ -322,8 +322,8 @@ def permute(ins: Instr) -> Closure:
     a, data = rv32(ins.ops[1]), rv32(ins.ops[2])
 
     def f(w: Batch) -> None:
-        lane = ((np.broadcast_to(a(w), w.shape) + off) >> u32(2)) & u32(63)
-        x, lane = np.broadcast_to(data(w), w.shape), lane.astype(i64)
+        lane = ((spread(a(w), w.shape) + off) >> u32(2)) & u32(63)
+        x, lane = spread(data(w), w.shape), lane.astype(i64)
         if pull:
             v = np.take_along_axis(x, lane, 1)
             if not w.full:

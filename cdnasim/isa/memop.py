@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import numerics as nm
-from ..batch import POISON, Batch, Pending
+from ..batch import POISON, Batch, Pending, spread
 from ..numerics import Array, f16, f32, f64, i32, i64, u8, u16, u32, u64
 
 # kind -> (bytes in memory, how it lands: w whole dwords, u/s extended, lo/hi one half of the
@@ -53,7 +53,7 @@ def to_rows(data: Array, w: Batch, rows: Array | None, how: str, first: int) -> 
         words = data.view(u32)
         if rows is None:
             return list(np.ascontiguousarray(words.reshape(*w.shape, n // 4).transpose(2, 0, 1)))
-        return [spread(words[:, k], w, rows, w.v[first + k]) for k in range(n // 4)]
+        return [replaced(words[:, k], w, rows, w.v[first + k]) for k in range(n // 4)]
     x = data[:, 0].astype(u32) if n == 1 else data.view(u16)[:, 0].astype(u32)
     if how[0] == 's':
         x = (x ^ u32(1 << (8 * n - 1))) - u32(1 << (8 * n - 1))
@@ -69,11 +69,11 @@ def to_rows(data: Array, w: Batch, rows: Array | None, how: str, first: int) -> 
             if how[-2:] == 'lo'
             else (kept & u32(0xFFFF)) | (x << u32(16))
         )
-    return [x.reshape(w.shape) if rows is None else spread(x, w, rows, old)]
+    return [x.reshape(w.shape) if rows is None else replaced(x, w, rows, old)]
 
 
-def spread(x: Array, w: Batch, rows: Array, old: Array) -> Array:
-    out = np.array(old)
+def replaced(x: Array, w: Batch, rows: Array, old: Array) -> Array:
+    out = np.array(old, order='C')
     out.reshape(-1)[rows] = x
     return out
 
@@ -132,9 +132,11 @@ def issue(w: Batch, queue: list[Pending], op: Pending) -> None:
 
 def poison(w: Batch, first: int, n: int) -> None:
     """In flight: the active lanes of the destination hold a NaN nobody should read."""
-    row = np.broadcast_to(POISON, w.shape)
+    if w.full:
+        w.v[first : first + n] = [spread(POISON, w.shape)] * n
+        return
     for k in range(first, first + n):
-        w.v[k] = np.array(row) if w.full else np.where(w.m, POISON, w.v[k])
+        w.v[k] = np.where(w.m, POISON, w.v[k])
 
 
 # ---- atomics: fn(old uint8[k, n], new uint8[k, m]) -> uint8[k, n]

@@ -4,12 +4,13 @@ ISA 12.8-12.12).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..batch import LANES, M32
-from ..numerics import i16, i32, i64, u16, u32, u64
+from ..numerics import i16, i32, i64, u8, u16, u32, u64
 from ..operands import lo32
 from .vop import Table
 
@@ -74,18 +75,36 @@ def funnel(a: Any, b: Any, shift: Any) -> Any:
 
 def v_perm(a: Any, b: Any, sel: Any) -> Any:
     """Byte select from {a, b}: 0-7 a byte, 8-11 the sign of a word, 12 zero, 13 and above 0xFF."""
-    if np.ndim(sel) == 0:
-        return perm_same(a, b, int(sel))
-    data = (a.astype(u64) << u64(32)) | b.astype(u64)
-    out: Any = u32(0)
-    for k in range(4):
-        s = (sel >> u32(8 * k)) & u32(255)
-        byte = (data >> (np.minimum(s, u32(7)).astype(u64) * u64(8))) & u64(255)
-        sign_bit = (np.clip(s, u32(8), u32(11)).astype(u64) - u64(8)) * u64(16) + u64(15)
-        sign = np.where((data >> sign_bit) & u64(1), u64(255), u64(0))
-        byte = np.where(s >= 13, u64(255), np.where(s == 12, u64(0), np.where(s >= 8, sign, byte)))
-        out = out | (byte.astype(u32) << u32(8 * k))
-    return out
+    if is_same(sel):
+        return perm_same(a, b, int(sel.flat[0]))
+    if is_same(a) and is_same(b):
+        table = perm_table(int(a.flat[0]), int(b.flat[0]))
+        return table.take(np.ascontiguousarray(sel).view(u8)).view(u32)
+    shape = np.broadcast_shapes(a.shape, b.shape, sel.shape)
+    choices = np.empty((*shape, 4), u32)  # the bytes that selectors 0 to 15 name, per lane
+    choices[..., 0], choices[..., 1] = b, a
+    choices[..., 2] = word_signs(b) | (word_signs(a) << u32(16))
+    choices[..., 3] = u32(0xFFFFFF00)
+    chosen = np.minimum(np.ascontiguousarray(np.broadcast_to(sel, shape)).view(u8), u8(15))
+    lanes = chosen.reshape(-1, 4) + 16 * np.arange(chosen.size // 4)[:, None]
+    return choices.view(u8).reshape(-1).take(lanes).view(u32).reshape(shape)
+
+
+def is_same(x: Any) -> bool:
+    """Every lane of every wave holds one value, as far as the strides say."""
+    return not any(x.strides)
+
+
+def word_signs(x: Any) -> Any:
+    """0xFF in byte k where bit 16 k + 15 is set."""
+    return ((x >> u32(15)) & u32(1)) * u32(0xFF) | (x >> u32(31)) * u32(0xFF00)
+
+
+@lru_cache(256)
+def perm_table(a: int, b: int) -> Any:
+    """Selector byte -> result byte, for v_perm of two constants."""
+    out = [int(perm_same(u32(a), u32(b), s)) & 255 for s in range(13)]
+    return np.array(out + [255] * (256 - len(out)), u8)
 
 
 def perm_same(a: Any, b: Any, sel: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..asm import Instr, Operand
-from ..batch import LANES, M32, Batch, Row
+from ..batch import LANES, M32, Batch, Row, spread
 from ..errors import UnsupportedError
 from ..numerics import Array, i32, i64, u16, u32, u64
 from ..operands import RAW, TYPED, Read, lo32, rv32, rv64, wv32, wv64
@@ -92,7 +92,7 @@ class Dpp:
         src, inside, whole = self.src, self.inside, bool(self.inside.all())
 
         def get(w: Batch) -> Row:
-            x = np.broadcast_to(rd(w), w.shape)[:, src]
+            x = spread(rd(w), w.shape)[:, src]
             if w.full:
                 return x if whole else np.where(inside, x, u32(0))
             return np.where(inside & w.m[:, src], x, u32(0))
