@@ -204,6 +204,21 @@ for suffix, signed_ty, unsigned_ty in (('', i32, u32), ('_x2', i64, u64)):
     )
 
 
+def in_order(addr: Array) -> tuple[Array, Array]:
+    """(stable order, its addresses less the least): one sort of address and index in a word, in
+    half the time of a stable argsort.
+    """
+    if not len(addr):
+        return addr, addr
+    bits = len(addr).bit_length()
+    least = addr.min()
+    if int(addr.max()) - int(least) >> (62 - bits):
+        order = np.argsort(addr, kind='stable')
+        return order, addr[order]
+    keys = np.sort((addr - least) << bits | np.arange(len(addr)))
+    return keys & ((1 << bits) - 1), keys >> bits
+
+
 def do_atomic(
     load: Callable[[Array, Array], Array],
     store: Callable[[Array, Array, Array], None],
@@ -216,19 +231,15 @@ def do_atomic(
     """Perform in order of wave and lane. Lanes that share an address go one round after another ->
     old values.
     """
-    ranked = np.sort(addr)
+    order, ranked = in_order(addr)
     if (ranked[1:] != ranked[:-1]).all():
         old = load(addr, rows)
         store(addr, rows, fn(old, data))
         return old
     old = np.empty((len(addr), n), u8)
-    order = np.argsort(addr, kind='stable')
-    ranked = addr[order]
-    starts = (
-        np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]]) if len(addr) else np.zeros(0, i64)
-    )
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     rank = np.arange(len(addr)) - np.repeat(starts, np.diff(np.r_[starts, len(addr)]))
-    for k in range(int(rank.max()) + 1 if len(addr) else 0):
+    for k in range(int(rank.max()) + 1):
         sel = order[rank == k]
         old[sel] = load(addr[sel], rows[sel])
         store(addr[sel], rows[sel], fn(old[sel], data[sel]))
