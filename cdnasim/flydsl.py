@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -124,6 +124,13 @@ def require_flydsl() -> Any:
             f'FlyDSL {flydsl.__version__} is installed; sessions are tested with {VERSION}.x'
         )
     return flydsl
+
+
+@lru_cache(32)
+def decoded(text: str, name: str) -> Kernel:
+    """A kernel of an assembly dump; later sessions that launch it again find it decoded."""
+    module = parse_asm(text)
+    return Kernel(module, module.kernels[name])
 
 
 @cache
@@ -358,8 +365,7 @@ class session:
                 with open(path) as f:
                     text = f.read()
                 if f'\n{name}:' in text:
-                    module = parse_asm(text)
-                    self.kernels[handle] = Kernel(module, module.kernels[name])
+                    self.kernels[handle] = decoded(text, name)
                     break
             else:
                 raise CdnaSimError(f'FlyDSL launched {name}, but no assembly dump holds it')
