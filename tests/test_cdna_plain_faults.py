@@ -59,6 +59,14 @@ def test_scale_of_another_group(fresh, monkeypatch):
     assert fail("w4a8")[0] >= {"gemm1", "gemm2"}
 
 
+def test_folded_scale_of_another_block(fresh, monkeypatch):
+    real = factors.Factors.of_row
+    monkeypatch.setattr(
+        factors.Factors, "of_row", lambda self, stage, key, column: real(self, stage, key, 0)
+    )
+    assert fail("a16w4")[0] >= {"gemm1", "gemm2"}
+
+
 def test_token_scale_of_another_block(fresh, monkeypatch):
     monkeypatch.setattr(config.Gemm, "tile_scales", property(lambda cfg: 1))
     monkeypatch.setattr(config.Gemm, "token_period", property(lambda cfg: 256))

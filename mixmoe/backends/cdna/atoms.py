@@ -87,13 +87,15 @@ class Mma:
 @dataclass(frozen=True, slots=True)
 class Atoms:
     """An architecture: LDS of a workgroup, K of its scaled MFMA and the formats that takes (0 and
-    none where there is no such instruction), and the MFMAs without scales."""
+    none where there is no such instruction), the MFMAs without scales, and whether it converts
+    e2m1 under a scale."""
 
     arch: str
     lds_bytes: int
     mfma_k: int
     operands: tuple[tuple[str, Operand], ...]
     plain: tuple[Mma, ...]
+    converts_e2m1: bool
 
     def mma_of(self, element: Element) -> Mma | None:
         """The MFMA without scales whose operands are of this element."""
@@ -131,6 +133,7 @@ GFX950 = Atoms(
         Mma(int8, fx.Int8, fx.Int32, (32,)),
         Mma(e4m3fn, fx.Float8E4M3FN, fx.Float32, (32, 128)),
     ),
+    converts_e2m1=True,
 )
 GFX942 = Atoms(
     "gfx942", 64 << 10, 0, (),
@@ -140,4 +143,5 @@ GFX942 = Atoms(
         Mma(int8, fx.Int8, fx.Int32, (32,)),
         Mma(e4m3fnuz, fx.Float8E4M3FNUZ, fx.Float32, (32,)),
     ),
+    converts_e2m1=False,
 )

@@ -13,7 +13,7 @@ from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, SCALE_BLOCK, WORD, Atom
 from mixmoe.backends.cdna.config import WAVES, Modes
 from mixmoe.backends.cdna.plain.decode import Decoder, token_decoder, weight_decoder
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import Format, ScaleKind
+from mixmoe.formats import Format, ScaleKind, bfloat16, e2m1
 from mixmoe.layout import Layout
 from mixmoe.preshuffle import CDNA_RUNS, Order, order_named
 
@@ -133,9 +133,19 @@ class Gemm:
         return 0 if self.token.scale is ScaleKind.NONE else self.token.cols
 
     @property
+    def folds(self) -> bool:
+        """Whether weights take their scales as they are decoded: exact, as bf16 has float32's
+        exponents, and cheaper than scaling sums. fp16 has not."""
+        return (
+            self.atoms.converts_e2m1
+            and self.weight.element is e2m1
+            and self.mma.element is bfloat16
+        )
+
+    @property
     def period(self) -> int:
         """K after which a sum is scaled and put onto the float32 total; 0: only at the end."""
-        return math.gcd(self.weight_period, self.token_period)
+        return math.gcd(0 if self.folds else self.weight_period, self.token_period)
 
     @property
     def weight_decoder(self) -> Decoder:

@@ -101,6 +101,22 @@ def from_table(source: Element, target: Element) -> Callable[[Words], Words]:
     return decode
 
 
+def scaled_bf16(words: Words, scale: fx.Float32) -> Words:
+    """e2m1 in the order v4v0 v5v1 v6v2 v7v3 times a power of two, to bf16, exactly: bf16 has the
+    exponents of float32. A conversion takes a byte, so pairs come out as 0 4, 1 5, 2 6, 3 7."""
+    out: Words = []
+    for word in words:
+        pairs = [
+            fx.Vector(
+                fx.rocdl.cvt_scalef32_pk_bf16_fp4(fx.BFloat16x2.ir_type, word, scale, byte)
+            ).bitcast(fx.Int32)[0]
+            for byte in range(4)
+        ]
+        for select in (0x05040100, 0x07060302):  # low halves, high halves
+            out += [permute(pairs[i + 1], pairs[i], fx.Int32(select)) for i in (0, 2)]
+    return out
+
+
 def in_order(source: Element, target: Element) -> Callable[[Words], Words]:
     """The decoder of a 4-bit element as tokens have it, the even k in the low nibble; to bytes."""
     (plane,) = table(source, target)

@@ -72,7 +72,9 @@ class Factors:
         half, block = key
         words, first = self.per * self.size, kt * self.count + i * self.per
         whole = 4 // self.size
-        row = (self.place.g, self.loads.blocks[block], half)
+        # Results are rows 4 g ..; an operand is row r.
+        quad = self.place.r // 4 if self.cfg.folds else self.place.g
+        row = (quad, self.loads.blocks[block], half)
         column = self.stored[row, (None, (first % whole, first // whole))]
         source = fx.make_view(fx.get_iter(column), fx.make_layout(words, 1))
         parts = fx.logical_divide(self.weights[stage][key], fx.make_layout(words, 1))
@@ -103,6 +105,11 @@ class Factors:
         if len(words) == 1 and self.cfg.weight.rows > 1:
             return [words[0].bitcast(fx.Float32)] * 4
         return factors_of(self.cfg.weight.scale, words)
+
+    def of_row(self, stage: int, key, column: int) -> fx.Float32:
+        """The E8M0 scale of the row that a lane holds codes of, for a block of K of the tile."""
+        (word,) = words_of(self.weights[stage][key], column * self.size, self.size)
+        return power((word >> (self.place.r % 4 * 8)) & 0xFF)
 
     # Tokens.
 

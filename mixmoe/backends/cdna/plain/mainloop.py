@@ -25,6 +25,7 @@ from flydsl.expr import const_expr
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, WORD
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.plain.config import Gemm
+from mixmoe.backends.cdna.plain.decode import scaled_bf16
 from mixmoe.backends.cdna.plain.factors import RING, Factors, words_of
 from mixmoe.backends.cdna.plain.place import Place
 from mixmoe.backends.cdna.weights import of_expert
@@ -184,7 +185,12 @@ class Loads:
         cfg = self.cfg
         for key in self.keys:
             stored = words_of(self.weights[stage][key], step * cfg.step_words, cfg.step_words)
-            self.operands[key] = split(cfg, cfg.weight_decoder.words(stored))
+            if cfg.folds:
+                column = step * cfg.step_k // cfg.weight_period
+                words = scaled_bf16(stored, self.factors.of_row(stage, key, column))
+            else:
+                words = cfg.weight_decoder.words(stored)
+            self.operands[key] = split(cfg, words)
 
     def token_operands(self, phase: int, stage: int) -> list[fx.Tensor]:
         """Operands of a phase's tokens."""
@@ -229,7 +235,7 @@ class Sums:
         """Scale the sum of a period and add it to the total."""
         cfg, (half, block, _) = self.cfg, key
         scale = [fx.Float32(1.0)] * 4
-        if cfg.weight_period:
+        if cfg.weight_period and not cfg.folds:
             scale = factors.decoded[half, block]
         if cfg.token_period:
             of_token = factors.ring[factors.loads.ring_slot(phase, stage)].load()[0]
