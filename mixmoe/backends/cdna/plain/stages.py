@@ -100,10 +100,11 @@ def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
 
 
 def cut(make: Callable[..., Gemm], block: int) -> Gemm:
-    """The most tokens a tile that divide the sorted block. Where every block of 32 or 64 is scaled,
-    that work is the vector unit's, the same for each token: 32 tokens lose nothing and compile in
-    half the time (simulated cycles a token of w4a8: 1066 at 64, 1153 at 32)."""
-    most = 32 if 0 < make(tokens=MIN_BLOCK).period < 128 else max(TILES)
+    """The most tokens a tile that divide the sorted block. Where sums are scaled along K, 32: a
+    sum and a total for each result fill the registers at 64 (e4m3 in 128-blocks spills), and where
+    every block of 32 is scaled that is the vector unit's work, the same for each token (simulated
+    cycles a token of w4a8: 1066 at 64, 1153 at 32)."""
+    most = 32 if make(tokens=MIN_BLOCK).period else max(TILES)
     tokens = next(t for t in TILES if block % t == 0 and t <= most)
     return make(tokens=tokens, sort_tiles=block // tokens)
 
