@@ -47,6 +47,8 @@ class Option:
     bias: bool | None = None
     orders: tuple[str, str] | None = None
     block: int | None = None
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)  # fields of each stage's Gemm
+    rows: str | None = None  # what stage 2 leaves
     cheap: bool = False
 
     @property
@@ -54,7 +56,15 @@ class Option:
         """What the backend is asked."""
         changes = {"act": self.shape.act} | self.changes
         recipe = replace(Recipe.named(self.recipe), **changes)
-        return Layer(self.shape, recipe, self.bias, self.orders, self.block)
+        forced = (self.block, self.tiles, self.rows)
+        return Layer(self.shape, recipe, self.bias, self.orders, *forced)
+
+
+
+
+def both(**changes: Any) -> dict[str, dict[str, Any]]:
+    """The same fields changed in both stages."""
+    return {"gemm1": changes, "gemm2": changes}
 
 
 SHORT = Shape("short", 4096, 128, 8, 2)
@@ -66,6 +76,26 @@ OPTIONS = (
         for block in (16, 32, 64, 128)
     ),
     Option("sort block of several tiles", tokens=1024, block=256),
+    # Who takes which tiles, and who shares K.
+    Option("three tiles a workgroup", tokens=512, block=128, tiles=both(walk={"each": 3})),
+    Option("persistent grid", tokens=512, block=128, tiles=both(walk={"groups": 16})),
+    Option("persistent grid, XCD neighbours, bands of 2", tokens=512, block=128,
+           tiles=both(walk={"groups": 16, "together": True, "band": 2})),
+    Option("workgroups in turn over the XCDs", tokens=512, block=128, tiles=both(walk={})),
+    Option("K shared by two waves", block=16, tiles=both(k_waves=2)),
+    Option("K shared by four waves", block=16, tiles=both(k_waves=4)),
+    Option("K shared by two workgroups", block=16, tiles={"gemm1": {"split_k": 2}}),
+    Option("K shared by four workgroups, bias", block=16, bias=True,
+           tiles={"gemm1": {"split_k": 4}}),
+    # How operands are held.
+    Option("weights kept in L2", block=16, tiles=both(streaming=False)),
+    Option("streaming weights", tokens=512, block=128, tiles=both(streaming=True)),
+    Option("a ring of four steps of weights", block=16, tiles=both(ring=4)),
+    Option("two blocks a wave", tokens=256, block=64, tiles=both(blocks=2)),
+    Option("one workgroup a CU", tokens=256, block=64, tiles=both(waves_per_eu=1)),
+    # What stage 2 leaves.
+    Option("atomic sums", block=16, rows="sums"),
+    Option("rows in e4m3", tokens=512, block=128, rows="codes"),
     # Weights as they lie in memory.
     Option("gate above up", orders=("cdna_n16", "cdna_n16")),
     Option("k-major", orders=("cdna_k_major", "cdna_k_major")),
@@ -96,13 +126,12 @@ OPTIONS = (
 
 
 def recipes() -> Iterator[Option]:
-    """Every recipe that an architecture has kernels for, decode and prefill."""
+    """Every recipe that an architecture has kernels for."""
     for target in TARGETS:
         for name, refused in refusals(target, None).items():
             if refused is None:
-                for block in (32, 64):
-                    label = f"{target}, {name}, T {4 * block}"
-                    yield Option(label, name, tokens=4 * block, block=block, target=target)
+                label = f"{target}, {name}"
+                yield Option(label, name, tokens=128, block=32, target=target)
 
 
 def options() -> list[Option]:

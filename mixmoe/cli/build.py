@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,17 +32,21 @@ def build(
 ) -> None:
     """Compile every kernel of a layer into code objects (ELF) and a manifest. No GPU is needed.
 
+    Both for deterministic calls and for those that leave the order of sums free.
+
     On a machine with ROCm, mixmoe.backends.cdna.prebuilt.use(DIR) then launches them through HIP
     and compiles nothing.
     """
     chosen, found = shape_named(shape), dict[str, Built]()
     with Console(stderr=True).status("compiling") as status:
-        for name in listed(recipe):
-            layer = Layer(chosen, Recipe.named(name, act=chosen.act))
+        for name, free in product(listed(recipe), (False, True)):
+            chosen_recipe = Recipe.named(name, act=chosen.act)
+            layer = Layer(chosen, chosen_recipe, deterministic=not free)
             for kernel in survey(target, layer, counts(tokens), False, status.update):
                 variants = found.setdefault(kernel.name, (kernel, []))[1]
-                asked = {"shape": asdict(chosen), "recipe": layer.recipe.key}
-                variants.append(asked | {"tokens": kernel.tokens})
+                asked: dict[str, Any] = {"shape": asdict(chosen), "recipe": chosen_recipe.key}
+                asked |= {"tokens": kernel.tokens}
+                variants += [asked] * (asked not in variants)
     write(out, target, list(found.values()))
     size = sum((out / file_of(name)).stat().st_size for name in found)
     Console().print(f"{len(found)} kernels for {target}, {size / 1e3:.0f} KB: {out}")

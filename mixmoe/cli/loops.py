@@ -98,10 +98,15 @@ def main_loop(report: Any) -> MainLoop | None:
     if loop is None:
         return None
     spans = {wave: iterations_of(path, loop) for wave, path in paths.items()}
-    count = len(spans[min(paths)])
-    middle = spans[min(paths)][count // 2]
+    mine = spans[min(paths)]
+    # A round of a walk over tiles may find its tile unused.
+    working = [span for span in mine if matrix & set(first[slice(*span)])]
+    if not working:
+        return None
+    count, middle = len(mine), working[len(working) // 2]
     mix = mix_of(instructions, first[slice(*middle)])
-    if count < FEWEST or any(len(found) != count for found in spans.values()):
+    alike = len({tuple(first[slice(*span)]) for span in mine}) == 1
+    if count < FEWEST or not alike or any(len(found) != count for found in spans.values()):
         return MainLoop(count, mix, None, None)
     left_out = count // 2
     shorter = copy.copy(report)

@@ -5,7 +5,8 @@ weights, tokens and results are zeros that nobody touches. Then one workgroup of
 simulated. So a new recipe, tile or kernel shows here with no change.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,13 +41,18 @@ class Kernel:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """What is asked of the backend: a shape, a recipe, and what is left to it by default: biases as
-    the model has them, the weights' memory orders, the block of sorted routes."""
+    the model has them, the weights' memory orders, the block of sorted routes, fields of the
+    GEMMs' records (``tiles[stage]``), what stage 2 leaves (``rows``: a value of ``RowsOut``).
+    ``deterministic=False``: as a caller may ask, where the order of sums is free."""
 
     shape: Shape
     recipe: Recipe
     bias: bool | None = None
     orders: tuple[str, str] | None = None
     block: int | None = None
+    tiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: str | None = None
+    deterministic: bool = True
 
 
 def survey(
@@ -61,8 +67,13 @@ def survey(
     Raises MixMoEError where the backend has no kernels for it.
     """
     kernels: dict[str, Kernel] = {}
-    with recorded() as compiled, session(target, run=False) as simulated:
+    with (
+        recorded() as compiled,
+        session(target, run=False) as simulated,
+        ExitStack() as stack,
+    ):
         weights = placeholders(layer)
+        stack.enter_context(forced(layer.tiles))
         for count in tokens:
             progress(f"compiling for T = {count}")
             for stage, launch in launches(simulated, layer, weights, count):
@@ -75,8 +86,33 @@ def survey(
                 if count not in known.tokens:
                     known = replace(known, tokens=(*known.tokens, count))
                 kernels[launch.name] = known
-    order = {stage: i for i, stage in enumerate(("quantise", "gemm1", "gemm2", "combine"))}
-    return sorted(kernels.values(), key=lambda k: order[k.stage])
+    return sorted(kernels.values(), key=lambda k: STAGES.index(k.stage))
+
+
+STAGES = ("quantise", "gemm1", "gemm2", "combine")
+
+
+@contextmanager
+def forced(tiles: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Inside, the backend's GEMMs are cut as it chooses but for these fields."""
+    from mixmoe.backends.cdna import grid, stages
+
+    chosen = stages.plan
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        made = chosen(*args, **kwargs)
+        for stage, fields in tiles.items():
+            changes = dict(fields)
+            if "walk" in changes:
+                changes["walk"] = grid.Walk(**changes["walk"])
+            made = replace(made, **{stage: replace(getattr(made, stage), **changes)})
+        return made
+
+    stages.plan = plan
+    try:
+        yield
+    finally:
+        stages.plan = chosen
 
 
 def placeholders(layer: Layer) -> Weights:
@@ -135,11 +171,31 @@ def launches(
     yield from fresh("quantise")
     h = backend.gemm1(source, weights, routed, recipe)
     yield from fresh("gemm1")
-    rows = backend.gemm2(h, weights, routed, recipe)
-    yield from fresh("gemm2")
-    out = torch.empty(tokens, shape.hidden, dtype=recipe.out_dtype)
-    backend.combine(rows, routed, recipe, out)
-    yield from fresh("combine")
+    yield from below(layer, h, weights, routed, fresh)
+
+
+def below(
+    layer: Layer, h: Any, weights: Weights, routed: Any, fresh: Callable[[str], Any]
+) -> Iterator[tuple[str, Any]]:
+    """Launches of stage 2 and of the reduction."""
+    from mixmoe.backends.cdna import cdna, choose, stages
+    from mixmoe.backends.cdna.config import RowsOut
+
+    backend, recipe, problem = cdna(), layer.recipe, routed.problem
+    pair = (recipe.activation.name, recipe.weight.name)
+    scaled = bool(backend.atoms.operands) and pair in stages.PAIRS
+    out = torch.empty(problem.tokens, problem.hidden, dtype=recipe.out_dtype)
+    kind = choose.rows_for(problem, routed.block, layer.deterministic)
+    kind = kind if layer.rows is None else RowsOut(layer.rows)
+    if kind is RowsOut.ROWS or not scaled:
+        rows = backend.gemm2(h, weights, routed, recipe)
+        yield from fresh("gemm2")
+        backend.combine(rows, routed, recipe, out)
+        yield from fresh("combine")
+        return
+    stages.down(backend.atoms, h, weights, routed, recipe, out, kind)
+    for _, launch in fresh("gemm2"):
+        yield next(stage for stage in STAGES if launch.name.startswith(stage)), launch
 
 
 def figures_of(simulated: Any, kernel: Kernel) -> dict[str, Any]:
