@@ -69,7 +69,9 @@ def test_manifest(built):
     held = json.loads((built / prebuilt.MANIFEST).read_text())
     assert held["target"] == "gfx950" and held["sources"] == prebuilt.source_hash()
     assert held["versions"]["flydsl"].startswith("0.4")
-    assert [kernel["stage"] for kernel in held["kernels"]] == list(verify.STAGES[1:5])
+    # Every stage, and another form of stage 2 for calls that need not be deterministic.
+    stages = [kernel["stage"] for kernel in held["kernels"]]
+    assert sorted(stages) == sorted([*verify.STAGES[1:5], "gemm2"])
     for kernel in held["kernels"]:
         assert (built / kernel["file"]).read_bytes()[:4] == b"\x7fELF"
         assert kernel["block"] == [256, 1, 1]
