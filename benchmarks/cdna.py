@@ -67,7 +67,7 @@ def both(**changes: Any) -> dict[str, dict[str, Any]]:
     return {"gemm1": changes, "gemm2": changes}
 
 
-SHORT = Shape("short", 4096, 128, 8, 2)
+SHORT = Shape("short", 4096, 128, 8, 2)  # one row tile, and loops all the same
 OPTIONS = (
     # Tiles, of each pair of formats that the scaled MFMA takes.
     *(
@@ -131,7 +131,7 @@ def recipes() -> Iterator[Option]:
         for name, refused in refusals(target, None).items():
             if refused is None:
                 label = f"{target}, {name}"
-                yield Option(label, name, tokens=128, block=32, target=target)
+                yield Option(label, name, SHORT, tokens=128, block=32, target=target)
 
 
 def options() -> list[Option]:
