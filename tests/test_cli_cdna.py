@@ -38,6 +38,12 @@ def test_check_prints_errors_and_tolerances(mixmoe):
     assert code == 0 and "3.9e-3" in out and "simulator" in out and f"{STAGES} judged" in out
 
 
+def test_few_and_all_cases():
+    few, every = map(simulated.chosen_cases, ("few", "all"))
+    assert set(few) < set(every) == set(simulated.CASES) and len(few) == len(simulated.FEW)
+    assert set(verify.CASES) < set(every)
+
+
 def failing(mixmoe):
     """Notes of the failing rows by stage, of a run whose exit code is 1."""
     words = (*CHECK, "--recipe", "a4w4", "--cases", "tail 288 x 96", "--json")

@@ -25,7 +25,9 @@ def check(
         bool, typer.Option("--simulate", help="compiled kernels in cdnasim: no GPU needed")
     ] = False,
     target: Annotated[str, typer.Option(help="with --simulate: gfx950 or gfx942")] = "gfx950",
-    cases: Annotated[str, typer.Option(help="with --simulate: names, semicolons between")] = "all",
+    cases: Annotated[
+        str, typer.Option(help="with --simulate: few, all, or names with semicolons between")
+    ] = "few",
     jobs: Annotated[
         int, typer.Option(min=0, help="with --simulate: processes; 0: one a core")
     ] = 0,
