@@ -259,29 +259,36 @@ def write(
     only: Annotated[str, typer.Option(help="options whose name holds this; others are kept")] = "",
     out: Annotated[Path, typer.Option(help="the file")] = RESULTS,
 ) -> None:
-    """Compile and simulate the options; store their figures."""
+    """Compile and simulate the options; store their figures after each."""
     chosen = [option for option in options() if only in option.name]
     kept = json.loads(out.read_text())["options"] if only and out.exists() else {}
     console = Console(stderr=True)
     for number, option in enumerate(chosen, 1):
-        with console.status(f"{number} of {len(chosen)}: {option.name}"):
-            kept[option.name] = {
-                "target": option.target,
-                "recipe": option.layer.recipe.key,
-                "shape": option.shape.name,
-                "tokens": option.tokens,
-                "kernels": figures(option),
-            }
+        console.print(f"{number} of {len(chosen)}: {option.name}")
+        kept[option.name] = {
+            "target": option.target,
+            "recipe": option.layer.recipe.key,
+            "shape": option.shape.name,
+            "tokens": option.tokens,
+            "kernels": figures(option),
+        }
+        store(kept, out)
+    console.print(f"wrote {len(chosen)} options: {out}")
+
+
+def store(found: dict[str, Any], out: Path) -> None:
+    """Write the figures, in the order of the list, and the document that shows them."""
+    order = {option.name: place for place, option in enumerate(OPTIONS)}
+    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
     held = {
         "label": "simulated, not measured",
         "commit": commit(),
         "flydsl": version("flydsl"),
-        "options": kept,
+        "options": {name: found[name] for name in names},
     }
     out.write_text(json.dumps(held, indent=1) + "\n")
     if out == RESULTS:
         DOCUMENT.write_text(markdown(held))
-    console.print(f"wrote {len(chosen)} options: {out}")
 
 
 if __name__ == "__main__":
