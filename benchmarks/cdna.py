@@ -27,7 +27,7 @@ from mixmoe.cli.simulated import TARGETS, refusals
 from mixmoe.cli.survey import Layer, survey
 from mixmoe.formats import Rounding
 from mixmoe.shapes import SHAPES, Shape
-from mixmoe.spec import Recipe
+from mixmoe.spec import CELLS, Recipe
 
 RESULTS = Path(__file__).parent / "results" / "cdna-simulated.json"
 DOCUMENT = RESULTS.parents[2] / "docs" / "cdna-figures.md"
@@ -126,9 +126,9 @@ OPTIONS = (
 
 
 def recipes() -> Iterator[Option]:
-    """Every recipe that an architecture has kernels for."""
+    """Every cell of the matrix that an architecture has kernels for."""
     for target in TARGETS:
-        for name, refused in refusals(target, None).items():
+        for name, refused in refusals(target, list(CELLS)).items():
             if refused is None:
                 label = f"{target}, {name}"
                 yield Option(label, name, SHORT, tokens=128, block=32, target=target)
