@@ -89,3 +89,12 @@ def test_style_sees(line):
 ])  # fmt: skip
 def test_style_lets_pass(line):
     assert lapses(f"{line}\n") == []
+
+
+def test_every_kernel_can_be_prebuilt():
+    """What defines a kernel launches it through prebuilt.launcher, so that none is compiled where
+    a folder of kernels is in use."""
+    for path in SOURCES:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        kernels = sum(called(n) == "kernel" for n in calls)
+        assert sum(called(n) == "launcher" for n in calls) >= kernels, path

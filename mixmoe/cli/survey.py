@@ -1,7 +1,7 @@
 """Every kernel that a layer launches on a CDNA GPU, with what it takes and what it does.
 
 The backend's own stages run in a session that records: its tile chooser sees the true sizes, and
-weights, tokens and results are zeros that nobody touches. Then one workgroup of each kernel is
+weights are room that nobody fills, tokens zeros. Then one workgroup of each kernel is
 simulated. So a new recipe, tile or kernel shows here with no change.
 """
 
@@ -116,7 +116,7 @@ def forced(tiles: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
 
 
 def placeholders(layer: Layer) -> Weights:
-    """Weights of zeros in the backend's order: one expert is packed, room for E is made."""
+    """Weights in the backend's order: one expert is packed, room for E is made, not filled."""
     from mixmoe.backends.cdna import cdna
 
     shape, recipe = layer.shape, layer.recipe
@@ -133,7 +133,7 @@ def placeholders(layer: Layer) -> Weights:
     packed = cdna().prepare(one, recipe)
 
     def room(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.new_zeros((experts, *t.shape[1:]))
+        return None if t is None else t.new_empty((experts, *t.shape[1:]))
 
     def grown(stored: Any) -> Packed:
         e, n, k = stored.shape
