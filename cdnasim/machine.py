@@ -68,7 +68,7 @@ class Options:
     quantum: int = 0
     seed: int = 0
     budget: int = 20_000_000
-    batch_waves: int = 64
+    batch_waves: int = 128
     processes: int = 1
     trace: bool = True
 
