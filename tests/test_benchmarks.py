@@ -397,7 +397,7 @@ def test_our_stages_are_opened_by_names_that_exist():
 
     decode, prefill = schedule.Decode, prefill_schedule.Prefill
     assert words(decode.stage1) == ["self", "x", "weights", "routed", "recipe"]
-    assert words(decode.finish) == ["self", "h", "weights", "routed", "recipe", "out"]
+    assert words(decode.finish)[:6] == ["self", "h", "weights", "routed", "recipe", "out"]
     common = ["self", "x", "weights", "routed", "recipe"]
     assert words(prefill.stage1)[:7] == [*common, "cut", "work"]
     assert words(prefill.stage2)[1:7] == ["h", *common[2:], "out", "work"]
