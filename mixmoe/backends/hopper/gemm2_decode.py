@@ -74,7 +74,7 @@ ROWS = 64  # weight rows of a tile: a warpgroup's
 
 
 class Prepared(NamedTuple):
-    """h of a block as wgmma's B: codes (buffer, group of K, eight rows; 8, 128), their scales."""
+    """h of a block as wgmma's B: codes (BUFFERS * GROUPS, N, 128), scales (BUFFERS, N)."""
 
     codes: Any
     scales: Any
@@ -108,14 +108,24 @@ def routes_of(blocks, sizes, block, part, tokens, TOKENS: gl.constexpr, L: gl.co
 
 
 @gluon.jit
-def store_eight(codes, values, scale, at, EIGHTS: gl.constexpr):
-    """The codes of eight rows, a group of 128 columns after the other."""
-    for i in gl.static_range(len(values)):
-        codes.index(at + i * EIGHTS).store(encode(values[i], scale))
+def eight(codes, group, part):
+    """The part-th eight rows of a group of `Prepared.codes`."""
+    N: gl.constexpr = codes.shape[1]
+    rows = smem_cast(
+        codes.index(group), gl.float8e4nv, [N // 8, 8, 128], gl.NVMMASharedLayout(128, 8, 2)
+    )
+    return rows.index(part)
 
 
 @gluon.jit
-def quantise_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHTS: gl.constexpr,
+def store_eight(codes, values, scale, group, part):
+    """The codes of eight rows, a group of 128 columns after the other."""
+    for i in gl.static_range(len(values)):
+        eight(codes, group + i, part).store(encode(values[i], scale))
+
+
+@gluon.jit
+def quantise_eight(codes, h, row, live, columns, base, part, GROUPS: gl.constexpr,
                    L: gl.constexpr):
     """float32 rows -> e4m3: scale = max(amax / 448, 2^-126), fp8_token bit for bit.
 
@@ -130,22 +140,22 @@ def quantise_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHT
         amax = gl.maximum(amax, amax_of(more, 1, L))
     largest = gl.full([8], 448.0, gl.float32, gl.SliceLayout(1, L))
     scale = gl.maximum(gl.div_rn(amax, largest), TINY)
-    store_eight(codes, values, scale, at, EIGHTS)
+    store_eight(codes, values, scale, base, part)
     for group in range(KEPT, GROUPS):
         more = load_groups(h, row, live, group, columns, 1, 1, 1, L)
-        store_eight(codes, more, scale, at + group * EIGHTS, EIGHTS)
+        store_eight(codes, more, scale, base + group, part)
     return scale
 
 
 @gluon.jit
-def copy_eight(codes, h, row, live, columns, at, GROUPS: gl.constexpr, EIGHTS: gl.constexpr,
+def copy_eight(codes, h, row, live, columns, base, part, GROUPS: gl.constexpr,
                L: gl.constexpr):
     """Rows of e4m3 slots, asynchronously, all of them under way at once."""
     wide = (columns + 127) // 128 * 128
     slot = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
     for group in range(GROUPS):
         offset, inside = place_of(row, group, wide, slot, 1, 1, L)
-        cp_async(codes.index(at + group * EIGHTS), h.rows + offset, mask=inside & live[:, None])
+        cp_async(eight(codes, base + group, part), h.rows + offset, mask=inside & live[:, None])
     async_copy.commit_group()
     return gl.load(h.scales + row, mask=live, other=0.0)
 
@@ -155,7 +165,7 @@ def prepare(prepared, h, blocks, sizes, tokens, TOKENS: gl.constexpr, GROUPS: gl
             BUFFERS: gl.constexpr, EARLY: gl.constexpr):
     """Role of two warps: each block's h, as soon as a buffer is free."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    EIGHTS: gl.constexpr = prepared.scales.shape[0] // BUFFERS
+    N: gl.constexpr = prepared.scales.shape[1]
     if not EARLY:
         gdc_wait()
     first, last = share_of_blocks(blocks, sizes, TOKENS)
@@ -166,16 +176,19 @@ def prepare(prepared, h, blocks, sizes, tokens, TOKENS: gl.constexpr, GROUPS: gl
     for block in range(first // sizes.row_tiles, blocks_end):
         slot = turn % BUFFERS
         mbarrier.wait(prepared.free.index(slot), ((turn // BUFFERS) & 1) ^ 1)
-        for part in range(EIGHTS):
+        for part in range(N // 8):
             row, live = routes_of(
                 blocks, sizes, block, part, tokens, TOKENS, gl.SliceLayout(1, L)
             )
-            at = slot * (GROUPS * EIGHTS) + part
             fill: gl.constexpr = quantise_eight if h.scales is None else copy_eight
             scale = fill(
-                prepared.codes, h, row, live, sizes.intermediate, at, GROUPS, EIGHTS, L
+                prepared.codes, h, row, live, sizes.intermediate, slot * GROUPS, part, GROUPS, L
             )
-            prepared.scales.index(slot * EIGHTS + part).store(scale)
+            scales = smem_cast(
+                prepared.scales.index(slot), gl.float32, [N // 8, 8],
+                gl.SwizzledSharedLayout(1, 1, 1, [0]),
+            )
+            scales.index(part).store(scale)
         async_copy.wait_group(0)
         fence_async_shared()
         cta_barrier()  # of the role: every warp's fence before one thread's arrival
@@ -249,26 +262,12 @@ def take(ring, vectors, stage, CHUNKS: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def operand(prepared, group, N: gl.constexpr):
-    """A group of 128 columns of all N rows as wgmma's B (128, N)."""
-    rows = smem_cast(
-        prepared.codes.index(group * (N // 8)), gl.float8e4nv, [N, 128],
-        gl.NVMMASharedLayout(128, 8, 2),
-    )
-    return rows.permute((1, 0))
-
-
-@gluon.jit
-def meet(prepared, turn, N: gl.constexpr, BUFFERS: gl.constexpr, L: gl.constexpr):
+def meet(prepared, turn, BUFFERS: gl.constexpr, L: gl.constexpr):
     """Give the h of the block before back and wait for the turn-th block's; its buffer, scales."""
     slot = turn % BUFFERS
     mbarrier.arrive(prepared.free.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=turn > 0)
     mbarrier.wait(prepared.ready.index(slot), (turn // BUFFERS) & 1)
-    scales = smem_cast(
-        prepared.scales.index(slot * (N // 8)), gl.float32, [N],
-        gl.SwizzledSharedLayout(1, 1, 1, [0]),
-    )
-    return slot, scales.load(L)
+    return slot, prepared.scales.index(slot).load(L)
 
 
 @gluon.jit
@@ -318,7 +317,7 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
     raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
     for tile in range(first + team, last, TEAMS):
         while tile >= until:
-            slot, h_scale = meet(prepared, turn, N, BUFFERS, gl.SliceLayout(0, L))
+            slot, h_scale = meet(prepared, turn, BUFFERS, gl.SliceLayout(0, L))
             row = rows_of(
                 blocks, sizes, origin + turn, tokens, N, TOKENS, gl.SliceLayout(0, O)
             )
@@ -338,12 +337,12 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
             group = slot * GROUPS + step * CHUNKS
             part = warpgroup_mma(
                 fragment(chunk_of(lo, 0), chunk_of(hi, 0), A, 1, WARPS),
-                operand(prepared, group, N), zero, use_acc=False, is_async=True,
+                prepared.codes.index(group).permute((1, 0)), zero, use_acc=False, is_async=True,
             )
             if CHUNKS == 2:
                 second = warpgroup_mma(
                     fragment(chunk_of(lo, 1), chunk_of(hi, 1), A, 1, WARPS),
-                    operand(prepared, group + 1, N), zero, use_acc=False,
+                    prepared.codes.index(group + 1).permute((1, 0)), zero, use_acc=False,
                     is_async=True,
                 )
                 raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
@@ -360,7 +359,7 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
         column = (tile - (until - sizes.row_tiles)) * (WARPS * 16)
         store(value, out_ptr, row, column, sizes.hidden, O)
     for later in range(turn, met):
-        meet(prepared, later, N, BUFFERS, gl.SliceLayout(0, L))
+        meet(prepared, later, BUFFERS, gl.SliceLayout(0, L))
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -389,10 +388,10 @@ def gemm2_rows(
     )
     prepared = Prepared(
         gl.allocate_shared_memory(
-            gl.float8e4nv, [BUFFERS * GROUPS * N // 8, 8, 128], gl.NVMMASharedLayout(128, 8, 2)
+            gl.float8e4nv, [BUFFERS * GROUPS, N, 128], gl.NVMMASharedLayout(128, 8, 2)
         ),
         gl.allocate_shared_memory(
-            gl.float32, [BUFFERS * N // 8, 8], gl.SwizzledSharedLayout(1, 1, 1, [0])
+            gl.float32, [BUFFERS, N], gl.SwizzledSharedLayout(1, 1, 1, [0])
         ),
         barriers(BUFFERS, 1), barriers(BUFFERS, TEAMS),
     )
