@@ -12,7 +12,8 @@ microsecond, so nothing that comes from memory may be waited for within it:
 
 Two teams and two CTAs make four tiles an SM whose latencies (LDS, decoding, wgmma, barriers) hide
 behind each other: with one team of eight warps a tile of 128 rows took 2200 clocks where its
-instructions take 1120 (H100, 2026-11-28). The other form is `launch_tokens`.
+instructions take 1120 (H100, 2026-11-28). Few tokens gained by it, 64 tokens did not
+(docs/measured-decode.md). The other form is `launch_tokens`.
 """
 
 from typing import Any, NamedTuple
