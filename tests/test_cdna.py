@@ -16,7 +16,7 @@ from mixmoe import backends, prepare, verify
 from mixmoe import moe as layer
 from mixmoe.activations import situv2, swiglu
 from mixmoe.backends.cdna import cdna, stages
-from mixmoe.backends.cdna.atoms import E2M1, E4M3, GFX950
+from mixmoe.backends.cdna.atoms import E2M1, E4M3, E4M3_ROW, GFX950
 from mixmoe.backends.cdna.config import Gemm
 from mixmoe.backends.cpu import reference
 from mixmoe.errors import MixMoEError
@@ -30,10 +30,13 @@ REPEATED = {"T=3", "E=7", "duplicate ids", "swiglu alpha 1 limit 2", "situv2 bet
 EVERY = [("a4w4", name) for name in CASES if name not in REPEATED]
 TOUCHED = ("tail 288 x 96", "tail 96 x 288", "tail 32 x 320", "swiglu", "rounding EVEN")
 OTHERS = [(r, name) for r in RECIPES[1:] for name in TOUCHED] + [("a8w4_mx", "weight on 1")]
+# Tokens with one scale a row: the sums take it.
+ROWS = [("a8w4", name) for name in ("tail 288 x 96", "bias", "weight on 1")]
+ROWS += [("a8w8_mxw", "tail 96 x 288")]
 SCHEDULES = ("serial", "reverse", "random", "lockstep")
 
 
-@pytest.mark.parametrize(("recipe", "case"), EVERY + OTHERS)
+@pytest.mark.parametrize(("recipe", "case"), EVERY + OTHERS + ROWS)
 def test_against_float64(recipe, case):
     schedule = SCHEDULES[(len(case) + len(recipe)) % len(SCHEDULES)]
     with simulate(schedule, seed=len(case)) as session:
@@ -109,7 +112,8 @@ def test_every_weight_order_gives_the_same_bits(recipe, orders):
 
 
 @pytest.mark.parametrize(("recipe", "block"), [
-    ("a4w4", 16), ("a4w4", 64), ("a4w4", 96), ("a4w4", 128), ("a8w8_mx", 64), ("a8w8_mx", 256)
+    ("a4w4", 16), ("a4w4", 64), ("a4w4", 96), ("a4w4", 128), ("a8w8_mx", 64), ("a8w8_mx", 256),
+    ("a8w4", 64),
 ])
 def test_every_token_tile_gives_the_same_bits(recipe, block):
     """Tiles of 16 to 128 tokens; 96 and 256 are sort blocks of several tiles."""
@@ -176,6 +180,8 @@ def test_bad_requests_are_refused_before_a_launch():
             with pytest.raises(MixMoEError, match="multiple of 16"):
                 staged(recipe, (x, weights, ids, share), block)
     assert session.launches == []
+    with pytest.raises(MixMoEError, match="split_k is for tokens with a scale for each block"):
+        Gemm(GFX950, E2M1, E4M3_ROW, "cdna_n16_gui", 2, 64, 1024, split_k=2)
     with pytest.raises(MixMoEError, match="LDS"):
         Gemm(GFX950, E4M3, E4M3, "cdna_n16", 1, 64, 32768, tokens=128)
     for wrong in ({"tokens": 48}, {"blocks": 3}, {"ring": 6}):

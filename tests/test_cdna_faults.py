@@ -6,7 +6,16 @@ pytest.importorskip("flydsl")
 
 from cdna_cases import failures, findings, judge, simulate
 
-from mixmoe.backends.cdna import activate, combine, config, gemm1, gemm2, mainloop, quantise
+from mixmoe.backends.cdna import (
+    activate,
+    combine,
+    config,
+    gemm1,
+    gemm2,
+    mainloop,
+    quantise,
+    tokens,
+)
 from mixmoe.formats import Rounding
 
 STAGE_MODULES = (gemm1, gemm2, quantise, combine)
@@ -55,6 +64,22 @@ def test_wrong_scale_byte(fresh, monkeypatch, recipe):
     real = config.Gemm.scale_byte
     monkeypatch.setattr(config.Gemm, "scale_byte", lambda cfg, h, b, s: real(cfg, h, b, 0))
     assert stages_that_fail(recipe)[0] >= {"gemm1"}
+
+
+def test_scale_of_another_token(fresh, monkeypatch):
+    monkeypatch.setattr(tokens.RowScales, "factors", lambda fill: [fill.table[0]])
+    assert stages_that_fail("a8w4")[0] >= {"gemm1", "gemm2"}
+
+
+def test_scales_that_are_not_written(fresh, monkeypatch):
+    """What LDS held before comes back."""
+    monkeypatch.setattr(tokens.RowScales, "publish", lambda fill: None)
+    assert stages_that_fail("a8w4")[0] >= {"gemm1", "gemm2"}
+
+
+def test_products_that_are_scaled_as_well(fresh, monkeypatch):
+    monkeypatch.setattr(tokens, "ONES", 0x80808080)
+    assert stages_that_fail("a8w4")[0] >= {"gemm1", "gemm2"}
 
 
 def test_wrong_expert_of_the_bias(fresh, monkeypatch):

@@ -9,7 +9,7 @@ columns of one token, and no result passes through LDS.
 Source of the lane maps: composable_kernel test/mx_mfma_op; AMD Instinct MI350 ISA, section 7.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flydsl.expr as fx
 from flydsl.expr.typing import MmaAtom
@@ -34,7 +34,9 @@ WORD = 4  # bytes of the i32 that codes travel in
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Element of a scaled MFMA. ``pieces``: 16-byte loads that fill a lane's share of 128 K.
+    """Element of a scaled MFMA, and what takes its scales. ``pieces``: 16-byte loads that fill a
+    lane's share of 128 K. ``block``: K of an E8M0 scale, which the MFMA applies; 0 where a float32
+    scales the whole row, which the sums take at the end while the MFMA multiplies by 2^0.
 
     A lane's e2m1 share is K ``32 g .. 32 g + 31`` (g = l / 16): one piece. Its e4m3 share is K
     ``16 g ..`` and ``64 + 16 g ..``: two pieces, 64 K apart.
@@ -46,6 +48,7 @@ class Operand:
     emax: int
     mantissa: int
     largest: float
+    block: int = SCALE_BLOCK
 
     @property
     def pieces(self) -> int:
@@ -105,7 +108,7 @@ class Atoms:
         """The operand of a format's codes. Raises MixMoEError where the MFMA does not take it."""
         table = dict(self.operands)
         if fmt.name not in table:
-            raise MixMoEError(f"{self.arch} kernels take block-scaled formats", fmt, list(table))
+            raise MixMoEError(f"the scaled MFMA of {self.arch} takes", fmt, list(table))
         return table[fmt.name]
 
     def mma(self, weight: Operand, token: Operand, bytes_of: tuple[int, int]) -> MmaAtom:
@@ -124,9 +127,10 @@ class Atoms:
 
 E2M1 = Operand("e2m1", fx.Float4E2M1FN, bits=4, emax=2, mantissa=1, largest=6.0)
 E4M3 = Operand("e4m3", fx.Float8E4M3FN, bits=8, emax=8, mantissa=3, largest=448.0)
+E4M3_ROW = replace(E4M3, name="e4m3r", block=0)
 # 16x16x64 int8 has no atom in FlyDSL 0.4.2.
 GFX950 = Atoms(
-    "gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3)),
+    "gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW)),
     (
         Mma(bfloat16, fx.BFloat16, fx.Float32, (32,)),
         Mma(float16, fx.Float16, fx.Float32, (32,)),

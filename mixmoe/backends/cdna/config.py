@@ -87,6 +87,9 @@ class Gemm:
         if self.split_k > 1 and self.halves == 1:
             raise MixMoEError("split_k is for stage 1, which has a kernel that adds up",
                               self.split_k, "k_waves")
+        if self.split_k > 1 and not self.token.block:
+            raise MixMoEError("split_k is for tokens with a scale for each block of K",
+                              self.split_k, "k_waves")
         if self.sums_bytes > self.k_waves * self.stages * self.code_bytes:
             raise MixMoEError("sums of waves that share K fit where the codes were",
                               f"{self.sums_bytes} bytes", "fewer blocks")
@@ -112,6 +115,20 @@ class Gemm:
     def groups(self) -> int:
         """MFMA columns of a tile: groups of 16 tokens."""
         return self.tokens // MFMA_ROWS
+
+    @property
+    def sum_registers(self) -> int:
+        """A lane's registers of results."""
+        return self.halves * self.blocks * self.groups * 4
+
+    @property
+    def crowded(self) -> bool:
+        """Whether results, weights on their way and tokens overfill the 256 registers that vector
+        instructions reach. Results then go where the MFMA alone reads and writes (AGPRs); else the
+        compiler moves them to and fro: for a8w8_mx, 256 x 128, 0.41 VALU an MFMA where it is 0.15
+        (simulated). With less on its way that would only add moves at the end."""
+        ring = self.halves * self.blocks * self.ring * 4 * self.weight.pieces
+        return self.sum_registers + ring + 4 * 4 * self.token.pieces > 272
 
     @property
     def tile_rows(self) -> int:
@@ -205,7 +222,9 @@ class Gemm:
 
     @property
     def scale_room(self) -> int:
-        """LDS bytes of the token scales of all K."""
+        """LDS bytes of the token scales: of all K, or one of each row."""
+        if not self.token.block:
+            return self.tokens * WORD
         return self.scale_dwords * self.scale_stride * WORD
 
     @property

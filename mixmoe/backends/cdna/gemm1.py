@@ -3,7 +3,8 @@
 A wave owns 32 columns of h: two 16-row blocks of gate and the two of up that belong to them. So a
 lane holds gate and up of the same four columns of one token, and the 32 values of an MX block lie
 in the four lanes that share a token: its maximum is two lane exchanges away. Codes and scales go
-where stage 2 reads them, in plain rows.
+where stage 2 reads them, in plain rows. Where h has one scale a row it is written in float32, from
+which a second kernel makes its codes: the maximum is known when every workgroup of the row is done.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from mixmoe.backends.cdna.tokens import shared_storage
 from mixmoe.formats import Rounding
 
 
-def gate_up(acc, block: int, group: int) -> list[fx.Vector]:
+def gate_up(sums, block: int, group: int) -> list[fx.Vector]:
     """Four columns of gate and of up of one token."""
-    return [acc[half, block, group].load() for half in range(2)]
+    return [sums.of(half, block, group) for half in range(2)]
 
 
 def add_bias(values: list[fx.Vector], bias: fx.Tensor, gate_at, rows: int) -> list[fx.Vector]:
@@ -37,8 +38,8 @@ def add_bias(values: list[fx.Vector], bias: fx.Tensor, gate_at, rows: int) -> li
 @dataclass(frozen=True, slots=True)
 class Stage1:
     """What a kernel is compiled for; ``weighted`` multiplies h by the routing weight, ``limited``
-    clamps gate and up. h takes the tokens' format, or with split_k the sums of gate and up go to
-    memory as they are."""
+    clamps gate and up. h takes the tokens' format where that scales blocks, else float32; with
+    split_k the sums of gate and up go to memory as they are."""
 
     cfg: Gemm
     kind: ActivationKind
@@ -90,19 +91,59 @@ def compute(spec: Stage1, args: Arguments, lds, number) -> None:
         # 2. Multiply
         first = mainloop.first_block(cfg, place, work)
         operands = (args.codes, args.scales, args.x, args.x_scales, rows, first)
-        acc = mainloop.multiply_all(cfg, place, lds, operands)
+        sums = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it
-        store = store_sums if fx.const_expr(cfg.split_k > 1) else store_h
+        store = store_of(cfg)
         if fx.const_expr(cfg.k_waves > 1):
             if place.part == 0:
-                store(spec, args, work, place, acc, first)
+                store(spec, args, work, place, sums, first)
         else:
-            store(spec, args, work, place, acc, first)
+            store(spec, args, work, place, sums, first)
+
+
+def store_of(cfg: Gemm):
+    """What a launch leaves."""
+    if cfg.split_k > 1:
+        return store_sums
+    return store_codes if cfg.token.block else store_floats
+
+
+def activated(spec: Stage1, args: Arguments, place, sums, block: int, group: int, column):
+    """Four columns of h, the first of the 16 in memory order at ``column``."""
+    gate, up = gate_up(sums, block, group)
+    if spec.bias:
+        row = place.expert * 2 * spec.cfg.rows + column
+        gate, up = add_bias([gate, up], args.bias_rows, row + place.g * 4, spec.cfg.rows)
+    return activate(spec.kind, args.scalars, gate, up, spec.limited)
 
 
 @flyc.jit
-def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
+def store_floats(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
+    """Activate and store four columns of one route."""
+    cfg = spec.cfg
+    quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
+    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    if fx.const_expr(spec.weighted):
+        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token = packed & TOKEN_MASK
+        route = fx.Int64(token * args.topk + (packed >> 24))
+        for block in fx.range_constexpr(cfg.blocks):
+            column = (first + block) * MFMA_ROWS
+            if (token < args.tokens) & (column < cfg.rows):
+                value = activated(spec, args, place, sums, block, group, column)
+                if fx.const_expr(spec.weighted):
+                    value = value * fx.Float32(weights[group])
+                frag = fx.make_rmem_tensor(4, fx.Float32)
+                frag.store(value)
+                dest = fx.get_iter(args.h) + route * cfg.rows + (column + place.g * 4)
+                fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+
+
+@flyc.jit
+def store_codes(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
     """Activate, quantise and store blocks of 32 columns of one route."""
     cfg, tokens = spec.cfg, args.tokens
     code = fx.Int16 if fx.const_expr(cfg.token.bits == 4) else fx.Int32  # four codes
@@ -116,14 +157,10 @@ def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
         for pair in fx.range_constexpr(cfg.blocks // 2):
             column = (first + 2 * pair) * MFMA_ROWS
             if column < cfg.rows:
-                both = []
-                for b in fx.range_constexpr(2):
-                    values = gate_up(acc, 2 * pair + b, group)
-                    if fx.const_expr(spec.bias):
-                        row = place.expert * 2 * cfg.rows + column + b * MFMA_ROWS
-                        values = add_bias(values, args.bias_rows, row + place.g * 4, cfg.rows)
-                    gate, up = values
-                    both.append(activate(spec.kind, args.scalars, gate, up, spec.limited))
+                both = [
+                    activated(spec, args, place, sums, 2 * pair + b, group, column + b * MFMA_ROWS)
+                    for b in range(2)
+                ]
                 if fx.const_expr(spec.weighted):
                     weight = fx.Float32(weights[group])
                     both = [value * weight for value in both]
@@ -140,7 +177,7 @@ def store_h(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
 
 
 @flyc.jit
-def store_sums(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
+def store_sums(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
     """float32 sums of gate and up over a part of K: ``h (split_k, P, 2 I)`` by sorted position."""
     cfg = spec.cfg
     quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
@@ -154,7 +191,7 @@ def store_sums(spec: Stage1, args: Arguments, work, place, acc, first) -> None:
                 for half in fx.range_constexpr(2):
                     out = row + (half * cfg.rows + column + place.g * 4)
                     dest = (fx.get_iter(args.h) + out).view(fx.make_layout(4, 1))
-                    fx.copy(quad, acc[half, block, group], dest)
+                    fx.copy(quad, sums.acc[half, block, group], dest)
 
 
 @cache
@@ -166,10 +203,10 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
 
     @flyc.kernel(name=variant)
     def gemm1_kernel(
-        h: fx.Tensor,  # (R, I) codes, four an item; or sums
+        h: fx.Tensor,  # (R, I) codes, four an item; or f32; or sums
         h_scales: fx.Tensor,  # (R, I / 32)
         x: fx.Tensor,  # (T, H) codes as words
-        x_scales: fx.Tensor,  # (T, H / 32)
+        x_scales: fx.Tensor,  # (T, H / 32), or (T) f32
         codes: fx.Tensor,  # (E, ...) words
         scales: fx.Tensor,  # (E, ...) words
         bias_rows: fx.Tensor,  # (E, 2 I) f32, gate then up
@@ -220,4 +257,4 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
             expert_ids, tokens, topk, limit, alpha, beta, beta2, token_tiles,
         ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return launcher(variant, launch)
+    return launcher(variant, launch, mainloop.hints(cfg))

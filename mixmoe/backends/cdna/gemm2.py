@@ -72,25 +72,25 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
         # 2. Multiply
         first = mainloop.first_block(cfg, place, work)
         operands = (args.codes, args.scales, args.h, args.h_scales, rows, first)
-        acc = mainloop.multiply_all(cfg, place, lds, operands)
+        sums = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it
         if fx.const_expr(cfg.k_waves > 1):
             if place.part == 0:
-                store(spec, args, lds, work, place, acc, first)
+                store(spec, args, lds, work, place, sums, first)
         else:
-            store(spec, args, lds, work, place, acc, first)
+            store(spec, args, lds, work, place, sums, first)
 
 
 @flyc.jit
-def store(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+def store(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """In the way that the kernel is compiled for."""
-    STORES[spec.kind](spec, args, lds, work, place, acc, first)
+    STORES[spec.kind](spec, args, lds, work, place, sums, first)
 
 
-def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int, column):
+def columns_of(spec: Stage2, args: Arguments, place, sums, block: int, group: int, column):
     """Four columns of one token, bias added."""
-    value = acc[0, block, group].load()
+    value = sums.of(0, block, group)
     if fx.const_expr(spec.bias):
         at = place.expert * spec.cfg.rows + column
         value = value + mainloop.row_bias(args.bias_rows, at)
@@ -98,7 +98,7 @@ def columns_of(spec: Stage2, args: Arguments, place, acc, block: int, group: int
 
 
 @flyc.jit
-def add_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+def add_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Weight, then add four columns to the token's sums: float32, in any order."""
     cfg = spec.cfg
     ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
@@ -109,7 +109,7 @@ def add_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> Non
         for b in fx.range_constexpr(cfg.blocks):
             column = (first + b) * MFMA_ROWS + place.g * 4
             if (token < args.tokens) & (column < cfg.rows):
-                value = columns_of(spec, args, place, acc, b, group, column)
+                value = columns_of(spec, args, place, sums, b, group, column)
                 if fx.const_expr(spec.weighted):
                     value = value * fx.Float32(weights[group])
                 dest = fx.get_iter(args.rows) + fx.Int64(token) * cfg.rows + column
@@ -118,7 +118,7 @@ def add_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> Non
 
 
 @flyc.jit
-def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Blocks of 32 columns of one route as e4m3 codes and a scale."""
     cfg = spec.cfg
     ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
@@ -130,7 +130,7 @@ def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, acc, fi
             column = (first + 2 * pair) * MFMA_ROWS
             if column < cfg.rows:
                 both = [
-                    columns_of(spec, args, place, acc, 2 * pair + b, group,
+                    columns_of(spec, args, place, sums, 2 * pair + b, group,
                                column + b * MFMA_ROWS + place.g * 4)
                     for b in range(2)
                 ]
@@ -146,16 +146,16 @@ def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, acc, fi
 
 
 @flyc.jit
-def store_rows(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+def store_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Rows in the output's type."""
     if fx.const_expr(spec.cfg.stages_rows(spec.out.width // 8)):
-        store_lines(spec, args, lds, work, place, acc, first)
+        store_lines(spec, args, lds, work, place, sums, first)
     else:
-        store_quads(spec, args, work, place, acc, first)
+        store_quads(spec, args, work, place, sums, first)
 
 
 @flyc.jit
-def store_quads(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
+def store_quads(spec: Stage2, args: Arguments, work, place, sums, first) -> None:
     """Four columns of one route at a time, from where the MFMA left them."""
     cfg, out = spec.cfg, spec.out
     quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
@@ -167,7 +167,7 @@ def store_quads(spec: Stage2, args: Arguments, work, place, acc, first) -> None:
         for b in fx.range_constexpr(cfg.blocks):
             column = (first + b) * MFMA_ROWS + place.g * 4
             if (token < args.tokens) & (column < cfg.rows):
-                value = columns_of(spec, args, place, acc, b, group, column)
+                value = columns_of(spec, args, place, sums, b, group, column)
                 frag = fx.make_rmem_tensor(4, out)
                 frag.store(value.to(out))
                 dest = fx.get_iter(args.rows) + route * cfg.rows + column
@@ -229,7 +229,7 @@ def store_piece(spec: Stage2, args: Arguments, packed, column, frag) -> None:
         fx.copy(piece, frag, dest.view(fx.make_layout(PIECE * 8 // spec.out.width, 1)))
 
 
-def store_lines(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> None:
+def store_lines(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Whole lines of memory: a store takes 16 bytes a lane along the rows. What is read from LDS
     is stored after the next group was written, so that nothing waits for it."""
     cfg, staging = spec.cfg, Staging(spec, place, lds)
@@ -245,7 +245,7 @@ def store_lines(spec: Stage2, args: Arguments, lds, work, place, acc, first) -> 
     for group in range(cfg.groups):
         for b in range(cfg.blocks):
             at = fx.min((first + b) * MFMA_ROWS, cfg.rows - MFMA_ROWS) + place.g * 4
-            staging.write(group, b, columns_of(spec, args, place, acc, b, group, at))
+            staging.write(group, b, columns_of(spec, args, place, sums, b, group, at))
         for packed, frag in pending:
             store_piece(spec, args, packed, column, frag)
         pending = [(ids[group][turn], staging.read(group, turn)) for turn in turns]
@@ -272,7 +272,7 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted:
         rows: fx.Tensor,  # (R, H) out, or words of codes; or (T, H) sums
         row_scales: fx.Tensor,  # (R, H / 32), of codes
         h: fx.Tensor,  # (R, I) codes as words
-        h_scales: fx.Tensor,  # (R, I / 32)
+        h_scales: fx.Tensor,  # (R, I / 32), or (R) f32
         codes: fx.Tensor,  # (E, ...) words
         scales: fx.Tensor,  # (E, ...) words
         bias_rows: fx.Tensor,  # (E, H) f32
@@ -315,4 +315,4 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted:
             expert_ids, tokens, topk, token_tiles,
         ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
-    return launcher(variant, launch)
+    return launcher(variant, launch, mainloop.hints(cfg))

@@ -27,7 +27,7 @@ from flydsl.expr import const_expr
 
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
-from mixmoe.backends.cdna.tokens import AHEAD, ScaleFill, Tokens
+from mixmoe.backends.cdna.tokens import AHEAD, RowScales, ScaleFill, Tokens, scales_of
 from mixmoe.backends.cdna.weights import Weights
 
 TOKEN_MASK = 0xFFFFFF  # a sorted route is token | slot << 24
@@ -53,11 +53,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What the main loop multiplies: weights, tokens, and the fill of the tokens' scales."""
+    """What the main loop multiplies: weights, tokens, and what brings the tokens' scales."""
 
     weights: Weights
     tokens: Tokens
-    fill: ScaleFill
+    fill: ScaleFill | RowScales
 
 
 def make_accumulators(cfg: Gemm):
@@ -69,6 +69,11 @@ def make_accumulators(cfg: Gemm):
                 acc[half, block, group] = fx.make_rmem_tensor(4, fx.Float32)
                 acc[half, block, group].fill(0.0)
     return acc
+
+
+def hints(cfg: Gemm) -> dict:
+    """What the compiler is told: results in AGPRs where they would crowd the other registers."""
+    return {"llvm_options": {"amdgpu-mfma-vgpr-form": False}} if cfg.crowded else {}
 
 
 def multiplies(cfg: Gemm, ops: Operands, acc, at: "Step", group: int):
@@ -223,7 +228,8 @@ class Tile:
         """The next dword of a group's scales, once its last byte was used; those of the phases
         around the barrier after it, which waits for all reads."""
         cfg, last = self.cfg, self.phases - 1
-        if (self.tile + 1) * cfg.steps % STEPS_OF_DWORD or not self.exists(1):
+        closes = (self.tile + 1) * cfg.steps % STEPS_OF_DWORD == 0
+        if not cfg.token.block or not closes or not self.exists(1):
             return []
         groups = range(cfg.groups)
         first = self.phases - cfg.groups  # phase of group 0 in the last step
@@ -261,8 +267,22 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
         Tile(cfg, ops, kt, tile, cfg.part_tiles - 1).run(acc)
 
 
-def multiply_all(cfg: Gemm, place: Place, lds, operands) -> dict:
-    """The accumulators of a piece of work; with K shared out those of part 0 hold the sum.
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Results of a piece of work: accumulators, and what those of each group still lack. It is
+    applied where a result is used: accumulators may lie where only the MFMA reads and writes."""
+
+    acc: dict
+    factors: list
+
+    def of(self, half: int, block: int, group: int) -> fx.Vector:
+        """Four rows of a lane's token."""
+        value = self.acc[half, block, group].load()
+        return value * self.factors[group] if self.factors else value
+
+
+def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
+    """The results of a piece of work; with K shared out those of part 0 hold the sum.
 
     ``operands``: codes and scales of the weights, codes and scales of the tokens, their rows, the
     wave's first block.
@@ -271,12 +291,12 @@ def multiply_all(cfg: Gemm, place: Place, lds, operands) -> dict:
     ops = Operands(
         Weights(cfg, place, codes, scales, first),
         Tokens(cfg, place, lds, tokens, rows),
-        ScaleFill(cfg, place, lds, token_scales, rows),
+        scales_of(cfg, place, lds, token_scales, rows),
     )
     acc = make_accumulators(cfg)
     run(cfg, ops, acc)
     gather(cfg, place, lds, acc)
-    return acc
+    return Sums(acc, ops.fill.factors())
 
 
 def begin(cfg: Gemm, ops: Operands) -> None:

@@ -178,12 +178,17 @@ def use(folder: str | Path | None, hip: Hip | None = None) -> Prebuilt | None:
     return found
 
 
-def launcher(variant: str, compiled: Callable[..., None]) -> Callable[..., None]:
-    """What launches a variant: the folder in use, or else what FlyDSL compiles.
+def launcher(
+    variant: str, compiled: Any, hints: dict[str, Any] | None = None
+) -> Callable[..., None]:
+    """What launches a variant: the folder in use, or else what FlyDSL compiles, by these hints.
 
     ``compiled(*args, variant, stream=stream)`` is FlyDSL's launcher; its last argument names the
     kernel in FlyDSL's cache.
     """
+
+    if hints:
+        compiled.compile_hints = hints
 
     def launch(*args: Any, stream: Any) -> None:
         if IN_USE:

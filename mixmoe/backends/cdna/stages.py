@@ -25,7 +25,10 @@ from mixmoe.preshuffle import CDNA_ORDERS, Packed, order_named, require
 from mixmoe.spec import Problem, Recipe, Routed, Weights
 
 ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950, GFX942)}
-PAIRS = (("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"))
+PAIRS = (
+    ("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"),
+    ("fp8_token", "mxfp4"), ("fp8_token", "mxfp8"),
+)  # fmt: skip
 NUMERIC = {
     torch.bfloat16: fx.BFloat16,
     torch.float16: fx.Float16,
@@ -141,7 +144,7 @@ def quantise(
     atoms: Atoms, x: Tensor, weights: Weights, routed: Routed, recipe: Recipe
 ) -> Quantised:
     """``x (T, H)`` in the recipe's activation format."""
-    if not scaled(atoms, recipe):
+    if not scaled(atoms, recipe) or not atoms.operand(recipe.activation).block:
         return plain.quantise(atoms, x, weights, routed, recipe)
     fmt, (tokens, hidden) = recipe.activation, x.shape
     columns = hidden // fmt.element.per_byte
@@ -168,7 +171,9 @@ def operands(
 ) -> tuple[Tensor, ...]:
     """Tensors both GEMMs take: tokens' codes and scales, weights', bias (or anything f32)."""
     assert source.scales is not None and stored.scales is not None
-    scales = source.scales.contiguous().view(-1).view(SCALE_VIEWS[cfg.scale_unit])
+    scales = source.scales.contiguous().view(-1)
+    if cfg.token.block:
+        scales = scales.view(SCALE_VIEWS[cfg.scale_unit])
     held = nothing(source.device) if bias is None else bias.flatten()
     return words(source.codes), scales, words(stored.codes), words(stored.scales), held
 
@@ -193,35 +198,61 @@ def gemm1(
         return plain.gemm1(atoms, x, weights, routed, recipe)
     problem, fmt = routed.problem, recipe.activation
     cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
+    if not cfg.token.block:
+        h = torch.zeros((problem.routes, problem.intermediate), device=x.device)
+        if problem.routes:
+            multiply_up(cfg, x, weights, routed, recipe, h, nothing(x.device, torch.uint8))
+        return plain.to_format(atoms, h, recipe, routed)
     columns = problem.intermediate // fmt.element.per_byte
     codes = torch.zeros((problem.routes, columns), dtype=torch.uint8, device=x.device)
     scales = torch.zeros(
         fmt.scale_shape(problem.routes, problem.intermediate), dtype=torch.uint8, device=x.device
     )
     if problem.routes:
-        bias = weights.w13_bias
-        variant = (recipe.act.kind, recipe.rounding, bias is not None, recipe.weight_on == 1,
-                   recipe.act.limit is not None)
-        ids, shares = routed.sorted_token_ids, routed.sorted_weights
-        experts, four = routed.sorted_expert_ids, torch.int16
-        target = codes.view(-1).view(four if cfg.token.bits == 4 else torch.int32)
+        target = codes.view(-1).view(torch.int16 if cfg.token.bits == 4 else torch.int32)
         if cfg.split_k > 1:
-            size = cfg.split_k * ids.numel() * 2 * problem.intermediate
+            size = cfg.split_k * routed.sorted_token_ids.numel() * 2 * problem.intermediate
             target = torch.empty(size, dtype=torch.float32, device=x.device)
-        gemm1_kernels.build(cfg, *variant)(
-            target, scales.view(-1), *operands(cfg, x, weights.w13, bias),
-            ids, shares, experts, problem.tokens, problem.topk, *scalars(recipe.act),
-            *grid_of(cfg, routed), stream=stream(),
-        )
+        multiply_up(cfg, x, weights, routed, recipe, target, scales)
         if cfg.split_k > 1:
-            held = nothing(x.device) if bias is None else bias.flatten()
-            eights = ids.numel() * problem.intermediate // quantise_kernels.VALUES
-            finish_kernels.build(cfg, *variant)(
-                words(codes), scales.view(-1), target, held, ids, shares, experts,
-                ids.numel(), problem.tokens, problem.topk, *scalars(recipe.act),
-                -(-eights // THREADS), stream=stream(),
-            )
+            finish(cfg, weights, routed, recipe, target, codes, scales)
     return Quantised(codes.view(fmt.element.storage), scales, fmt)
+
+
+def variant_of(weights: Weights, recipe: Recipe) -> tuple:
+    """What stage 1 is compiled for beside its GEMM."""
+    act = recipe.act
+    return (act.kind, recipe.rounding, weights.w13_bias is not None, recipe.weight_on == 1,
+            act.limit is not None)
+
+
+def multiply_up(
+    cfg: Gemm, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe, target: Tensor,
+    scales: Tensor,
+) -> None:
+    """Launch stage 1 into ``target``: codes, floats, or sums of parts of K."""
+    problem = routed.problem
+    gemm1_kernels.build(cfg, *variant_of(weights, recipe))(
+        target.view(-1), scales.view(-1), *operands(cfg, x, weights.w13, weights.w13_bias),
+        routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids, problem.tokens,
+        problem.topk, *scalars(recipe.act), *grid_of(cfg, routed), stream=stream(),
+    )
+
+
+def finish(
+    cfg: Gemm, weights: Weights, routed: Routed, recipe: Recipe, sums: Tensor, codes: Tensor,
+    scales: Tensor,
+) -> None:
+    """Launch what adds the parts of K up and quantises."""
+    problem, count = routed.problem, routed.sorted_token_ids.numel()
+    bias = weights.w13_bias
+    held = nothing(sums.device) if bias is None else bias.flatten()
+    eights = count * problem.intermediate // quantise_kernels.VALUES
+    finish_kernels.build(cfg, *variant_of(weights, recipe))(
+        words(codes), scales.view(-1), sums, held, routed.sorted_token_ids, routed.sorted_weights,
+        routed.sorted_expert_ids, count, problem.tokens, problem.topk, *scalars(recipe.act),
+        -(-eights // THREADS), stream=stream(),
+    )
 
 
 def gemm2(

@@ -4,9 +4,9 @@ Codes: a ring of K tiles in LDS that asynchronous copies fill, 16 bytes a lane, 
 in between. A copy writes 64 lanes one after the other, so the swizzle is applied to the column
 that a lane reads from memory.
 
-Scales: all K once, before the main loop. A lane's dword holds its token's scales of four MFMA
-steps, one byte each, from which op_sel picks; a row of plain scales is transposed into that,
-16 bytes at a time.
+Scales of blocks: all K once, before the main loop. A lane's dword holds its token's scales of four
+MFMA steps, one byte each, from which op_sel picks; a row of plain scales is transposed into that,
+16 bytes at a time. Scales of rows: a float32 of each token, for the sums.
 """
 
 from functools import partial
@@ -50,6 +50,8 @@ class Tokens:
             fx.make_rmem_tensor(4 * cfg.token.pieces, fx.Int32) for _ in range(FRAGMENTS)
         ]
         self.scales = [fx.make_rmem_tensor(1, fx.Int32) for _ in range(cfg.groups)]
+        for scale in self.scales:
+            scale.fill(ONES)
         self.ids = [rows.id(self._place(i)[0]) for i in range(cfg.copies)]
         self.sources: list[tuple] = []
 
@@ -110,7 +112,10 @@ class Tokens:
             fx.copy(self.piece, rows[None, chunk, place.r], quarters[None, p])
 
     def read_scale(self, dword, group: int) -> None:
-        """The dword of a group's scales that serves MFMA steps ``4 dword ..``."""
+        """The dword of a group's scales that serves MFMA steps ``4 dword ..``; of rows that have
+        one scale it is that of 2^0, always."""
+        if not self.cfg.token.block:
+            return
         place = self.place
         lane = (group * MFMA_ROWS + place.r) * 4 + place.g
         if self.cfg.parts > 1:
@@ -184,6 +189,46 @@ class ScaleFill:
             whole = cfg.scale_dwords % self.width == 0 and not cfg.tokens * self.width % THREADS
             live = True if whole else (token < cfg.tokens) & (dword < cfg.scale_dwords)
             write_piece(frag, target, live)
+
+
+    def factors(self) -> list:
+        """What a lane's sums of each group still lack: nothing, the MFMAs have applied it."""
+        return []
+
+
+class RowScales:
+    """The float32 scales of the tile's tokens, ``(rows)`` in memory, into LDS and onto the sums."""
+
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
+        self.cfg, self.place, self.source, self.rows = cfg, place, source, rows
+        self.table = fx.recast_iter(fx.Float32, lds.scales.ptr).view(fx.make_layout(cfg.tokens, 1))
+        self.id = rows.id(place.tid % cfg.tokens)
+        self.value: fx.Float32 = fx.Float32(1.0)
+
+    def start(self) -> None:
+        """Load a token's scale a thread."""
+        self.value = fx.Float32(fx.get_iter(self.source)[fx.Int64(self.rows.row(self.id))])
+
+    def publish(self) -> None:
+        """Write to LDS."""
+        write_scale(self.table, self.place.tid, self.value, self.place.tid < self.cfg.tokens)
+
+    def factors(self) -> list[fx.Float32]:
+        """What a lane's sums of each group still lack: the scale of its token."""
+        groups = range(self.cfg.groups)
+        return [fx.Float32(self.table[group * MFMA_ROWS + self.place.r]) for group in groups]
+
+
+def scales_of(cfg: Gemm, place, lds, source: fx.Tensor, rows) -> ScaleFill | RowScales:
+    """Whichever the tokens have."""
+    return (ScaleFill if cfg.token.block else RowScales)(cfg, place, lds, source, rows)
+
+
+@flyc.jit
+def write_scale(table: fx.Tensor, at, value, live) -> None:
+    """``table[at] = value`` of the threads that are live."""
+    if live:
+        table[at] = value
 
 
 @flyc.jit
