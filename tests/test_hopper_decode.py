@@ -15,11 +15,12 @@ from mixmoe.backends.hopper import (
     gemm1_decode,
     gemm1_token,
     gemm2_decode,
+    gemm2_long,
     gemm2_tokens,
 )
 from mixmoe.backends.hopper.decode import Stream
 from mixmoe.backends.hopper.prefill_schedule import PREFILL
-from mixmoe.backends.hopper.schedule import DECODE, GENERAL, schedule_for
+from mixmoe.backends.hopper.schedule import DECODE, QUANTISED_THERE, schedule_for
 from mixmoe.backends.hopper.slots import SlotRows, padded
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
@@ -162,19 +163,16 @@ def test_stage1_wide_fold(compiled):
         assert_lean(resources)
 
 
-WIDE = ("dsv3_ep", "gptoss")  # their h is quantised before: 32 rows of it leave room for one CTA
-ROWS = [(s, block) for s in SHAPES for block in (1, 2, 8, 16, 32)]
+SHORT = [s for s in SHAPES if SHAPES[s][1] <= choose.RESIDENT_COLUMNS]
+ROWS = [(s, block) for s in SHORT for block in (1, 2, 8, 16, 32)]
 
 
 @pytest.mark.parametrize(("shape", "block"), ROWS)
 def test_stage2_rows(compiled, shape, block):
     hidden_size, inter, experts, topk = SHAPES[shape]
     problem = Problem(64, hidden_size, inter, experts, topk)
-    if not choose.decode_fits(problem, block):
-        assert (inter, block) == (2880, 32), "only this one goes to another schedule"
-        return
-    tile, w = choose.decode_rows(problem, block), weights(SHAPES[shape], bias=shape == "gptoss")
-    h, out = hidden(problem, shape in WIDE), meta(problem.routes, problem.hidden)
+    tile, w = choose.decode_rows(problem, block), weights(SHAPES[shape], bias=shape == "kimi_tp8")
+    h, out = hidden(problem, inter > QUANTISED_THERE), meta(problem.routes, problem.hidden)
     resources = compiled(
         gemm2_decode, "gemm2_rows",
         lambda: gemm2_decode.launch_rows(
@@ -182,6 +180,39 @@ def test_stage2_rows(compiled, shape, block):
         ),
     )
     assert_good(resources, tile)
+
+
+LONG = {"dsv3_ep": False, "gptoss": True}  # whether with a bias
+LONG_ROWS = [(s, block) for s in LONG for block in (1, 2, 8, 16, 32)] + [("gptoss", 4)]
+
+
+@pytest.mark.parametrize(("shape", "block"), LONG_ROWS)
+def test_stage2_of_long_rows(compiled, shape, block):
+    hidden_size, inter, experts, topk = SHAPES[shape]
+    problem, tile = Problem(64, hidden_size, inter, experts, topk), choose.decode_long(block)
+    assert_good(long_rows(compiled, problem, weights(SHAPES[shape], LONG[shape]), tile), tile)
+
+
+def long_rows(compiled, problem: Problem, w: Weights, tile: Tile) -> Resources:
+    h = rows_of(problem.routes, problem.intermediate)
+    out = meta(problem.routes, problem.hidden, dtype=torch.bfloat16)
+    lists = routed(problem, tile.tokens)
+    return compiled(
+        gemm2_long, "gemm2_long",
+        lambda: gemm2_long.launch(h, w, lists, Recipe.named("a8w4"), tile, out, early=True),
+    )
+
+
+def test_both_stages_share_their_loop(compiled):
+    """Long rows cost stage 2 what stage 1 pays a unit; the wide fold pays for its tables."""
+    problem, tile = Problem(64, *SHAPES["gptoss"]), choose.decode_long(8)
+    assert tile == choose.decode_stage1(8)
+    resources = long_rows(compiled, problem, weights(SHAPES["gptoss"]), tile)
+    assert_lean(resources)
+    wide = long_rows(compiled, problem, weights(SHAPES["gptoss"], fold=Fold.WIDE), tile)
+    assert_good(wide, tile)
+    with pytest.raises(AssertionError):
+        assert_lean(wide)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -236,21 +267,46 @@ def test_too_few_registers_are_seen(compiled):
         assert_good(resources, tile)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (4096, 3072, 8, 2)])
+@pytest.mark.parametrize("inter", [*range(32, 385, 32), 512])
 @pytest.mark.parametrize("block", [1, 8, 32])
-def test_a_ring_outlasts_a_tile(shape, block):
+def test_a_ring_outlasts_a_tile(inter, block):
     """A team that has skipped the other's tile still knows a stage's fill from the one before."""
-    problem = Problem(64, *shape)
-    if choose.decode_fits(problem, block):
-        tile = choose.decode_rows(problem, block)
-        assert tile.stages > -(-problem.intermediate // tile.k) + 1, tile
+    tile = choose.decode_rows(Problem(64, 7168, inter, 256, 8), block)
+    assert tile.stages > -(-inter // tile.k) + 1, tile
 
 
-def test_long_rows_go_to_the_general_schedule():
-    recipe, long = Recipe.named("a8w4"), (4096, 14336, 8, 2)
-    for tokens, expected in ((4, GENERAL), (1024, PREFILL)):
-        problem = Problem(tokens, *long)
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+def test_rows_too_long_to_stay_are_refused(block):
+    with pytest.raises(MixMoEError, match="stay in shared memory"):
+        choose.decode_rows(Problem(64, 7168, 7168, 32, 8), block)
+
+
+INTER = [32, 96, 320, 384, 416, 512, 768, 1024, 2048, 2880, 4064, 7168, 14336, 32768]
+
+
+@pytest.mark.parametrize("inter", INTER)
+@pytest.mark.parametrize("topk", [1, 2, 3, 4, 8])
+def test_decode_serves_every_row(inter, topk):
+    """From one token to few: decode, with tiles that fit, whatever the length of a row."""
+    recipe, shape = Recipe.named("a8w4"), (256, inter, 16, topk)
+    for tokens in (1, 2, 16, 40):
+        problem = Problem(tokens, *shape)
         block = choose.block_for(problem)
-        assert schedule_for(recipe, weights(long), problem, block) is expected
-    short = SHAPES["gptoss"]
-    assert schedule_for(recipe, weights(short), Problem(64, *short), 8) is DECODE
+        if block == 32:
+            continue  # enough routes an expert for prefill
+        assert schedule_for(recipe, weights(shape), problem, block) is DECODE
+        long = inter > choose.RESIDENT_COLUMNS
+        tile = choose.decode_long(block) if long else choose.decode_rows(problem, block)
+        assert tile.stages >= 3 and tile.tokens == block
+        sums = choose.decode_sums(problem)
+        if topk * inter > 1 << 16:
+            assert sums is None, "a token's rows of h do not stay in shared memory"
+        elif tokens == 1 and topk != 3:
+            assert sums is not None and sums.stages >= 2
+
+
+def test_prefill_takes_over():
+    for shape, tokens in ((SHAPES["gptoss"], 1024), ((4096, 14336, 8, 2), 1024)):
+        problem = Problem(tokens, *shape)
+        block = choose.block_for(problem)
+        assert schedule_for(Recipe.named("a8w4"), weights(shape), problem, block) is PREFILL

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from mixmoe.backends.hopper import choose
-from mixmoe.spec import Problem
+from mixmoe.spec import Problem, Tile
 
 Role = Iterator[Callable[[], bool]]  # yields what it waits for
 
@@ -100,7 +100,7 @@ def play(roles: list[Role], ring: Ring, seed: int, patience: int = 400) -> None:
 
 
 def stream(ring: Ring, tiles: int, steps: int) -> Role:
-    """`stream` and `stream_weights`: every step of every tile in order."""
+    """`gemm2_decode.stream` and `decode_gemm.stream_weights`: every step of every tile in order."""
     stage, phase = 0, 1
     for tile in range(tiles):
         for step in range(steps):
@@ -128,7 +128,7 @@ def alternate(team: int, ring: Ring, tiles: int, steps: int) -> Role:
 
 
 def gather(ring: Ring, tiles: int, steps: int, lag: int) -> Role:
-    """`gemm1_decode.gather_rows`: copies of a step are announced `lag` steps later."""
+    """`decode_gemm.gather_rows`: copies of a step are announced `lag` steps later."""
     stage, phase, late, issued = 0, 1, 0, 0
     for tile in range(tiles):
         for step in range(steps):
@@ -145,7 +145,7 @@ def gather(ring: Ring, tiles: int, steps: int, lag: int) -> Role:
 
 
 def together(ring: Ring, tiles: int, steps: int) -> Role:
-    """`gemm1_decode.multiply`: both teams read every stage."""
+    """`decode_gemm.multiply`: both teams read every stage."""
     total, stage, phase = tiles * steps, 0, 0
     yield ring.full[0].done(0)
     for i in range(total):
@@ -159,41 +159,69 @@ def together(ring: Ring, tiles: int, steps: int) -> Role:
         stage, phase = ahead, ahead_phase
 
 
-def stage2(stages: int, tiles: int, steps: int, seed: int) -> None:
+def resident(stages: int, tiles: int, steps: int, seed: int) -> None:
+    """Stage 2 of rows that stay: the teams take turns in tiles."""
     ring = Ring.of(stages, 1, 1)
     teams = [alternate(team, ring, tiles, steps) for team in range(2)]
     play([stream(ring, tiles, steps), *teams], ring, seed)
 
 
-def stage1(stages: int, tiles: int, steps: int, lag: int, seed: int) -> None:
+def lag_of(stages: int) -> int:
+    """`LAG` of `decode_gemm.gather_rows`."""
+    return 3 if stages > 4 else stages - 2
+
+
+def gathered(stages: int, tiles: int, steps: int, lag: int, seed: int) -> None:
+    """Stage 1, and stage 2 of long rows: both teams share every stage."""
     ring = Ring.of(stages, 2, 2)
     roles = [stream(ring, tiles, steps), gather(ring, tiles, steps, lag)]
     play([*roles, *(together(ring, tiles, steps) for _ in range(2))], ring, seed)
 
 
-@pytest.mark.parametrize("inter", [192, 256, 384, 2048, 2880])
-@pytest.mark.parametrize("block", [1, 8, 16])
-def test_stage2_rings_of_the_chooser(inter: int, block: int) -> None:
-    problem = Problem(64, 2880, inter, 32, 4)
-    tile = choose.decode_rows(problem, block)
+def steps_of(tile: Tile, k: int) -> int:
+    """`decode.Stream.steps`: K columns take so many stages, those of all slices in each."""
+    return -(-k // (tile.k * tile.split_k))
+
+
+@pytest.mark.parametrize("inter", [32, 192, 256, 320, 384, 512])
+@pytest.mark.parametrize("block", [1, 8, 16, 32])
+def test_rings_of_rows_that_stay(inter: int, block: int) -> None:
+    tile = choose.decode_rows(Problem(64, 2880, inter, 32, 4), block)
     for seed in range(6):
         for tiles in (1, 2, 7):
-            stage2(tile.stages, tiles, -(-inter // tile.k), seed)
+            resident(tile.stages, tiles, steps_of(tile, inter), seed)
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
-def test_stage1_rings_of_the_chooser(block: int) -> None:
-    stages = choose.decode_stage1(block).stages
-    for seed in range(6):
-        stage1(stages, 4, 28, 3 if stages > 4 else stages - 2, seed)
+@pytest.mark.parametrize("hidden", [416, 2880, 7168])
+def test_rings_of_stage1(hidden: int, block: int) -> None:
+    tile = choose.decode_stage1(block)
+    for seed in range(3):
+        gathered(tile.stages, 3, steps_of(tile, hidden), lag_of(tile.stages), seed)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("inter", [416, 768, 2048, 2880])
+def test_rings_of_long_rows(inter: int, block: int) -> None:
+    tile = choose.decode_long(block)
+    for seed in range(3):
+        for tiles in (1, 2, 5):
+            gathered(tile.stages, tiles, steps_of(tile, inter), lag_of(tile.stages), seed)
+
+
+@pytest.mark.parametrize("stages", range(3, 17))
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_any_ring_of_three_stages_serves(stages: int, steps: int) -> None:
+    for seed in range(4):
+        gathered(stages, 5, steps, lag_of(stages), seed)
 
 
 def test_a_ring_shorter_than_a_tile_reads_stale_words() -> None:
     with pytest.raises(AssertionError, match="stale|too many"):
         for seed in range(200):
-            stage2(8, 6, 8, seed)
+            resident(8, 6, 8, seed)
 
 
 def test_a_lag_as_long_as_the_ring_deadlocks() -> None:
     with pytest.raises(TimeoutError):
-        stage1(4, 3, 9, 3, 0)
+        gathered(4, 3, 9, 3, 0)

@@ -8,7 +8,6 @@ replaces its answer for shapes that were timed. Constants: one H200, 2026-11-24 
 import json
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from math import exp, log1p
 from pathlib import Path
 
@@ -203,6 +202,12 @@ def general(gemm: Gemm, block: int = 1) -> Tile:
 # Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
 # behind them were slower (H100 and H200, 2026-11-28; rows longer than LONG: not timed since).
 SUM_TOKENS, SUM_TOKENS_LONG, LONG = 2, 16, 256
+# Columns of h up to which decode stage 2 keeps a block's rows in shared memory; longer ones come
+# through the ring with the weights, as x does in stage 1 (not timed).
+RESIDENT_COLUMNS = 384
+# Slices of K by routes of a block, 2 for those not named: few routes take many, because tiles of
+# few weight rows end together. Stage 1: H200, 2026-11-24; stage 2 of long rows: not timed.
+SLICES, SLICES_LONG = {1: 8, 2: 8, 4: 4}, {1: 8, 2: 8, 4: 4}
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
@@ -217,13 +222,17 @@ def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
     columns = max(16, tokens * slices)  # of both teams' products
     a_stage = weights + (columns * k if resident is None else 0)
     left = HALF_SM - 2 * columns * rows * 4 - (resident or 0) - 1024
-    return Tile(tokens, rows, k, max(2, min(16, left // a_stage)), 8, slices, 2)
+    return Tile(tokens, rows, k, max(0, min(16, left // a_stage)), 8, slices, 2)
 
 
 def decode_stage1(block: int) -> Tile:
-    """Decode stage 1, two teams of 4 warps: few routes take many slices of K, because tiles of few
-    rows end together."""
-    return replace(ring(block, 128, {1: 8, 2: 8, 4: 4}.get(block, 2), None), warps=4)
+    """Decode stage 1: two teams of 4 warps."""
+    return replace(ring(block, 128, SLICES.get(block, 2), None), warps=4)
+
+
+def decode_long(block: int) -> Tile:
+    """Decode stage 2 with a row per route, h through the ring: two teams of 4 warps."""
+    return replace(ring(block, 128, SLICES_LONG.get(block, 2), None), warps=4)
 
 
 def one_token(hidden: int) -> Tile:
@@ -231,51 +240,32 @@ def one_token(hidden: int) -> Tile:
     return ring(1, 128, 8, resident_bytes(hidden, 128 * 8))
 
 
-def rows_memory(tile: Tile, intermediate: int, buffers: int) -> int:
-    """Bytes of shared memory of decode stage 2: the ring, and `buffers` blocks of h."""
+def rows_memory(tile: Tile, intermediate: int) -> int:
+    """Bytes of shared memory of decode stage 2 with resident h: the ring, two blocks of h."""
     n = max(8, tile.tokens)
     a_stage = tile.rows // 16 * (tile.k // 128) * 1088 + 2 * 4 * tile.rows
     h = n * -(-intermediate // tile.k) * tile.k
     transposing = 640 * n  # of both teams' results, with what alignment takes
-    return tile.stages * a_stage + buffers * (h + 4 * n) + transposing + 1024
+    return tile.stages * a_stage + 2 * (h + 4 * n) + transposing + 1024
 
 
 def decode_rows(problem: Problem, block: int) -> Tile:
-    """Decode stage 2 with a row per route: 64 weight rows for each of two teams of 4 warps.
+    """Decode stage 2 with a row per route, h resident: 64 weight rows for each of two teams of 4
+    warps.
 
-    Two CTAs an SM where each keeps 50 KB of weights in flight beside two blocks of h, else one
-    block of h, else one CTA an SM. The ring is longer than a tile's steps: a team skips the other's
-    tile, and a barrier's phase tells a stage's fill only from the one before it. Where it can hold
-    whole pairs of tiles it does, so that a stage is always the same team's.
+    The ring is longer than a tile's steps: a team skips the other's tile, and a barrier's phase
+    tells a stage's fill only from the one before it. Where it then keeps 50 KB of weights in flight
+    it holds whole pairs of tiles, so that a stage is always the same team's.
     """
     k = 256 if block <= 8 and problem.intermediate % 256 == 0 else 128
     steps = -(-problem.intermediate // k)
-    least = max(1536 // k, steps + 2)
-    for (ctas, buffers), pairs in product(((2, 2), (2, 1), (1, 2), (1, 1)), (True, False)):
-        room = HALF_SM if ctas == 2 else SMEM
-        for stages in range(max(16, least), least - 1, -1):
-            tile = Tile(block, 64, k, stages, 4, 1, ctas)
-            if pairs and stages % (2 * steps):
-                continue
-            if rows_memory(tile, problem.intermediate, buffers) <= room:
-                return tile
-    rule = f"a block of {block} rows of h and a ring of {steps + 2} steps fit on an SM: I"
-    raise MixMoEError(rule, problem.intermediate, "the general schedule")
-
-
-def decode_fits(problem: Problem, block: int) -> bool:
-    """Whether `decode_rows` has a tile: a row of h of up to some 3000 columns."""
-    try:
-        decode_rows(problem, block)
-    except MixMoEError:
-        return False
-    return True
-
-
-def rows_buffers(tile: Tile, intermediate: int) -> int:
-    """Blocks of h that a tile of `decode_rows` leaves room for: 2, so that the next one waits."""
-    room = HALF_SM if tile.ctas_per_sm == 2 else SMEM
-    return 2 if rows_memory(tile, intermediate, 2) <= room else 1
+    for stages in range(16, steps + 1, -1):
+        tile = Tile(block, 64, k, stages, 4, 1, 2)
+        if rows_memory(tile, problem.intermediate) <= HALF_SM:
+            pairs = stages // (2 * steps) * (2 * steps)
+            return replace(tile, stages=pairs) if pairs >= 1536 // k else tile
+    rule = "rows of h that stay in shared memory have few columns: I"
+    raise MixMoEError(rule, problem.intermediate, RESIDENT_COLUMNS)
 
 
 def decode_sums(problem: Problem) -> Tile | None:
@@ -288,7 +278,8 @@ def decode_sums(problem: Problem) -> Tile | None:
     if problem.tokens > most or 8 % problem.topk:
         return None
     span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
-    return ring(1, 256, 8, problem.topk * resident_bytes(problem.intermediate, 256 * span))
+    tile = ring(1, 256, 8, problem.topk * resident_bytes(problem.intermediate, 256 * span))
+    return tile if tile.stages > 1 else None  # a stage is read while the one before is multiplied
 
 
 def resident_bytes(columns: int, step: int) -> int:

@@ -60,11 +60,21 @@ class Sums(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Pointers of a `Routed`: routes, the expert of each block, how many routes with padding."""
+    """Pointers of a `Routed`: routes, the expert of each block, how many routes with padding.
+
+    ids and total are None where a token's own topk_ids stand for the experts (`gemm1_token`).
+    """
 
     ids: Any
     experts: Any
     total: Any
+
+
+class Columns(NamedTuple):
+    """What the rows of the weights are worth: scale and bias (E, rows), float32; bias or None."""
+
+    scale: Any
+    bias: Any
 
 
 @gluon.jit

@@ -1,12 +1,7 @@
 """Stage 1 for few rows per expert: h = act(x Wg^T + bg, x Wu^T + bu), a stream of weight bytes.
 
-Roles of a CTA: `multiply` (two teams of four matrix warps, each with half of the K slices),
-`stream_weights` and `gather_rows`, which keep the ring full, and `activate_tiles` (sum over the K
-slices in fixed order, scales, bias, activation, store), so that the stream never stops for an
-epilogue. Two teams and two CTAs make four chains an SM whose latencies hide behind each other. The
-grid is persistent and sweeps the tiles of one block after the other. Launched dependently (PDL):
-the CTAs are set up while the kernel before still runs; the kernel after may start once this one has
-seen its input.
+The roles of `decode_gemm` over the rows of x that a block's tokens have, and `activate_tiles` (sum
+over the K slices in fixed order, scales, bias, activation, store) as their epilogue.
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
@@ -29,56 +18,29 @@ from mixmoe.backends.hopper.decode import (
     TEAM_REGISTERS,
     TEAMS,
     Blocks,
-    Ring,
+    Columns,
     Stream,
-    Sums,
-    barriers,
     fragments,
-    own_parity,
-    own_slice,
-    zeros,
 )
-from mixmoe.backends.hopper.mainloop import (
-    KINDS,
-    activate,
-    activation_scalars,
-    advance,
-    cp_async,
-    cta_barrier,
-    decode,
-    fragment,
-    load_raw,
-    smem_cast,
-    tma_load,
+from mixmoe.backends.hopper.decode_gemm import (
+    Rows,
+    Sizes,
+    gather_rows,
+    known,
+    make_ring,
+    make_rows,
+    make_sums,
+    multiply,
+    routes_of,
+    row_of,
+    stream_weights,
+    tiles_of,
+    tokens_of,
+    unit_total,
 )
+from mixmoe.backends.hopper.mainloop import KINDS, activate, activation_scalars
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
-
-
-class Rows(NamedTuple):
-    """x: e4m3 slots, their row pitch, float32 scales."""
-
-    codes: Any
-    pitch: Any
-    scales: Any
-
-
-class Columns(NamedTuple):
-    """What w13's rows are worth: scale and bias (E, 2 I), float32, gate rows above up rows."""
-
-    scale: Any
-    bias: Any
-
-
-class Sizes(NamedTuple):
-    """Slots of a row of x, I, E, routes of a token; tiles of a block, stages of a tile."""
-
-    columns: Any
-    intermediate: Any
-    experts: Any
-    topk: Any
-    row_tiles: Any
-    steps: Any
 
 
 class Act(NamedTuple):
@@ -91,161 +53,6 @@ class Act(NamedTuple):
 
 
 @gluon.jit
-def tiles_of(blocks, sizes, BLOCK: gl.constexpr):
-    """Tiles that the routing of this call has made."""
-    return gl.load(blocks.total) // BLOCK * sizes.row_tiles
-
-
-@gluon.jit
-def routes_of(blocks, block, n, limit, BLOCK: gl.constexpr):
-    """Routes n of a block, token | slot << 24; no token where the block or the list is shorter."""
-    return gl.load(
-        blocks.ids + block * BLOCK + n, mask=(n < BLOCK) & (block < limit), other=SENTINEL_MASK
-    )
-
-
-@gluon.jit
-def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constexpr,
-                   STAGES: gl.constexpr):
-    """Role of the producer warp: the weights of every tile of this CTA.
-
-    The experts of `limit` blocks may be read, so that the first load waits for no count.
-    """
-    gdc_wait()
-    gdc_launch_dependents()
-    COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
-    expert = gl.load(blocks.experts + gl.program_id(0) // sizes.row_tiles)
-    tiles = tiles_of(blocks, sizes, BLOCK)
-    units = (sizes.intermediate + 7) // 8
-    stage = tiles * 0
-    phase = stage + 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        unit = expert * units + tile % sizes.row_tiles * w_desc.block_type.shape[0]
-        ahead = tile + gl.num_programs(0)
-        block = ahead // sizes.row_tiles
-        expert = gl.load(blocks.experts + block, mask=block < limit, other=0)
-        for step in range(sizes.steps):
-            barrier = ring.full.index(stage)
-            mbarrier.wait(ring.empty.index(stage), phase)
-            mbarrier.expect(
-                barrier, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes)
-            )
-            for team in gl.static_range(TEAMS):
-                k = (step * TEAMS + team) * COLUMNS
-                slot = stage * TEAMS + team
-                tma_load(w_desc, [unit, k, 0], barrier, ring.words.index(slot))
-                tma_load(s_desc, [unit, k * 16], barrier, ring.scales.index(slot))
-            stage, phase = advance(stage, phase, STAGES)
-
-
-@gluon.jit
-def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
-                TOKENS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr):
-    """Role of the gather warps: each block's rows of x, as each team's B = (token, slice) rows of
-    128 columns.
-
-    The copies of a step are announced LAG steps later, once they have landed and a fence has made
-    them visible to the tensor cores; rows of padding and slots past the row are filled with zeros.
-    The teams give a stage back after they have seen the next one, so LAG + 2 stages are in use.
-    """
-    gl.static_assert(STAGES >= 3)
-    LAG: gl.constexpr = 3 if STAGES > 4 else STAGES - 2
-    N: gl.constexpr = TOKENS * PART
-    L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    column = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    k = (n % PART * 128)[:, None] + column[None, :]
-    gdc_wait()
-    packed = routes_of(blocks, gl.program_id(0) // sizes.row_tiles, n // PART, limit, BLOCK)
-    tiles = tiles_of(blocks, sizes, BLOCK)
-    stage = tiles * 0
-    phase = stage + 1
-    late = stage
-    issued = stage
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        token = packed & SENTINEL_MASK
-        live = token < tokens
-        row = x.codes + token.to(gl.int64) * x.pitch
-        ahead = tile + gl.num_programs(0)
-        packed = routes_of(blocks, ahead // sizes.row_tiles, n // PART, limit, BLOCK)
-        for step in range(sizes.steps):
-            mbarrier.wait(ring.empty.index(stage), phase)
-            for team in gl.static_range(TEAMS):
-                at = (step * TEAMS + team) * (PART * 128) + k
-                cp_async(ring.rows.index(stage * TEAMS + team), row[:, None] + at,
-                         mask=live[:, None] & (at < sizes.columns))
-            async_copy.commit_group()
-            stage, phase = advance(stage, phase, STAGES)
-            issued += 1
-            if issued > LAG:
-                async_copy.wait_group(LAG)
-                fence_async_shared()
-                cta_barrier()  # of the role: every warp's fence before one thread's arrival
-                mbarrier.arrive(ring.full.index(late), count=1)
-                late = gl.where(late + 1 == STAGES, 0, late + 1)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    cta_barrier()
-    for _ in range(gl.minimum(issued, LAG)):
-        mbarrier.arrive(ring.full.index(late), count=1)
-        late = gl.where(late + 1 == STAGES, 0, late + 1)
-
-
-@gluon.jit
-def multiply(team: gl.constexpr, ring, sums, blocks, sizes, BLOCK: gl.constexpr,
-             TOKENS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
-    """Role of a team of matrix warps: its slices of K of every tile of this CTA, to `sums`.
-
-    The words of the next stage, be it the next tile's, are read while a product is under way.
-    """
-    WARPS: gl.constexpr = gl.num_warps()
-    zero = zeros(1, TOKENS * PART)
-    A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
-    gdc_wait()
-    tiles = tiles_of(blocks, sizes, BLOCK)
-    stage = tiles * 0
-    phase = tiles * 0
-    done = tiles * 0
-    mbarrier.wait(ring.full.index(stage), phase, pred=gl.program_id(0) < tiles)
-    raw, scale = load_raw(ring.words.index(team), ring.scales.index(team), 1, WARPS)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        total = own_parity(zero, PART)
-        for step in range(sizes.steps):
-            lo, hi = decode(raw, scale, WIDE)
-            ahead, ahead_phase = advance(stage, phase, STAGES)
-            more = (step + 1 < sizes.steps) | (tile + gl.num_programs(0) < tiles)
-            mbarrier.wait(ring.full.index(ahead), ahead_phase, pred=more)
-            part = warpgroup_mma(
-                fragment(lo, hi, A, 1, WARPS),
-                ring.rows.index(stage * TEAMS + team).permute((1, 0)), zero,
-                use_acc=False, is_async=True,
-            )
-            slot = ahead * TEAMS + team
-            raw, scale = load_raw(ring.words.index(slot), ring.scales.index(slot), 1, WARPS)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(ring.empty.index(stage), count=1)
-            total += own_parity(part, PART)
-            stage = ahead
-            phase = ahead_phase
-        mbarrier.wait(sums.taken.index(done & 1), ((done >> 1) & 1) ^ 1)
-        sums.buffer.index((done & 1) * TEAMS + team).store(own_slice(total, TOKENS, PART))
-        mbarrier.arrive(sums.ready.index(done & 1), count=1)
-        done += 1
-
-
-@gluon.jit
-def team_sum(sums, slot, unit, TOKENS: gl.constexpr, L: gl.constexpr):
-    """What one slot of the buffer says of a row unit: the sum over its slices."""
-    ROWS: gl.constexpr = sums.buffer.shape[1]
-    PART: gl.constexpr = sums.buffer.shape[2]
-    units = smem_cast(
-        sums.buffer.index(slot), gl.float32, [ROWS, PART, 2, 8, TOKENS],
-        gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]),
-    )
-    return gl.sum(units.index(unit).load(L), axis=0)
-
-
-@gluon.jit
 def load_pair(ptr, expert, columns, column):
     """The values of a gate column and of its up column: ptr is (E, 2 I) float32."""
     row = ptr + expert * (2 * columns) + column
@@ -255,29 +62,29 @@ def load_pair(ptr, expert, columns, column):
 
 @gluon.jit
 def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes, act, tokens,
-                   BLOCK: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr,
+                   BLOCK: gl.constexpr, TOKENS: gl.constexpr, TEAMS: gl.constexpr,
                    KIND: gl.constexpr):
     """Role of the epilogue warps: sums over the slices -> scale, bias, activation -> h (float32).
 
-    SLOTS of the buffer make a tile. x_memory: where the matrix warps have put the scale of the only
-    token, 8 times; or None, and x_scales are loaded. A row unit at a time; what does not depend on
-    the sums is fetched before they are waited for.
+    x_memory: where the matrix warps have put the scale of the only token, 8 times; or None, and
+    x_scales are loaded. A row unit at a time; what does not depend on the sums is fetched before
+    they are waited for.
     """
     ROWS: gl.constexpr = sums.buffer.shape[1]
+    UNIT: gl.constexpr = [sums.buffer.shape[2], 2, 8, TOKENS]
     L: gl.constexpr = gl.BlockedLayout(
         [1, 2, 1, 1], [1, 1, 8, 4], [1, 1, 1, gl.num_warps()], [2, 3, 1, 0]
     )
     LY: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))  # (8, TOKENS)
     m = gl.arange(0, 8, layout=gl.SliceLayout(1, LY))[:, None]
     n = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LY))[None, :]
-    I = sizes.intermediate  # noqa: E741
+    I = sizes.columns  # noqa: E741
     gdc_wait()
     tiles = tiles_of(blocks, sizes, BLOCK)
     done = tiles * 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block = tile // sizes.row_tiles
-        expert = gl.load(blocks.experts + block).to(gl.int64)
-        expert = gl.where((expert >= 0) & (expert < sizes.experts), expert, 0)
+        expert = known(gl.load(blocks.experts + block).to(gl.int64), sizes)
         packed = routes_of(blocks, block, n, block + 1, BLOCK)
         token = packed & SENTINEL_MASK
         column = tile % sizes.row_tiles * (ROWS * 8) + m
@@ -288,14 +95,12 @@ def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes
             x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
         if weight_ptr is not None:
             weight = gl.load(weight_ptr + block * BLOCK + n, mask=n < BLOCK, other=0.0)
-        row = h_ptr + (token * sizes.topk + (packed >> 24)).to(gl.int64) * I
+        row = h_ptr + row_of(packed, sizes.topk) * I
         mbarrier.wait(sums.ready.index(done & 1), (done >> 1) & 1)
         if x_memory is not None:
             x_scale = x_memory.load(gl.SliceLayout(1, LY))[:, None]
         for u in range(ROWS):
-            total = team_sum(sums, (done & 1) * SLOTS, u, TOKENS, L)
-            for slot in gl.static_range(1, SLOTS):
-                total += team_sum(sums, (done & 1) * SLOTS + slot, u, TOKENS, L)
+            total = unit_total(sums, done, u, TEAMS, UNIT, L)
             gate, up = total.permute((1, 2, 0)).split()
             gate = gl.convert_layout(gate, LY, assert_trivial=True) * (gate_scale * x_scale)
             up = gl.convert_layout(up, LY, assert_trivial=True) * (up_scale * x_scale)
@@ -320,35 +125,23 @@ def gemm1_decode(
     WIDE: gl.constexpr, TEAM_REGISTERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    ROWS: gl.constexpr = w_desc.block_type.shape[0]
-    TOKENS: gl.constexpr = BLOCK if BLOCK * PART > 8 else 8 // PART  # columns of an expert's tile
-    ring = Ring(
-        gl.allocate_shared_memory(
-            gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
-        ),
-        gl.allocate_shared_memory(
-            gl.int32, [STAGES * TEAMS] + s_desc.block_type.shape, s_desc.layout
-        ),
-        gl.allocate_shared_memory(
-            gl.float8e4nv, [STAGES * TEAMS, TOKENS * PART, 128], gl.NVMMASharedLayout(128, 8, 2)
-        ),
-        barriers(STAGES, 2),  # weights, rows of x
-        barriers(STAGES, TEAMS),
-    )
-    buffer = gl.allocate_shared_memory(
-        gl.float32, [2 * TEAMS, ROWS, PART, 2, 8, TOKENS],
-        gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0]),
-    )
-    sums = Sums(buffer, barriers(2, TEAMS), barriers(2, 1))
+    TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
+    rows = make_rows(STAGES * TEAMS, TOKENS * PART)
+    ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
+    sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, STAGES, WIDE)),
-            (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, STAGES, WIDE)),
-            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, STAGES)),
+            (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
+                        False)),
+            (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
+                        False)),
+            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, STAGES,
+                              False)),
             (activate_tiles, (sums, h_ptr, x.scales, None, w, weight_ptr, blocks, sizes, act,
                               tokens, BLOCK, TOKENS, TEAMS, KIND)),
-            (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, STAGES)),
+            (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, TEAMS,
+                           STAGES, False)),
         ],
         [4, 1, 1, 2],
         [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
@@ -371,12 +164,12 @@ def launch(
         return out
     gemm1_decode[(stream.grid(limit * row_tiles),)](
         *stream.boxes(w13, stream.rows, tile.split_k // 2),
-        Rows(x.codes, x.codes.stride(0), x.scales), out,
+        Rows(x.codes, x.codes.stride(0), x.scales, None), out,
         Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
-        Sizes(x.codes.shape[1], p.intermediate, p.experts, p.topk, row_tiles,
-              stream.steps(p.hidden)),
+        Sizes(x.codes.shape[1], p.intermediate, p.experts, p.topk, -(-p.intermediate // 8),
+              row_tiles, stream.steps(p.hidden), None),
         Act(*activation_scalars(recipe.act)), p.tokens, limit,
         tile.tokens, tile.split_k // 2, tile.stages, KINDS[recipe.act.kind], stream.wide,
         TEAM_REGISTERS, TEAM_HELPERS, **stream.options,

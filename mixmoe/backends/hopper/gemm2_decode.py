@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.choose import rows_buffers
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
     TEAM_HELPERS,
@@ -72,6 +71,7 @@ from mixmoe.spec import Recipe, Routed, Tile, Weights
 __all__ = ["launch_rows", "launch_tokens"]
 
 ROWS = 64  # weight rows of a tile: a warpgroup's
+BUFFERS = gl.constexpr(2)  # blocks of h in shared memory: the next one waits
 
 
 class Prepared(NamedTuple):
@@ -130,21 +130,13 @@ def quantise_eight(codes, h, row, live, columns, base, part, GROUPS: gl.constexp
                    L: gl.constexpr):
     """float32 rows -> e4m3: scale = max(amax / 448, 2^-126), fp8_token bit for bit.
 
-    Two groups of 128 columns stay in registers; of a longer row each group is read twice, the
-    second time near by.
+    A row stays in registers: two groups of 128 columns at most.
     """
-    KEPT: gl.constexpr = GROUPS if GROUPS <= 2 else 1
-    values = load_groups(h, row, live, 0, columns, KEPT, 1, 1, L)
-    amax = amax_of(values, 1, L)
-    for group in range(KEPT, GROUPS):
-        more = load_groups(h, row, live, group, columns, 1, 1, 1, L)
-        amax = gl.maximum(amax, amax_of(more, 1, L))
+    gl.static_assert(GROUPS <= 2)
+    values = load_groups(h, row, live, 0, columns, GROUPS, 1, 1, L)
     largest = gl.full([8], 448.0, gl.float32, gl.SliceLayout(1, L))
-    scale = gl.maximum(gl.div_rn(amax, largest), TINY)
+    scale = gl.maximum(gl.div_rn(amax_of(values, 1, L), largest), TINY)
     store_eight(codes, values, scale, base, part)
-    for group in range(KEPT, GROUPS):
-        more = load_groups(h, row, live, group, columns, 1, 1, 1, L)
-        store_eight(codes, more, scale, base + group, part)
     return scale
 
 
@@ -163,7 +155,7 @@ def copy_eight(codes, h, row, live, columns, base, part, GROUPS: gl.constexpr,
 
 @gluon.jit
 def prepare(prepared, h, blocks, sizes, tokens, TOKENS: gl.constexpr, GROUPS: gl.constexpr,
-            BUFFERS: gl.constexpr, EARLY: gl.constexpr):
+            EARLY: gl.constexpr):
     """Role of two warps: each block's h, as soon as a buffer is free."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     N: gl.constexpr = prepared.scales.shape[1]
@@ -263,7 +255,7 @@ def take(ring, vectors, stage, CHUNKS: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def meet(prepared, turn, BUFFERS: gl.constexpr, L: gl.constexpr):
+def meet(prepared, turn, L: gl.constexpr):
     """Give the h of the block before back and wait for the turn-th block's; its buffer, scales."""
     slot = turn % BUFFERS
     mbarrier.arrive(prepared.free.index((turn + BUFFERS - 1) % BUFFERS), count=1, pred=turn > 0)
@@ -293,8 +285,7 @@ def store(value, out_ptr, row, column, columns, O: gl.constexpr):
 @gluon.jit
 def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes, tokens,
              TOKENS: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-             GROUPS: gl.constexpr, BUFFERS: gl.constexpr, WIDE: gl.constexpr,
-             EARLY: gl.constexpr):
+             GROUPS: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
     """Role of a team: every TEAMS-th tile. The words of its next stage are read while a product is
     under way; every 128 of K is added in float32."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -318,7 +309,7 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
     raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
     for tile in range(first + team, last, TEAMS):
         while tile >= until:
-            slot, h_scale = meet(prepared, turn, BUFFERS, gl.SliceLayout(0, L))
+            slot, h_scale = meet(prepared, turn, gl.SliceLayout(0, L))
             row = rows_of(
                 blocks, sizes, origin + turn, tokens, N, TOKENS, gl.SliceLayout(0, O)
             )
@@ -360,14 +351,14 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
         column = (tile - (until - sizes.row_tiles)) * (WARPS * 16)
         store(value, out_ptr, row, column, sizes.hidden, O)
     for later in range(turn, met):
-        meet(prepared, later, BUFFERS, gl.SliceLayout(0, L))
+        meet(prepared, later, gl.SliceLayout(0, L))
 
 
 @gluon.jit(do_not_specialize=["tokens"])
 def gemm2_rows(
     w_desc, s_desc, r_desc, b_desc, h, out_ptr, blocks, sizes, tokens,
     TOKENS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-    BUFFERS: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
+    WIDE: gl.constexpr, EARLY: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     N: gl.constexpr = TOKENS if TOKENS > 8 else 8
@@ -400,12 +391,12 @@ def gemm2_rows(
     gl.warp_specialize(
         [
             (multiply, (0, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE, EARLY)),
+                        CHUNKS, STAGES, GROUPS, WIDE, EARLY)),
             (multiply, (1, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, BUFFERS, WIDE, EARLY)),
+                        CHUNKS, STAGES, GROUPS, WIDE, EARLY)),
             (stream, (w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS,
                       STAGES, EARLY)),
-            (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, BUFFERS, EARLY)),
+            (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, EARLY)),
         ],
         [4, 1, 2],
         [TEAM_REGISTERS, REGISTERS, REGISTERS],
@@ -423,8 +414,8 @@ def launch_rows(
 ) -> Tensor:
     """Run stage 2 by blocks: out (T * topk, H), a row per route without its routing weight.
 
-    h: (T * topk, I) float32 or e4m3 slots, a row per route; weights.w2 in the order hopper_fp4q_w1
-    (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
+    h: (T * topk, I) e4m3 slots, or float32 where I <= 256, a row per route; weights.w2 in the order
+    hopper_fp4q_w1 (or _wide); routed.block == tile.tokens. Rows of skipped routes are not written.
     early: the lists of `routed` are complete when the kernel before this one starts its dependents
     (gemm1_decode does so after it has waited for them), so weights may be streamed at once.
     """
@@ -435,7 +426,6 @@ def launch_rows(
     if not limit or not p.tokens:
         return out
     steps = cut.steps(p.intermediate)
-    buffers = rows_buffers(tile, p.intermediate)
     bias = None if weights.w2_bias is None else row_box(weights.w2_bias)
     gemm2_rows[(cut.grid(limit),)](
         *cut.boxes(w2, cut.rows, tile.split_k),
@@ -443,7 +433,7 @@ def launch_rows(
         hidden_of(h), out,
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(p.hidden, p.intermediate, p.experts, p.topk, -(-p.hidden // 16), row_tiles, steps),
-        p.tokens, tile.tokens, cut.chunks, tile.stages, steps * cut.chunks, buffers, cut.wide,
-        early, TEAM_REGISTERS, TEAM_HELPERS, **cut.options,
+        p.tokens, tile.tokens, cut.chunks, tile.stages, steps * cut.chunks, cut.wide, early,
+        TEAM_REGISTERS, TEAM_HELPERS, **cut.options,
     )
     return out

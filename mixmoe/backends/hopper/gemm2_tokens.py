@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     HELPER_REGISTERS,
+    Columns,
     Ring,
     Stream,
     Sums,
@@ -28,7 +29,6 @@ from mixmoe.backends.hopper.decode import (
 )
 from mixmoe.backends.hopper.mainloop import advance, smem_cast, tma_load
 from mixmoe.backends.hopper.resident import (
-    Columns,
     Sizes,
     flat,
     hidden_of,

@@ -42,13 +42,6 @@ class Hidden(NamedTuple):
     scales: Any
 
 
-class Columns(NamedTuple):
-    """What w2's rows are worth: scale and bias (E, H), float32."""
-
-    scale: Any
-    bias: Any
-
-
 class Sizes(NamedTuple):
     """H, I, E, routes of a token; weight units of an expert, tiles of a block, stages of a tile."""
 

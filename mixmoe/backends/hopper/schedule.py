@@ -23,6 +23,7 @@ from mixmoe.backends.hopper import (
     gemm1_token,
     gemm2,
     gemm2_decode,
+    gemm2_long,
 )
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
@@ -159,9 +160,13 @@ class Decode:
         self, h: Tensor | SlotRows, weights: Weights, routed: Placed, recipe: Recipe,
         early: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Stage 2 of float32 or FP8 rows of h, a row per route; early: right behind stage 1."""
+        """Stage 2 of FP8 rows of h (float32 ones if short), a row per route; early: nothing but
+        stage 1 and a quantisation stand between this and the routing."""
         p = routed.problem
         out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
+        if isinstance(h, SlotRows) and p.intermediate > choose.RESIDENT_COLUMNS:
+            tile = choose.decode_long(routed.block)
+            return gemm2_long.launch(h, weights, routed, recipe, tile, out, early)
         tile = choose.decode_rows(p, routed.block)
         return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out, early)
 
@@ -256,4 +261,4 @@ def schedule_for(recipe: Recipe, weights: Weights, problem: Problem, block: int)
         return GENERAL
     if block == ROUTE_BLOCK and suits(problem):
         return PREFILL
-    return DECODE if choose.decode_fits(problem, block) else GENERAL
+    return DECODE
