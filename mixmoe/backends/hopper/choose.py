@@ -211,18 +211,19 @@ SLICES, SLICES_LONG = {1: 8, 2: 8, 4: 4}, {1: 8, 2: 8, 4: 4}
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
-def ring(tokens: int, k: int, slices: int, resident: int | None) -> Tile:
-    """A decode tile with as many ring stages as half an SM holds beside sums and resident rows.
+def ring(tokens: int, k: int, slices: int, resident: int | None, ctas: int = 2) -> Tile:
+    """A decode tile with as many ring stages as a CTA's part of an SM holds beside sums and
+    resident rows.
 
     Eight warps hold 128 / slices weight rows. ``resident`` is bytes of rows that stay in shared
-    memory; None: rows come through the ring with the weights.
+    memory; None: rows come through the ring with the weights. ``ctas`` of an SM: 1 or 2.
     """
     rows = 128 // slices
     weights = rows // 16 * (k * slices // 128) * 1088  # 16 x 128: 1 KiB of codes, 64 B of scales
     columns = max(16, tokens * slices)  # of both teams' products
     a_stage = weights + (columns * k if resident is None else 0)
-    left = HALF_SM - 2 * columns * rows * 4 - (resident or 0) - 1024
-    return Tile(tokens, rows, k, max(0, min(16, left // a_stage)), 8, slices, 2)
+    left = (HALF_SM if ctas == 2 else SMEM) - 2 * columns * rows * 4 - (resident or 0) - 1024
+    return Tile(tokens, rows, k, max(0, min(16, left // a_stage)), 8, slices, ctas)
 
 
 def decode_stage1(block: int) -> Tile:
