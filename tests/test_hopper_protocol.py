@@ -80,6 +80,15 @@ class Ring:
         self.copies.append(land)
 
 
+@dataclass
+class Sums:
+    """Double buffer of the teams' totals, as `decode_gemm.make_sums` lays it out."""
+
+    slots: list[list[object]] = field(default_factory=lambda: [[None, None], [None, None]])
+    ready: list[Barrier] = field(default_factory=lambda: [Barrier(2), Barrier(2)])
+    taken: list[Barrier] = field(default_factory=lambda: [Barrier(1), Barrier(1)])
+
+
 def play(roles: list[Role], ring: Ring, seed: int, patience: int = 400) -> None:
     """Steps roles and landings in random order; TimeoutError where nothing can move any more."""
     rng = random.Random(seed)
@@ -144,19 +153,35 @@ def gather(ring: Ring, tiles: int, steps: int, lag: int) -> Role:
         late = (late + 1) % ring.stages
 
 
-def together(ring: Ring, tiles: int, steps: int) -> Role:
-    """`decode_gemm.multiply`: both teams read every stage."""
+def together(team: int, ring: Ring, sums: Sums, tiles: int, steps: int) -> Role:
+    """`decode_gemm.multiply`: both teams read every stage; a tile's totals go to the epilogue."""
     total, stage, phase = tiles * steps, 0, 0
     yield ring.full[0].done(0)
     for i in range(total):
         ahead, ahead_phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
-        here = divmod(i, steps)
-        assert ring.rows[stage] == here, "stale rows"
+        tile, step = divmod(i, steps)
+        assert ring.rows[stage] == (tile, step), "stale rows"
         if i + 1 < total:
             yield ring.full[ahead].done(ahead_phase)
             assert ring.weights[ahead] == divmod(i + 1, steps), "stale"
         ring.empty[stage].arrive()
         stage, phase = ahead, ahead_phase
+        if step + 1 == steps:
+            yield sums.taken[tile & 1].done((tile >> 1 & 1) ^ 1)
+            sums.slots[tile & 1][team] = tile
+            sums.ready[tile & 1].arrive()
+
+
+def epilogue(sums: Sums, tiles: int, hasty: bool = False) -> Role:
+    """`activate_tiles` and `store_tiles`; hasty: the buffer is given back before it is read."""
+    for tile in range(tiles):
+        yield sums.ready[tile & 1].done(tile >> 1 & 1)
+        if hasty:
+            sums.taken[tile & 1].arrive()
+        yield lambda: True
+        assert sums.slots[tile & 1] == [tile, tile], "stale totals"
+        if not hasty:
+            sums.taken[tile & 1].arrive()
 
 
 def resident(stages: int, tiles: int, steps: int, seed: int) -> None:
@@ -171,11 +196,14 @@ def lag_of(stages: int) -> int:
     return 3 if stages > 4 else stages - 2
 
 
-def gathered(stages: int, tiles: int, steps: int, lag: int, seed: int) -> None:
+def gathered(
+    stages: int, tiles: int, steps: int, lag: int, seed: int, hasty: bool = False
+) -> None:
     """Stage 1, and stage 2 of long rows: both teams share every stage."""
-    ring = Ring.of(stages, 2, 2)
+    ring, sums = Ring.of(stages, 2, 2), Sums()
     roles = [stream(ring, tiles, steps), gather(ring, tiles, steps, lag)]
-    play([*roles, *(together(ring, tiles, steps) for _ in range(2))], ring, seed)
+    teams = [together(team, ring, sums, tiles, steps) for team in range(2)]
+    play([*roles, *teams, epilogue(sums, tiles, hasty)], ring, seed)
 
 
 def steps_of(tile: Tile, k: int) -> int:
@@ -225,3 +253,9 @@ def test_a_ring_shorter_than_a_tile_reads_stale_words() -> None:
 def test_a_lag_as_long_as_the_ring_deadlocks() -> None:
     with pytest.raises(TimeoutError):
         gathered(4, 3, 9, 3, 0)
+
+
+def test_totals_given_back_too_soon_are_lost() -> None:
+    with pytest.raises(AssertionError, match="stale totals"):
+        for seed in range(50):
+            gathered(6, 6, 1, 3, seed, hasty=True)

@@ -1,6 +1,7 @@
 """Decode stage 2 of long rows of h on the GPU: every tile, edges of H, I and routing, same bits."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import hopper_cases as cases
@@ -58,12 +59,16 @@ def error(got: torch.Tensor, want: torch.Tensor, live: torch.Tensor) -> float:
     return cases.worst_row(got[live], want[live])
 
 
-@pytest.mark.parametrize(("block", "slices"), TILES)
+@cache
+def masked(hidden: int, inter: int) -> cases.Case:
+    recipe = cases.RECIPES["a8w4"]
+    return cases.make_case(recipe, 40, hidden, inter, 5, 3, bias=True, skew="masked")
+
+
 @pytest.mark.parametrize(("hidden", "inter"), [(352, 2880), (512, 416)])
+@pytest.mark.parametrize(("block", "slices"), TILES)
 def test_tile(block: int, slices: int, hidden: int, inter: int) -> None:
-    case = cases.make_case(
-        cases.RECIPES["a8w4"], 40, hidden, inter, experts=5, topk=3, bias=True, skew="masked"
-    )
+    case = masked(hidden, inter)
     assert error(**rows_of(case, tile_of(block, slices))) < 2.0**-8
 
 
@@ -100,10 +105,12 @@ EDGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("sums", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, 8])
-@pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("name", ["a8w4", "a8w4_mx", "a4w4"])
+CELLS = [("a8w4", edge) for edge in EDGES]
+CELLS += [(name, edge) for name in ("a8w4_mx", "a4w4") for edge in ("V3 EP", "768")]
+
+
+@pytest.mark.parametrize("tokens, sums", [(1, False), (2, False), (2, True), (8, False), (8, True)])
+@pytest.mark.parametrize("name, edge", CELLS)
 def test_few_tokens(
     name: str, edge: str, tokens: int, sums: bool, launches: list[Tile],
     monkeypatch: pytest.MonkeyPatch,
