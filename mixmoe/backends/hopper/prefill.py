@@ -246,14 +246,14 @@ def tile(
     words, scales, xs, extra, x_scales, weights, out, full, empty, stage, phase, tiles_ptr, turn,
     total, row_tiles, steps, end, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
     STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    FLUSH: gl.constexpr, PART: gl.constexpr,
+    PRECISE: gl.constexpr, PART: gl.constexpr,
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read late: registers are short."""
-    if FLUSH > 0:
+    if PRECISE:
         PARTS: gl.constexpr = max(1, N // min(PART, max(32, N // 2)))
         totals, acc2, stage, phase = multiply_precise(
             words, scales, xs, extra, full, empty, stage, phase, steps, team, N, N2, STAGES,
-            TEAMS, WIDE, PARTS, FLUSH,
+            TEAMS, WIDE, PARTS,
         )
         at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
         record = (gl.load(at), gl.load(at + 1), gl.load(at + 2))
@@ -281,7 +281,7 @@ def consume(
     team: gl.constexpr, words, scales, xs, extra, x_scales, weights, out, full, empty, tiles_ptr,
     count_ptr, row_tiles, steps, end, MAIN: gl.constexpr, SMALL: gl.constexpr,
     STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    FLUSH: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
+    PRECISE: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
 ):
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
     EXTRA: gl.constexpr = extra.shape[1]
@@ -296,19 +296,19 @@ def consume(
         if routes > MAIN:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, EXTRA, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                total, row_tiles, steps, end, team, MAIN, EXTRA, STAGES, TEAMS, KIND, WIDE, PRECISE,
                 LONG_PART,
             )
         elif routes > SMALL:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, 8, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                total, row_tiles, steps, end, team, MAIN, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
                 PART,
             )
         else:
             stage, phase = tile(
                 words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, SMALL, 8, STAGES, TEAMS, KIND, WIDE, FLUSH,
+                total, row_tiles, steps, end, team, SMALL, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
                 PART,
             )
         turn += 1
@@ -322,7 +322,7 @@ def grouped_prefill(
     limit, alpha, beta, beta2, units, row_tiles, K, pitch,
     MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
     TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    FLUSH: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
+    PRECISE: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """KIND None: rows of x lie in sorted order, plain epilogue; else rows by token, gated.
@@ -361,12 +361,12 @@ def grouped_prefill(
                        tiles_ptr, count_ptr, row_tiles, steps,
                        (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
                         limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, FLUSH, PART, LONG_PART)),
+                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE, PART, LONG_PART)),
             (consume, (1, words, scales, xs, extra, x_scales, weights, out.index(1), full, empty,
                        tiles_ptr, count_ptr, row_tiles, steps,
                        (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
                         limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, FLUSH, PART, LONG_PART)),
+                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE, PART, LONG_PART)),
             (gather, (w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, clear_ptr, clear_end,
                       tiles_ptr, count_ptr, words, scales, xs, extra, x_scales, weights, full,
                       empty, units, row_tiles, base, steps, pitch, MAIN, STAGES, TEAMS,

@@ -1,60 +1,84 @@
 """How the prefill GEMMs are cut: which tile of routes, and how precisely its products are added."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.spec import Problem
 
-# Means from 144 up to this one take tiles of 128 + 64 routes instead of 256. None does: these
-# compile clean, but were not measured.
-JOINED_TO = 144
+# Mean shares of an expert up to which a form is taken (stage 1, H100, 2026-11-28, us: 64 routes two
+# to an SM / alone: mean 32 196 / 206, mean 48 207 / 218, mean 64 300 / 235; 128 + 64 / 256 routes:
+# mean 171 585 / 678). Beyond them 256 + 32.
+PAIRED_TO, SINGLE_TO, HALF_TO, JOINED_TO = 52, 72, 144, 190
+
+
+class Form(NamedTuple):
+    """A tile of up to main + extra routes, ring stages, CTAs an SM."""
+
+    main: int
+    extra: int
+    stages: int
+    ctas: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Tiles of up to main + extra routes, of main, and `small` where so few suffice.
+    """A form, and how sums are added.
 
     registers: a thread's, of the second team and of the gathering warps; the first team has the
-    rest of 65536. flush: steps of 128 of K after which sums are added in float32, 0: never. part:
-    routes of a tile whose product is added at a time, long_part: the same in tiles of more than
-    main routes.
+    rest of the CTA's. precise: products of 128 of K are added in float32. part: routes of a tile
+    whose product is added at a time, long_part: the same in tiles of more than main routes.
     """
 
-    main: int
-    small: int
-    stages: int
+    form: Form
     registers: tuple[int, int]
-    flush: int
+    precise: bool
     part: int = 64
     long_part: int = 32
-    extra: int = 32
 
     @classmethod
     def of(cls, problem: Problem, precise: bool) -> "Cut":
         """For an expert's mean share of the routes."""
-        main, extra = shape_of(problem.routes / problem.experts)
-        registers = (224, 64) if precise else (208, 88)
-        stages = {256: 4, 128: 6, 64: 8}[main]
-        long_part = 32 if main == 256 else 64
-        return cls(
-            main, max(32, main // 4), stages, registers, int(precise), 64, long_part, extra
-        )
+        form = form_of(problem.routes / problem.experts)
+        registers = (96, 48) if form.ctas == 2 else (224, 56) if precise else (208, 88)
+        return cls(form, registers, precise, 64, 32 if form.main == 256 else 64)
+
+    @property
+    def main(self) -> int:
+        """Routes of a tile."""
+        return self.form.main
+
+    @property
+    def extra(self) -> int:
+        """Routes that an expert's last tile may have beyond that."""
+        return self.form.extra
+
+    def grid(self, device: torch.device, items: int) -> int:
+        """Persistent CTAs."""
+        return min(multiprocessors(device) * self.form.ctas, items)
 
     def options(self, k: int) -> dict[str, Any]:
         """Keywords of `prefill.grouped_prefill`'s launch for rows of k columns."""
-        steps = -(-k // 128)
-        stages = min(self.stages, steps)  # the kernel's double buffers rely on it
-        flush = self.flush if self.flush and steps % self.flush == 0 else min(self.flush, 1)
+        main, extra, stages, ctas = self.form
+        stages = min(stages, -(-k // 128))  # the kernel's double buffers rely on it
+        threads = 32 * 12
+        registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
-            "MAIN": self.main, "EXTRA": self.extra, "SMALL": self.small, "STAGES": stages,
-            "TEAMS": 2, "FLUSH": flush, "PART": self.part,
-            "LONG_PART": self.long_part, "TEAM_REGISTERS": self.registers[0],
-            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4, "launch_pdl": True,
+            "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
+            "TEAMS": 2, "PRECISE": self.precise, "PART": self.part, "LONG_PART": self.long_part,
+            "TEAM_REGISTERS": self.registers[0], "GATHER_REGISTERS": self.registers[1],
+            "PDL": True, "num_warps": 4, "launch_pdl": True, **registers,
         }  # fmt: skip
 
 
-def shape_of(mean: float) -> tuple[int, int]:
-    """(main, extra): the narrowest tile that an expert's mean share of the routes fills."""
-    if 144 < mean <= JOINED_TO:
-        return 128, 64
-    return 256 if mean > 144 else 128 if mean > 72 else 64, 32
+def form_of(mean: float) -> Form:
+    """The narrowest form that an expert's mean share of the routes fills."""
+    if mean <= PAIRED_TO:
+        return Form(64, 0, 5, 2)
+    if mean <= SINGLE_TO:
+        return Form(64, 32, 8, 1)
+    if mean <= HALF_TO:
+        return Form(128, 32, 6, 1)
+    return Form(128, 64, 6, 1) if mean <= JOINED_TO else Form(256, 32, 4, 1)

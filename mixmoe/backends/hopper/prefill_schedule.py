@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from mixmoe.backends.hopper.schedule import Call
 
 CHUNK = 8192  # tokens of a pass
-# Routes per expert from which tiles beat the decode streams; where rows of h are long, two decode
-# CTAs do not fit on an SM and it is fewer (gpt-oss T 512, stage 1: 423 us against 408, H100).
-MEAN, MEAN_LONG, LONG = 24, 12, 384
+# Routes per expert from which tensor-core tiles beat the decode streams. At 16 they are even, and h
+# in float32 decides (H100, 2026-11-28, layer, us: gpt-oss 657 / 658, DeepSeek-V3 EP 289 / 292).
+MEAN = 17
 RING_FROM = 3073  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
 # wait for each other however few rows they have (H100, 2026-11-28, us at T 1024 / 2048 / 4096 /
 # 8192: ring 383 / 410 / 515 / 762, stored rows and their sum 188 / 310 / - / 946)
@@ -49,8 +49,7 @@ STORED = True  # below, rows come from `gemm2_red`, which can store them; else f
 
 def suits(problem: Problem) -> bool:
     """Whether experts have rows enough for tensor-core tiles."""
-    mean = MEAN if problem.intermediate <= LONG else MEAN_LONG
-    return problem.routes >= mean * problem.experts
+    return problem.routes >= MEAN * problem.experts
 
 
 def ring_of(problem: Problem, device: torch.device) -> Ring | None:
