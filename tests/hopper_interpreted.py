@@ -117,7 +117,7 @@ def same_lists(got: Routed, want: Routed) -> bool:
 @pytest.mark.parametrize(
     "tokens, topk, experts, block",
     [(0, 2, 4, 16), (1, 8, 256, 16), (3, 2, 7, 32), (64, 8, 256, 16), (300, 8, 31, 64),
-     (5, 1, 1, 8), (513, 2, 384, 128)],
+     (5, 1, 1, 8), (513, 2, 384, 128), (1025, 8, 40, 32)],
 )  # fmt: skip
 def test_route(tokens: int, topk: int, experts: int, block: int, mapped: bool) -> None:
     g = torch.Generator().manual_seed(tokens)
@@ -135,7 +135,7 @@ def test_route(tokens: int, topk: int, experts: int, block: int, mapped: bool) -
         assert not same_lists(got, moved)
 
 
-@pytest.mark.parametrize("tokens", [9, 300])
+@pytest.mark.parametrize("tokens", [9, 300, 1100])
 def test_rows_ride_along(tokens: int) -> None:
     """Codes of x made beside the routing, small and large, are those made alone."""
     g = torch.Generator().manual_seed(tokens)

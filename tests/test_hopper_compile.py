@@ -88,12 +88,12 @@ def test_spills_are_seen() -> None:
     assert compile_tile(recipe, 1, Tile(128, 256, 64, 3, 8)).spills > 256
 
 
-@pytest.mark.parametrize("routes, experts", [(8, 256), (1024, 384)])
-def test_route_small(routes: int, experts: int) -> None:
+@pytest.mark.parametrize("routes, experts, chunk", [(64, 256, 32), (8192, 384, 128)])
+def test_route_once(routes: int, experts: int, chunk: int) -> None:
     resources = compile_gluon(
-        route.route_small, Fake(torch.int64), BF16, None, *LISTS, routes, 64, 4352, experts, 0, 8,
+        route.route_once, Fake(torch.int64), BF16, None, *LISTS, routes, 64, 4352, experts, 0, 8, 8,
         BF16, Fake(torch.float8_e4m3fn), F32, 7168, 7168, 7168,
-        BLOCK=8, RP=pow2(routes), EP=pow2(experts), ROUTES=32, ROUTERS=8,
+        BLOCK=8, PIECE=min(1024, pow2(routes)), EP=pow2(experts), ROUTES=chunk,
         WRITE=quantise.write_fp8_row, UP=0, QB=1, KP=8192, num_warps=8, **PDL,
     )  # fmt: skip
     assert resources.spills == 0 and resources.registers <= 128
@@ -111,7 +111,7 @@ def test_route_many() -> None:
     scan = compile_gluon(route.scan, I32, I32, 256, 256, ROWS=256, COLUMNS=8, num_warps=8, **PDL)
     scatter = compile_gluon(
         route.scatter, ids, F32, None, I32, I32, *LISTS, *sizes,
-        BLOCK=32, CHUNK=256, WORKERS=256, num_warps=8, **go,
+        256, BLOCK=32, CHUNK=256, num_warps=8, **go,
     )  # fmt: skip
     assert not any(kernel.spills for kernel in (count, scan, scatter))
 

@@ -1,12 +1,12 @@
-"""route: expert ids of the tokens -> Routed, on the device, in one kernel (small T) or three.
+"""route: expert ids of the tokens -> Routed, on the device, in one kernel (few routes) or three.
 
 Stable counting sort. A route's place is ``start[e] + (routes before it with the same e)``; both
 are sums over compares, so no order of arrival enters and a graph replay gives the same bits.
 
 ========  ===============================================================================
-small     up to ``SMALL`` routes: every CTA counts all ids, then places 32 routes of its own;
-          further CTAs quantise the rows of x, which needs no routing, in the same launch
-large     ``count`` (rank in a chunk of 256, histogram of the chunk; the rows of x as above),
+few       up to ``FEW`` routes: every CTA counts all ids, and those before its own chunk, then
+          places its chunk; further CTAs quantise the rows of x, which needs no routing
+many      ``count`` (rank in a chunk of 256, histogram of the chunk; the rows of x as above),
           ``scan`` (prefix over chunks per expert), ``scatter``
 ========  ===============================================================================
 """
@@ -23,12 +23,14 @@ from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.quantise import load_rows, plan
 from mixmoe.spec import Problem, Routed
 
-SMALL = 1024  # routes; above, the all-pairs ranks of one CTA cost more than two more launches
-CHUNK = 256  # routes ranked by one CTA of the large path: 65,536 compares
+FEW = 8192  # routes; above, reading all ids in every CTA costs more than two more launches
+FEW_CHUNKS = ((1024, 32), (FEW, 128))  # routes up to which a CTA places so many
+CHUNK = 256  # routes ranked by one CTA where they are many: 65,536 compares
+PIECE = 1024  # ids counted at a time
 SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
 SCAN_ROWS = 256
 FILL = tl.constexpr(512)  # sentinels a CTA writes at a time
-SIZES = ["R", "T", "P", "E", "known", "TOPK", "chunks"]  # one binary for every count of tokens
+SIZES = ["R", "T", "P", "E", "known", "TOPK", "workers"]  # one binary for every count of tokens
 PAIRS = tl.constexpr(32)  # ids that routes are compared with at a time
 
 
@@ -69,12 +71,12 @@ def rank_among(ids_ptr, map_ptr, r, e, first, N, R, E, known, ROUTES: tl.constex
 @triton.jit
 def write_lists(
     ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts, T, P, E, TOPK,
-    BLOCK: tl.constexpr, EP: tl.constexpr, WORKERS: tl.constexpr,
+    workers, BLOCK: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """All but the routes themselves: counts, offsets, the sentinels, the expert of each block.
 
     Returns the padded start of each expert, ``(EP,)``. ``counts`` is the histogram ``(EP,)``; of
-    WORKERS CTAs number ``program_id(0)`` does its share. Loops over vectors of experts keep the
+    ``workers`` CTAs number ``program_id(0)`` does its share. Loops over vectors of experts keep the
     code short: after a flush of the L2 fetching it takes longer than running it.
     """
     pid = tl.program_id(0)
@@ -90,13 +92,13 @@ def write_lists(
         tl.store(offsets_ptr + E, total)
         tl.store(valid_ptr, total)
         tl.store(valid_ptr + 1, T)
-    for i in range(pid, BLOCK - 1, WORKERS):  # an expert has at most BLOCK - 1 padding places
+    for i in range(pid, BLOCK - 1, workers):  # an expert has at most BLOCK - 1 padding places
         pad = counts + i < padded
         tl.store(ids_out + starts + counts + i, sentinel, mask=pad)
         tl.store(weights_out + starts + counts + i, 0.0, mask=pad)
-    for i in range(pid, tl.max(padded, 0) // BLOCK, WORKERS):
+    for i in range(pid, tl.max(padded, 0) // BLOCK, workers):
         tl.store(experts_out + starts // BLOCK + i, e, mask=i * BLOCK < padded)
-    for at in range(pid * FILL, P, WORKERS * FILL):  # beyond the last used block
+    for at in range(pid * FILL, P, workers * FILL):  # beyond the last used block
         p = at + tl.arange(0, FILL)
         spare = (p >= total) & (p < P)
         tl.store(ids_out + p, sentinel, mask=spare)
@@ -119,51 +121,70 @@ def place(
     tl.store(position_ptr + r, tl.where(real, at, -1), mask=r < R)
 
 
+@triton.jit
+def histograms(
+    ids_ptr, map_ptr, first, R, E, known, EP: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """How many routes go to each expert, ``(EP,)``, and how many of those before ``first``."""
+    counts = tl.zeros((EP,), tl.int32)
+    before = tl.zeros((EP,), tl.int32)
+    for at in range(0, R, PIECE):
+        i = at + tl.arange(0, PIECE)
+        e = expert_of(ids_ptr, map_ptr, i, R, E, known)
+        found = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
+        counts += found
+        if at + PIECE <= first:
+            before += found
+        elif at < first:
+            before += tl.histogram(tl.maximum(e, 0), EP, mask=(e >= 0) & (i < first))
+    return counts, before
+
+
 @triton.jit(do_not_specialize=SIZES)
-def route_small(
+def route_once(
     ids_ptr, topk_weights_ptr, map_ptr, ids_out, weights_out, experts_out, valid_ptr, offsets_ptr,
-    counts_ptr, position_ptr, R, T, P, E, known, TOPK,
+    counts_ptr, position_ptr, R, T, P, E, known, TOPK, workers,
     x_ptr, codes_ptr, scales_ptr, K, x_stride, pitch,
-    BLOCK: tl.constexpr, RP: tl.constexpr, EP: tl.constexpr,
-    ROUTES: tl.constexpr, ROUTERS: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr, EP: tl.constexpr,
+    ROUTES: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
     KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """CTAs 0..ROUTERS-1 route, ROUTES routes each; the others quantise QB rows of x each."""
+    """CTAs below ``workers`` route, ROUTES routes each; the others quantise QB rows of x each."""
     start_dependents(PDL)
     pid = tl.program_id(0)
-    if pid < ROUTERS:
-        i = tl.arange(0, RP)
-        every = expert_of(ids_ptr, map_ptr, i, R, E, known)
-        counts = tl.histogram(tl.maximum(every, 0), EP, mask=every >= 0)
+    if pid < workers:
+        first = pid * ROUTES
+        counts, before = histograms(ids_ptr, map_ptr, first, R, E, known, EP, PIECE)
         starts = write_lists(
             ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
-            T, P, E, TOPK, BLOCK, EP, ROUTERS,
+            T, P, E, TOPK, workers, BLOCK, EP,
         )  # fmt: skip
-        r = pid * ROUTES + tl.arange(0, ROUTES)
+        r = first + tl.arange(0, ROUTES)
         e = expert_of(ids_ptr, map_ptr, r, R, E, known)
-        rank = rank_among(ids_ptr, map_ptr, r, e, 0, R, R, E, known, ROUTES)
+        rank = rank_among(ids_ptr, map_ptr, r, e, first, ROUTES, R, E, known, ROUTES)
+        rank += tl.gather(before, tl.maximum(e, 0), 0)
         place(ids_out, weights_out, position_ptr, topk_weights_ptr, r, e, rank, starts, R, TOPK)
     else:
         if WRITE is not None:
-            row = (pid - ROUTERS) * QB + tl.arange(0, QB)
+            row = (pid - workers) * QB + tl.arange(0, QB)
             x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
             WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def count(
-    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, T, E, known, chunks,
+    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, T, E, known, workers,
     x_ptr, codes_ptr, scales_ptr, K, x_stride, pitch,
     CHUNK: tl.constexpr, EP: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
     KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own.
 
-    CTAs beyond the chunks quantise QB rows of x each.
+    CTAs beyond the ``workers`` chunks quantise QB rows of x each.
     """
     start_dependents(PDL)
     chunk = tl.program_id(0)
-    if chunk < chunks:
+    if chunk < workers:
         r = chunk * CHUNK + tl.arange(0, CHUNK)
         e = expert_of(ids_ptr, map_ptr, r, R, E, known)
         counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
@@ -173,23 +194,23 @@ def count(
         tl.store(rank_ptr + r, rank, mask=r < R)
     else:
         if WRITE is not None:
-            row = (chunk - chunks) * QB + tl.arange(0, QB)
+            row = (chunk - workers) * QB + tl.arange(0, QB)
             x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
             WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan(
-    chunk_counts_ptr, counts_ptr, chunks, E,
+    chunk_counts_ptr, counts_ptr, workers, E,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Histograms -> exclusive prefix over the chunks, in place, and the totals."""
+    """Histograms -> exclusive prefix over the ``workers`` chunks, in place, and the totals."""
     start_dependents(PDL)
     e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
-    for first in range(0, chunks, ROWS):
+    for first in range(0, workers, ROWS):
         c = first + tl.arange(0, ROWS)
-        mask = (c < chunks)[:, None] & (e < E)[None, :]
+        mask = (c < workers)[:, None] & (e < E)[None, :]
         at = chunk_counts_ptr + c.to(tl.int64)[:, None] * E + e[None, :]
         counts = tl.load(at, mask=mask, other=0)
         tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
@@ -201,8 +222,7 @@ def scan(
 def scatter(
     ids_ptr, topk_weights_ptr, map_ptr, chunk_counts_ptr, totals_ptr, ids_out, weights_out,
     experts_out, valid_ptr, offsets_ptr, counts_ptr, position_ptr, R, T, P, E, known, TOPK,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr,
-    WORKERS: tl.constexpr, PDL: tl.constexpr,
+    workers, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Chunk ``program_id(0)``: place its routes; ``position`` holds their ranks on entry."""
     start_dependents(PDL)
@@ -211,7 +231,7 @@ def scatter(
     counts = tl.load(totals_ptr + k, mask=k < E, other=0)
     starts = write_lists(
         ids_out, weights_out, experts_out, valid_ptr, offsets_ptr, counts_ptr, counts,
-        T, P, E, TOPK, BLOCK, EP, WORKERS,
+        T, P, E, TOPK, workers, BLOCK, EP,
     )  # fmt: skip
     r = chunk * CHUNK + tl.arange(0, CHUNK)
     e = expert_of(ids_ptr, map_ptr, r, R, E, known)
@@ -246,8 +266,8 @@ def route(
     """
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     out = empty_routed(problem, block, topk_ids, topk_weights, expert_map)
-    small = problem.routes <= SMALL
-    (route_few if small else route_many)(topk_ids, topk_weights, expert_map, out, rows)
+    few = problem.routes <= FEW
+    (route_few if few else route_many)(topk_ids, topk_weights, expert_map, out, rows)
     return out
 
 
@@ -287,15 +307,16 @@ def sizes_of(out: Placed, expert_map: Tensor | None) -> tuple[int, ...]:
 def route_few(
     ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed, rows: Rows | None
 ) -> None:
-    """One launch: routing CTAs of 32 routes, and one CTA for a few rows of x."""
+    """One launch: routing CTAs of a chunk each, and one CTA for a few rows of x."""
     p = out.problem
+    chunk = next(routes for most, routes in FEW_CHUNKS if p.routes <= most)
     ep = pow2(p.experts)
-    routers = max(1, -(-p.routes // 32), min(ep // 32, 8))
+    routers = max(1, -(-p.routes // chunk), min(ep // 32, 8))
     operands, shape, more = riders(rows, ids, p.tokens)
-    route_small[(routers + more,)](
-        ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map), *operands,
-        BLOCK=out.block, RP=max(16, pow2(p.routes)), EP=ep,
-        ROUTES=32, ROUTERS=routers, num_warps=8, **shape, **options(ids.device),
+    route_once[(routers + more,)](
+        ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map), routers, *operands,
+        BLOCK=out.block, PIECE=max(64, min(PIECE, pow2(p.routes))), EP=ep, ROUTES=chunk,
+        num_warps=8, **shape, **options(ids.device),
     )  # fmt: skip
 
 
@@ -330,8 +351,7 @@ def route_many(
     )
     scatter[(chunks,)](
         ids, weights, expert_map, chunk_counts, totals, *lists_of(out), R, T, P, E, known, topk,
-        BLOCK=out.block, CHUNK=CHUNK, EP=ep, WORKERS=chunks,
-        num_warps=8, **go,
+        chunks, BLOCK=out.block, CHUNK=CHUNK, EP=ep, num_warps=8, **go,
     )  # fmt: skip
 
 
