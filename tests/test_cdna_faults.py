@@ -14,6 +14,7 @@ from mixmoe.backends.cdna import (
     gemm2,
     mainloop,
     quantise,
+    results,
     tokens,
 )
 from mixmoe.formats import Rounding
@@ -82,6 +83,29 @@ def test_products_that_are_scaled_as_well(fresh, monkeypatch):
     assert stages_that_fail("a8w4")[0] >= {"gemm1", "gemm2"}
 
 
+def test_places_that_are_not_written(fresh, monkeypatch):
+    """Results go where LDS says, which is what it held before."""
+    monkeypatch.setattr(tokens.Places, "publish", lambda places, ids, rows: None)
+    failed, found = stages_that_fail(case="plain")
+    assert failed or found
+
+
+def test_columns_beyond_the_last_that_are_stored(fresh, monkeypatch):
+    monkeypatch.setattr(results.Target, "within", lambda target, column, lane: lane)
+    failed, found = stages_that_fail(case="tail 288 x 96")
+    assert failed or found
+
+
+def test_codes_stored_without_their_swizzle(fresh, monkeypatch):
+    """Written to LDS by one order, stored by another."""
+    real, calls = results.swizzled, iter(range(1000))
+    monkeypatch.setattr(
+        results, "swizzled", lambda row, piece, n: real(row * (next(calls) % 2), piece, n)
+    )
+    sizes = {"tokens": 40, "hidden": 128, "intermediate": 128, "experts": 1, "topk": 1}
+    assert "gemm1" in stages_that_fail("a4w4", "plain", **sizes)[0]
+
+
 def test_wrong_expert_of_the_bias(fresh, monkeypatch):
     real = mainloop.row_bias
     monkeypatch.setattr(mainloop, "row_bias", lambda bias, at: real(bias, at * 0))
@@ -129,7 +153,7 @@ def test_lost_swizzle(fresh, monkeypatch):
 
 def test_padding_that_is_stored(fresh, monkeypatch):
     """Without the token's mask padding takes the sentinel for a route."""
-    monkeypatch.setattr(gemm2, "TOKEN_MASK", 0xFF)
+    monkeypatch.setattr(tokens, "TOKEN_MASK", 0xFF)
     monkeypatch.setattr(mainloop, "TOKEN_MASK", 0xFF)
     failed, found = stages_that_fail(case="plain", tokens=300, experts=2, topk=1)
     assert failed or found

@@ -27,7 +27,7 @@ MOVES = {
     "fixed": {"walk": Walk(each=3)},
     "persistent": {"walk": Walk(groups=3, together=True, band=2), "streaming": True},
     "room for two": {"waves_per_eu": 2, "walk": Walk(together=True)},
-    "far": {"far": True},
+    "far": {"far": True, "far_rows": True},
 }
 SPLITS = {
     "two waves": {"k_waves": 2},
@@ -151,6 +151,8 @@ def test_chooser_prefill():
     assert chosen(DSV3, 8192, 128, E4M3)[0].waves_per_eu == 1  # LDS holds one workgroup
     assert chosen(DSV3, 8192, 96)[0].sort_tiles == 3
     assert [g.far for g in chosen(DSV3, 1 << 21, 128)] == [True, False]  # 7 GiB of x, 2 of h
+    assert [g.far_rows for g in chosen(DSV3, 8192, 128)] == [False, False]
+    assert [g.far_rows for g in chosen(DSV3, 1 << 15, 128)] == [False, True]  # 2 GiB of f32 rows
 
 
 def test_chooser_decode():

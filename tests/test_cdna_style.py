@@ -13,10 +13,10 @@ import mixmoe
 
 FOLDER = Path(mixmoe.__file__).parent / "backends" / "cdna"
 SOURCES = sorted(FOLDER.rglob("*.py"))
-# Modules and functions below the DSL: its dialects, its builders, addresses as integers.
+# Modules and functions below the DSL: its dialects, its builders, addresses made of integers.
 BELOW = {
     "_mlir", "ir", "arith", "llvm", "memref", "buffer_ops", "inline_asm",
-    "inttoptr", "ptrtoint", "int_to_ptr", "ptr_to_int", "getelementptr", "SmemAllocator",
+    "inttoptr", "int_to_ptr", "ptr_to_int", "getelementptr", "SmemAllocator",
     "raw_ptr_buffer_load", "raw_ptr_buffer_store", "raw_buffer_load", "raw_buffer_store",
 }  # fmt: skip
 POINTERS = {"get_iter", "recast_iter", "make_ptr"}  # what gives a pointer

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from mixmoe.backends.cdna import results
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import WAVES, Gemm, RowsOut
 from mixmoe.backends.cdna.grid import Walk
@@ -14,9 +15,11 @@ CUS = 256  # of a MI355X
 NEAR_BYTES = 1 << 32  # what a lane's 32-bit offset reaches
 
 
-def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
+def cut(
+    make: Callable[..., Gemm], block: int, problem: Problem | None, bits: int = 32
+) -> Gemm:
     """How a GEMM of sizes is cut: the most tokens that divide the sorted block and whose scales
-    fit in LDS.
+    fit in LDS. ``bits``: of a column of its results.
 
     Prefill: the path from L2 carries 64 bytes a cycle and an MFMA of e2m1 takes 16 cycles, so
     ``rows x tokens / (rows + tokens)`` decides whether the matrix unit waits; 64 tokens take 512
@@ -41,7 +44,9 @@ def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
         out = twice
     if problem is not None:
         rows = problem.tokens if out.halves == 2 else problem.routes
-        out = replace(out, far=rows * out.token.row_bytes(out.k) >= NEAR_BYTES)
+        far_rows = problem.routes * out.rows * bits // 8 > results.NEAR_BYTES
+        far = rows * out.token.row_bytes(out.k) >= NEAR_BYTES
+        out = replace(out, far=far, far_rows=far_rows)
     if problem is not None and few:
         tiles = out.row_tiles * min(problem.routes, problem.experts)
         out = share_k(out, tiles)

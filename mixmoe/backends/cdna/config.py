@@ -51,8 +51,8 @@ class Gemm:
     in registers: the one multiplied and those on their way. K may be shared out: over ``k_waves``
     of the four waves, whose sums meet in LDS, and over ``split_k`` workgroups, whose sums meet in
     memory. ``streaming`` weights are not kept in L2; ``waves_per_eu`` waves a SIMD (workgroups a
-    CU) shall fit, by the LDS they use; ``far`` tokens lie more than 4 GiB apart; ``walk`` says
-    which workgroup takes which tiles.
+    CU) shall fit, by the LDS they use; ``far`` tokens lie more than 4 GiB apart, ``far_rows`` of
+    results more than 2; ``walk`` says which workgroup takes which tiles.
     """
 
     atoms: Atoms
@@ -71,6 +71,7 @@ class Gemm:
     streaming: bool = False
     waves_per_eu: int = 1
     far: bool = False
+    far_rows: bool = False
     walk: Walk = Walk()
 
     def __post_init__(self) -> None:
@@ -108,8 +109,8 @@ class Gemm:
         shape = f"{self.halves}x{self.rows}x{self.k}"
         tile = f"t{self.tokens}b{self.blocks}s{self.sort_tiles}r{self.ring}"
         split = f"k{self.k_waves}z{self.split_k}"
-        place = f"n{self.streaming:d}o{self.waves_per_eu}f{self.far:d}{self.walk.name}"
-        return f"{formats}_{self.order}_{shape}_{tile}{split}{place}"
+        place = f"n{self.streaming:d}o{self.waves_per_eu}f{self.far:d}{self.far_rows:d}"
+        return f"{formats}_{self.order}_{shape}_{tile}{split}{place}{self.walk.name}"
 
     @property
     def groups(self) -> int:
@@ -120,6 +121,14 @@ class Gemm:
     def sum_registers(self) -> int:
         """A lane's registers of results."""
         return self.halves * self.blocks * self.groups * 4
+
+    @property
+    def peels(self) -> bool:
+        """Whether the loop's first round stands before it: its MFMAs then add to a constant 0, and
+        no register is set to it first, up to a fifth of all VALU. With more results the compiler
+        needs so many registers for it that no second workgroup fits a CU (simulated: 250 to 290
+        for a4w4, 256 x 128)."""
+        return self.sum_registers <= 64
 
     @property
     def crowded(self) -> bool:
@@ -228,26 +237,41 @@ class Gemm:
         return self.scale_dwords * self.scale_stride * WORD
 
     @property
+    def place_bytes(self) -> int:
+        """LDS of the rows of memory that the tile's results go to."""
+        return self.tokens * WORD
+
+    @property
+    def lines(self) -> bool:
+        """Whether codes of h go through LDS, to be stored in 16-byte pieces: where every wave has
+        columns of its own and all of them exist."""
+        mine = self.halves == 2 and self.token.block > 0 and self.parts == 1
+        return mine and self.rows % self.tile_rows == 0
+
+    @property
+    def block_bytes(self) -> int:
+        """LDS of the scales of those."""
+        return self.tokens * self.tile_rows // SCALE_BLOCK if self.lines else 0
+
+    @property
     def stages(self) -> int:
         """K tiles of token codes in LDS: as many as fit, of at most four."""
         room = self.atoms.lds_bytes // self.waves_per_eu // LDS_GRANULE * LDS_GRANULE
-        fit = (room - self.scale_room) // (self.k_waves * self.code_bytes)
+        fixed = self.scale_room + self.place_bytes + self.block_bytes
+        fit = (room - fixed) // (self.k_waves * self.code_bytes)
         return max(2, min(MOST_STAGES, fit))
 
     @property
     def lds_bytes(self) -> int:
-        """LDS of a workgroup: the stages of codes and every scale."""
-        return self.k_waves * self.stages * self.code_bytes + self.scale_room
-
-    def staging_stride(self, item: int) -> int:
-        """Items of ``item`` bytes from one staged row of results to the next: a wave's columns of
-        one half, and 16 bytes more, so that rows begin in different banks."""
-        return self.blocks * MFMA_ROWS + PIECE // item
+        """LDS of a workgroup: the stages of codes, every scale, where results go."""
+        fixed = self.scale_room + self.place_bytes + self.block_bytes
+        return self.k_waves * self.stages * self.code_bytes + fixed
 
     def stages_rows(self, item: int) -> bool:
-        """Whether rows of results go through LDS, to be stored in whole lines: where a wave has
-        its columns for itself and twice 16 rows of every wave fit where the codes were."""
-        size = 2 * WAVES * MFMA_ROWS * self.staging_stride(item) * item
+        """Whether rows of results, items of so many bytes, go through LDS, to be stored in whole
+        lines: where a wave has its columns for itself and twice 16 rows of every wave fit where
+        the codes were."""
+        size = 2 * WAVES * MFMA_ROWS * self.blocks * MFMA_ROWS * item
         return self.k_waves == 1 and size <= self.stages * self.code_bytes
 
     @property
@@ -261,11 +285,8 @@ class Gemm:
         return self.code_bytes // (self.team * WAVE * self.copy_bytes)
 
     def swizzled(self, token, chunk):
-        """Where in its row a 16-byte piece of codes lies: XOR with the row, so that 16 lanes that
-        read one column of 16 rows cover all 64 banks. Rows of 128 bytes share a bank line in
-        pairs, hence row / 2 there. Its own inverse."""
-        shared = max(1, 256 // self.token.row_bytes(TILE_K))
-        return chunk ^ (token // shared % self.chunks)
+        """Where in its row a 16-byte piece of codes lies, see :func:`swizzled`."""
+        return swizzled(token, chunk, self.chunks)
 
     def code_modes(self) -> tuple[Modes, Modes]:
         """``((16, row blocks, halves), (4, 16-byte columns ..))`` of an expert's codes, in words.
@@ -329,6 +350,14 @@ class Gemm:
     def scale_byte(self, half: int, block: int, step: int) -> int:
         """Which byte of its dword scales a 16-row block at a step of the K tile."""
         return 2 * step + (half if self.halves_share_scales else block % 2)
+
+
+def swizzled(row, piece, pieces: int):
+    """Where in its row of so many 16-byte pieces one lies: XOR with the row, so that 16 lanes that
+    touch one column of 16 rows cover all 64 banks. Rows of 128 bytes share a bank line in pairs,
+    hence row / 2 there. Its own inverse."""
+    shared = max(1, 256 // (pieces * PIECE))
+    return piece ^ (row // shared % pieces)
 
 
 def split(part: tuple[int, int], size: int) -> Modes:

@@ -18,7 +18,7 @@ from mixmoe.backends.cdna.atoms import SCALE_BLOCK
 from mixmoe.backends.cdna.config import THREADS, Gemm
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.quantise import VALUES, scale_byte, store_codes
+from mixmoe.backends.cdna.quantise import MANTISSA, VALUES, scale_bits, store_codes
 from mixmoe.formats import Rounding
 
 
@@ -88,13 +88,13 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
                 top = fx.max(*(abs(value).reduce(fx.ReductionOp.MAX) for value in values))
                 for distance in (1, 2):
                     top = fx.max(top, fx.gpu.shuffle_xor(top, distance, 64))
-                byte = scale_byte(cfg.token, top, rounding)
+                bits = scale_bits(cfg.token, top, rounding)
                 route = fx.Int64(token * topk + (packed >> 24))
                 eight = values[0].shuffle(values[1], list(range(VALUES)))
-                store_codes(cfg.token, h, eight, byte, route * per_row + part)
+                store_codes(cfg.token, h, eight, bits, route * per_row + part)
                 if part % 4 == 0:
                     at = route * (cfg.rows // SCALE_BLOCK) + part // 4
-                    (fx.get_iter(h_scales) + at).store(byte.to(fx.Uint8))
+                    (fx.get_iter(h_scales) + at).store((bits >> MANTISSA).to(fx.Uint8))
 
     @flyc.jit
     def launch(

@@ -7,21 +7,22 @@ where stage 2 reads them, in plain rows. Where h has one scale a row it is writt
 which a second kernel makes its codes: the maximum is known when every workgroup of the row is done.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.activations import ActivationKind
-from mixmoe.backends.cdna import grid, mainloop
+from mixmoe.backends.cdna import grid, mainloop, results
 from mixmoe.backends.cdna.activate import Scalars, activate
-from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK
+from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS, Gemm
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna.mainloop import held, inside
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.quantise import block_max, encode, scale_byte
-from mixmoe.backends.cdna.tokens import shared_storage
+from mixmoe.backends.cdna.quantise import MANTISSA, block_max, encode, scale_bits, stagger
+from mixmoe.backends.cdna.results import QUAD, Lines, Quads, Target
+from mixmoe.backends.cdna.tokens import Ids, shared_storage
 from mixmoe.formats import Rounding
 
 
@@ -82,24 +83,25 @@ def compute(spec: Stage1, args: Arguments, lds, number) -> None:
     work = mainloop.work_of(
         cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
     )
-    if work.used:
-        place = mainloop.stand(cfg, work)
-
-        # 1. Which tokens: padding reads row 0 and writes nothing
-        rows = mainloop.Rows(args.sorted_ids, work.routes, tokens)
-
+    # 1. Which tokens: padding reads row 0 and writes nothing
+    bits = cfg.token.bits if fx.const_expr(cfg.token.block) else 32
+    rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, spread=args.topk)
+    rows = replace(rows, **results.places(cfg, bits))
+    ids = Ids(cfg, rows)
+    if work.used & mainloop.at_hand(args.codes, args.scales, args.x, args.x_scales, args.h):
         # 2. Multiply
+        place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.x, args.x_scales, rows, first)
+        operands = (args.codes, args.scales, args.x, args.x_scales, rows, ids, first)
         sums = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it
         store = store_of(cfg)
         if fx.const_expr(cfg.k_waves > 1):
             if place.part == 0:
-                store(spec, args, work, place, sums, first)
+                store(spec, args, lds, work, place, sums, first)
         else:
-            store(spec, args, work, place, sums, first)
+            store(spec, args, lds, work, place, sums, first)
 
 
 def store_of(cfg: Gemm):
@@ -118,66 +120,53 @@ def activated(spec: Stage1, args: Arguments, place, sums, block: int, group: int
     return activate(spec.kind, args.scalars, gate, up, spec.limited)
 
 
-@flyc.jit
-def store_floats(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
+def shares_of(spec: Stage1, args: Arguments, work, place) -> list | None:
+    """Routing weights of a lane's tokens, where h is multiplied by them."""
+    if not spec.weighted:
+        return None
+    column = mainloop.of_groups(spec.cfg, work, place, args.sorted_weights)
+    return [fx.Float32(share) for share in column]
+
+
+def store_floats(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> None:
     """Activate and store four columns of one route."""
-    cfg = spec.cfg
-    quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
-    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
-    if fx.const_expr(spec.weighted):
-        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
-    for group in fx.range_constexpr(cfg.groups):
-        packed = fx.Int32(ids[group])
-        token = packed & TOKEN_MASK
-        route = fx.Int64(token * args.topk + (packed >> 24))
-        for block in fx.range_constexpr(cfg.blocks):
+    cfg, h = spec.cfg, Target(spec.cfg, args.h, columns=1, elements=QUAD)
+    routes, shares = sums.places.of_groups(place), shares_of(spec, args, work, place)
+    for group in range(cfg.groups):
+        for block in range(cfg.blocks):
             column = (first + block) * MFMA_ROWS
-            if (token < args.tokens) & (column < cfg.rows):
-                value = activated(spec, args, place, sums, block, group, column)
-                if fx.const_expr(spec.weighted):
-                    value = value * fx.Float32(weights[group])
-                frag = fx.make_rmem_tensor(4, fx.Float32)
-                frag.store(value)
-                dest = fx.get_iter(args.h) + route * cfg.rows + (column + place.g * 4)
-                fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+            value = activated(spec, args, place, sums, block, group, held(cfg, column))
+            value = value * shares[group] if shares else value
+            h.put(routes[group], h.within(column, place.g * QUAD), column, value)
+
+
+def store_codes(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> None:
+    """Activate, quantise and store blocks of 32 columns of one route, in turn: while the maximum
+    of one goes round its lanes the next is activated."""
+    cfg = spec.cfg
+    shares, pairs = shares_of(spec, args, work, place), range(cfg.blocks // 2)
+    kind, where = (Lines, lds) if cfg.lines else (Quads, first)
+    out = kind(cfg, place, where, args.h, args.h_scales)
+    out.open(sums.places)
+
+    def steps(group: int, pair: int):
+        both = [
+            activated(spec, args, place, sums, block, group, held(cfg, (first + block) * MFMA_ROWS))
+            for block in (2 * pair, 2 * pair + 1)
+        ]
+        both = [value * shares[group] for value in both] if shares else both
+        top = yield from block_max(both)
+        bits = scale_bits(cfg.token, top, spec.rounding)
+        for b, values in enumerate(both):
+            out.write(group, 2 * pair + b, encode(cfg.token, values, bits).to(out.h.type))
+        out.write_scale(group, pair, (bits >> MANTISSA).to(fx.Uint8))
+
+    stagger(steps(group, pair) for group in range(cfg.groups) for pair in pairs)
+    out.close(sums.places, work.rows * cfg.tile_rows)
 
 
 @flyc.jit
-def store_codes(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
-    """Activate, quantise and store blocks of 32 columns of one route."""
-    cfg, tokens = spec.cfg, args.tokens
-    code = fx.Int16 if fx.const_expr(cfg.token.bits == 4) else fx.Int32  # four codes
-    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
-    if fx.const_expr(spec.weighted):
-        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
-    for group in fx.range_constexpr(cfg.groups):
-        packed = fx.Int32(ids[group])
-        token, slot = packed & TOKEN_MASK, packed >> 24
-        route = fx.Int64(token * args.topk + slot)
-        for pair in fx.range_constexpr(cfg.blocks // 2):
-            column = (first + 2 * pair) * MFMA_ROWS
-            if column < cfg.rows:
-                both = [
-                    activated(spec, args, place, sums, 2 * pair + b, group, column + b * MFMA_ROWS)
-                    for b in range(2)
-                ]
-                if fx.const_expr(spec.weighted):
-                    weight = fx.Float32(weights[group])
-                    both = [value * weight for value in both]
-                byte = scale_byte(cfg.token, block_max(both), spec.rounding)
-                if token < tokens:
-                    for b in fx.range_constexpr(2):
-                        four = (column + b * MFMA_ROWS) // 4 + place.g
-                        out = route * (cfg.rows // 4) + four
-                        word = encode(cfg.token, both[b], byte).to(code)
-                        (fx.get_iter(args.h) + out).store(word)
-                    if place.g == 0:
-                        out = route * (cfg.rows // SCALE_BLOCK) + column // SCALE_BLOCK
-                        (fx.get_iter(args.h_scales) + out).store(byte.to(fx.Uint8))
-
-
-@flyc.jit
-def store_sums(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
+def store_sums(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> None:
     """float32 sums of gate and up over a part of K: ``h (split_k, P, 2 I)`` by sorted position."""
     cfg = spec.cfg
     quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
@@ -187,7 +176,7 @@ def store_sums(spec: Stage1, args: Arguments, work, place, sums, first) -> None:
         row = (fx.Int64(work.split) * positions + at) * (2 * cfg.rows)
         for block in fx.range_constexpr(cfg.blocks):
             column = (first + block) * MFMA_ROWS
-            if column < cfg.rows:
+            if inside(cfg, column):
                 for half in fx.range_constexpr(2):
                     out = row + (half * cfg.rows + column + place.g * 4)
                     dest = (fx.get_iter(args.h) + out).view(fx.make_layout(4, 1))

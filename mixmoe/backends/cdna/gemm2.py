@@ -4,19 +4,20 @@ A row per route is the same bits on every run; sums per token, added atomically,
 the combine; rows as e4m3 codes halve what the combine reads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna import grid, mainloop
-from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, PIECE, SCALE_BLOCK, WAVE
-from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK
+from mixmoe.backends.cdna import grid, mainloop, results
+from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, PIECE, WAVE
+from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut, swizzled
+from mixmoe.backends.cdna.mainloop import held, inside
 from mixmoe.backends.cdna.prebuilt import launcher
-from mixmoe.backends.cdna.quantise import block_max, encode, scale_byte
-from mixmoe.backends.cdna.tokens import shared_storage
+from mixmoe.backends.cdna.quantise import MANTISSA, block_max, encode, scale_bits, stagger
+from mixmoe.backends.cdna.results import QUAD, Quads, Target
+from mixmoe.backends.cdna.tokens import Ids, shared_storage
 from mixmoe.formats import Rounding
 
 
@@ -63,15 +64,17 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     work = mainloop.work_of(
         cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
     )
-    if work.used:
-        place = mainloop.stand(cfg, work)
-
-        # 1. Which routes: padding reads row 0 and writes nothing
-        rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, args.topk)
-
+    # 1. Which routes: padding reads row 0 and writes nothing
+    rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, args.topk)
+    if fx.const_expr(spec.kind is not RowsOut.SUMS):
+        bits = spec.out.width if fx.const_expr(spec.kind is RowsOut.ROWS) else E4M3.bits
+        rows = replace(rows, spread=args.topk, **results.places(cfg, bits))
+    ids = Ids(cfg, rows)
+    if work.used & mainloop.at_hand(args.codes, args.scales, args.h, args.h_scales, args.rows):
         # 2. Multiply
+        place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.h, args.h_scales, rows, first)
+        operands = (args.codes, args.scales, args.h, args.h_scales, rows, ids, first)
         sums = mainloop.multiply_all(cfg, place, lds, operands)
 
         # 3. What comes of it
@@ -101,48 +104,41 @@ def columns_of(spec: Stage2, args: Arguments, place, sums, block: int, group: in
 def add_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Weight, then add four columns to the token's sums: float32, in any order."""
     cfg = spec.cfg
-    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
+    rows = sums.places.of_groups(place)
     if fx.const_expr(spec.weighted):
         weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
     for group in fx.range_constexpr(cfg.groups):
-        token = fx.Int32(ids[group]) & TOKEN_MASK
-        for b in fx.range_constexpr(cfg.blocks):
-            column = (first + b) * MFMA_ROWS + place.g * 4
-            if (token < args.tokens) & (column < cfg.rows):
-                value = columns_of(spec, args, place, sums, b, group, column)
-                if fx.const_expr(spec.weighted):
-                    value = value * fx.Float32(weights[group])
-                dest = fx.get_iter(args.rows) + fx.Int64(token) * cfg.rows + column
-                for i in fx.range_constexpr(4):
-                    fx.atomic_add(dest + i, value[i], syncscope=fx.rocdl.SyncScope.Agent)
+        if rows[group] >= 0:
+            row = fx.get_iter(args.rows) + fx.Int64(rows[group]) * cfg.rows
+            for b in fx.range_constexpr(cfg.blocks):
+                if inside(cfg, (first + b) * MFMA_ROWS):
+                    column = (first + b) * MFMA_ROWS + place.g * 4
+                    value = columns_of(spec, args, place, sums, b, group, column)
+                    if fx.const_expr(spec.weighted):
+                        value = value * fx.Float32(weights[group])
+                    for i in fx.range_constexpr(4):
+                        at = row + (column + i)
+                        fx.atomic_add(at, value[i], syncscope=fx.rocdl.SyncScope.Agent)
 
 
-@flyc.jit
 def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Blocks of 32 columns of one route as e4m3 codes and a scale."""
-    cfg = spec.cfg
-    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
-    for group in fx.range_constexpr(cfg.groups):
-        packed = fx.Int32(ids[group])
-        token = packed & TOKEN_MASK
-        route = fx.Int64(token * args.topk + (packed >> 24))
-        for pair in fx.range_constexpr(cfg.blocks // 2):
-            column = (first + 2 * pair) * MFMA_ROWS
-            if column < cfg.rows:
-                both = [
-                    columns_of(spec, args, place, sums, 2 * pair + b, group,
-                               column + b * MFMA_ROWS + place.g * 4)
-                    for b in range(2)
-                ]
-                byte = scale_byte(E4M3, block_max(both), Rounding.CEIL)
-                if token < args.tokens:
-                    for b in fx.range_constexpr(2):
-                        four = (column + b * MFMA_ROWS) // 4 + place.g
-                        out = route * (cfg.rows // 4) + four
-                        (fx.get_iter(args.rows) + out).store(encode(E4M3, both[b], byte))
-                    if place.g == 0:
-                        out = route * (cfg.rows // SCALE_BLOCK) + column // SCALE_BLOCK
-                        (fx.get_iter(args.row_scales) + out).store(byte.to(fx.Uint8))
+    cfg, out = spec.cfg, Quads(spec.cfg, place, first, args.rows, args.row_scales)
+    out.open(sums.places)
+
+    def steps(group: int, pair: int):
+        both = [
+            columns_of(spec, args, place, sums, block, group,
+                       held(cfg, (first + block) * MFMA_ROWS) + place.g * QUAD)
+            for block in (2 * pair, 2 * pair + 1)
+        ]
+        top = yield from block_max(both)
+        bits = scale_bits(E4M3, top, Rounding.CEIL)
+        for b, values in enumerate(both):
+            out.write(group, 2 * pair + b, encode(E4M3, values, bits))
+        out.write_scale(group, pair, (bits >> MANTISSA).to(fx.Uint8))
+
+    stagger(steps(group, pair) for group in range(cfg.groups) for pair in range(cfg.blocks // 2))
 
 
 @flyc.jit
@@ -154,50 +150,45 @@ def store_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> 
         store_quads(spec, args, work, place, sums, first)
 
 
-@flyc.jit
 def store_quads(spec: Stage2, args: Arguments, work, place, sums, first) -> None:
     """Four columns of one route at a time, from where the MFMA left them."""
-    cfg, out = spec.cfg, spec.out
-    quad = fx.make_copy_atom(fx.UniversalCopy(4 * out.width), out)
-    ids = mainloop.of_groups(cfg, work, place, args.sorted_ids)
-    for group in fx.range_constexpr(cfg.groups):
-        packed = fx.Int32(ids[group])
-        token = packed & TOKEN_MASK
-        route = fx.Int64(token * args.topk + (packed >> 24))
-        for b in fx.range_constexpr(cfg.blocks):
-            column = (first + b) * MFMA_ROWS + place.g * 4
-            if (token < args.tokens) & (column < cfg.rows):
-                value = columns_of(spec, args, place, sums, b, group, column)
-                frag = fx.make_rmem_tensor(4, out)
-                frag.store(value.to(out))
-                dest = fx.get_iter(args.rows) + route * cfg.rows + column
-                fx.copy(quad, frag, dest.view(fx.make_layout(4, 1)))
+    cfg, rows = spec.cfg, Target(spec.cfg, args.rows, columns=1, elements=QUAD)
+    routes = sums.places.of_groups(place)
+    for group in range(cfg.groups):
+        for b in range(cfg.blocks):
+            column, lane = (first + b) * MFMA_ROWS, place.g * QUAD
+            value = columns_of(spec, args, place, sums, b, group, held(cfg, column) + lane)
+            rows.put(routes[group], rows.within(column, lane), column, value.to(spec.out))
 
 
 class Staging:
     """Twice 16 rows of a wave's columns in LDS, in the place of the codes: written as the MFMA
-    leaves them, read in 16-byte pieces along the row. No other wave touches them."""
+    leaves them, read in 16-byte pieces along the row, both without bank conflicts by the swizzle
+    of codes. No other wave touches them."""
 
     def __init__(self, spec: Stage2, place, lds):
         cfg, self.out, self.place = spec.cfg, spec.out, place
         item = self.out.width // 8
         self.items = PIECE // item
-        self.stride = cfg.staging_stride(item)
-        self.pieces = cfg.blocks * MFMA_ROWS // self.items
+        self.stride = cfg.blocks * MFMA_ROWS
+        self.pieces = self.stride // self.items
         self.rows = WAVE // self.pieces  # that one read covers
         base = fx.recast_iter(self.out, lds.codes.ptr)
         self.base = base + place.wave * (2 * MFMA_ROWS * self.stride)
         self.lane = place.tid % WAVE
 
-    def _at(self, group: int, row):
-        """Start of a row of a group; groups take turns in the two places."""
-        return self.base + (row + group % 2 * MFMA_ROWS) * self.stride
+    def _at(self, group: int, row, piece):
+        """A piece of a row of a group; groups take turns in the two places."""
+        start = self.base + (row + group % 2 * MFMA_ROWS) * self.stride
+        return start + swizzled(row, piece, self.pieces) * self.items
 
     def write(self, group: int, block: int, values: fx.Vector) -> None:
         """Four columns of a block."""
         frag = fx.make_rmem_tensor(4, self.out)
         frag.store(values.to(self.out))
-        at = self._at(group, self.place.r) + (block * MFMA_ROWS + self.place.g * 4)
+        of_piece = self.items // 4  # lanes
+        piece = block * (MFMA_ROWS // self.items) + self.place.g // of_piece
+        at = self._at(group, self.place.r, piece) + self.place.g % of_piece * 4
         quad = fx.make_copy_atom(fx.UniversalCopy(4 * self.out.width), self.out)
         fx.copy(quad, frag, at.view(fx.make_layout(4, 1)))
 
@@ -212,45 +203,35 @@ class Staging:
     def read(self, group: int, turn: int):
         """A piece of a row."""
         frag = fx.make_rmem_tensor(self.items, self.out)
-        at = self._at(group, self.row(turn)) + self.column()
+        at = self._at(group, self.row(turn), self.lane % self.pieces)
         piece = fx.make_copy_atom(fx.UniversalCopy128b(), self.out)
         fx.copy(piece, at.view(fx.make_layout(self.items, 1)), frag)
         return frag
-
-
-@flyc.jit
-def store_piece(spec: Stage2, args: Arguments, packed, column, frag) -> None:
-    """16 bytes of a route's row."""
-    token = packed & TOKEN_MASK
-    piece = fx.make_copy_atom(fx.UniversalCopy128b(), spec.out)
-    if (token < args.tokens) & (column < spec.cfg.rows):
-        route = fx.Int64(token * args.topk + (packed >> 24))
-        dest = fx.get_iter(args.rows) + route * spec.cfg.rows + column
-        fx.copy(piece, frag, dest.view(fx.make_layout(PIECE * 8 // spec.out.width, 1)))
 
 
 def store_lines(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Whole lines of memory: a store takes 16 bytes a lane along the rows. What is read from LDS
     is stored after the next group was written, so that nothing waits for it."""
     cfg, staging = spec.cfg, Staging(spec, place, lds)
+    rows = Target(cfg, args.rows, columns=1, elements=staging.items)
     turns = range(MFMA_ROWS // staging.rows)
-    ids = [  # of all that a lane stores: loaded before any store, which might alias
-        [fx.Int32(args.sorted_ids[work.routes + group * MFMA_ROWS + staging.row(turn)])
-         for turn in turns]
-        for group in range(cfg.groups)
-    ]
-    column = first * MFMA_ROWS + staging.column()
+    column, lane = first * MFMA_ROWS, staging.column()
+    lane = rows.within(column + lane, lane)
     fx.gpu.barrier()  # the last tokens are read
     pending: list[tuple] = []
     for group in range(cfg.groups):
         for b in range(cfg.blocks):
-            at = fx.min((first + b) * MFMA_ROWS, cfg.rows - MFMA_ROWS) + place.g * 4
+            at = held(cfg, (first + b) * MFMA_ROWS) + place.g * QUAD
             staging.write(group, b, columns_of(spec, args, place, sums, b, group, at))
-        for packed, frag in pending:
-            store_piece(spec, args, packed, column, frag)
-        pending = [(ids[group][turn], staging.read(group, turn)) for turn in turns]
-    for packed, frag in pending:
-        store_piece(spec, args, packed, column, frag)
+        for route, frag in pending:
+            rows.put(route, lane, column, frag.load())
+        pending = [
+            (sums.places.of(group * MFMA_ROWS + staging.row(turn)), staging.read(group, turn))
+            for turn in turns
+        ]
+        fx.rocdl.sched_barrier(0)  # or a read would be put off into the branch of its store
+    for route, frag in pending:
+        rows.put(route, lane, column, frag.load())
 
 
 STORES = {

@@ -59,6 +59,8 @@ class Walk:
 
     def tile(self, index: Any, rows: int, blocks: Any, least: Callable = min) -> tuple[Any, Any]:
         """(row tile, token tile) of a tile's number."""
+        if self.band == 1:
+            return index % rows, index // rows
         start = index // (self.band * rows) * self.band
         size = least(blocks - start, self.band)
         inside = index - start * rows
@@ -74,11 +76,14 @@ def neighbours(workgroup: Any, count: Any, least: Callable = min) -> Any:
 
 @flyc.jit
 def over(walk: Walk, tiles, each) -> None:
-    """Call ``each(number)`` for the tiles of the calling workgroup."""
-    first, end = walk.share(fx.Int32(fx.block_idx.x), tiles, fx.min)
+    """Call ``each(number)`` for the tiles of the calling workgroup. Arguments of the launch are
+    loaded together, at once; unsigned numbers divide in a third of the instructions."""
+    fx.rocdl.sched_barrier(0)
+    first, end = walk.share(fx.Uint32(fx.block_idx.x), fx.Uint32(tiles), fx.min)
     if const_expr(walk.loops):
+        first, end = fx.Int32(first), fx.Int32(end)
         for number in range(first, end, 1, unroll=1):  # type: ignore[call-overload]
             fx.gpu.barrier()  # the tile before is done with LDS
-            each(fx.Int32(number))
+            each(fx.Uint32(number))
     else:
         each(first)

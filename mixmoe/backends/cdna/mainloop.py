@@ -27,10 +27,18 @@ from flydsl.expr import const_expr
 
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
-from mixmoe.backends.cdna.tokens import AHEAD, RowScales, ScaleFill, Tokens, scales_of
+from mixmoe.backends.cdna.tokens import (
+    AHEAD,
+    TOKEN_MASK,
+    Ids,
+    Places,
+    Rows,
+    RowScales,
+    ScaleFill,
+    Tokens,
+    scales_of,
+)
 from mixmoe.backends.cdna.weights import Weights
-
-TOKEN_MASK = 0xFFFFFF  # a sorted route is token | slot << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +61,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What the main loop multiplies: weights, tokens, and what brings the tokens' scales."""
+    """What the main loop multiplies: weights, tokens, and what brings the tokens' scales; where
+    results go."""
 
     weights: Weights
     tokens: Tokens
     fill: ScaleFill | RowScales
+    places: Places
 
 
 def make_accumulators(cfg: Gemm):
@@ -253,13 +263,17 @@ def trips(cfg: Gemm, unrolled: int) -> int:
 
 
 @flyc.jit
-def run(cfg: Gemm, ops: Operands, acc) -> None:
+def run(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids, acc) -> None:
     """All K tiles."""
-    begin(cfg, ops)
+    begin(cfg, ops, rows, ids)
     unrolled = max(cfg.ring, STEPS_OF_DWORD) // cfg.steps
     looped = trips(cfg, unrolled)
-    if const_expr(looped > 0):
-        for i in range(0, looped, 1, unroll=1):  # type: ignore[call-overload]  # FlyDSL reads it
+    peeled = int(cfg.peels and looped > 1)
+    for tile in fx.range_constexpr(peeled * unrolled):
+        Tile(cfg, ops, tile, tile, None).run(acc)
+    if const_expr(looped > peeled):
+        # FlyDSL reads the range.
+        for i in range(peeled, looped, 1, unroll=1):  # type: ignore[call-overload]
             for tile in fx.range_constexpr(unrolled):
                 Tile(cfg, ops, fx.Int32(i) * unrolled + tile, tile, None).run(acc)
     for tile in fx.range_constexpr(cfg.part_tiles - looped * unrolled):
@@ -270,10 +284,12 @@ def run(cfg: Gemm, ops: Operands, acc) -> None:
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Results of a piece of work: accumulators, and what those of each group still lack. It is
-    applied where a result is used: accumulators may lie where only the MFMA reads and writes."""
+    applied where a result is used: accumulators may lie where only the MFMA reads and writes.
+    ``places``: the rows that they go to."""
 
     acc: dict
     factors: list
+    places: Places
 
     def of(self, half: int, block: int, group: int) -> fx.Vector:
         """Four rows of a lane's token."""
@@ -284,38 +300,40 @@ class Sums:
 def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
     """The results of a piece of work; with K shared out those of part 0 hold the sum.
 
-    ``operands``: codes and scales of the weights, codes and scales of the tokens, their rows, the
-    wave's first block.
+    ``operands``: codes and scales of the weights, codes and scales of the tokens, their rows and
+    ids, the wave's first block.
     """
-    codes, scales, tokens, token_scales, rows, first = operands
+    codes, scales, tokens, token_scales, rows, ids, first = operands
     ops = Operands(
         Weights(cfg, place, codes, scales, first),
-        Tokens(cfg, place, lds, tokens, rows),
-        scales_of(cfg, place, lds, token_scales, rows),
+        Tokens(cfg, place, lds, tokens),
+        scales_of(cfg, place, lds, token_scales),
+        Places(cfg, lds),
     )
     acc = make_accumulators(cfg)
-    run(cfg, ops, acc)
+    run(cfg, ops, rows, ids, acc)
     gather(cfg, place, lds, acc)
-    return Sums(acc, ops.fill.factors())
+    return Sums(acc, ops.fill.factors(), ops.places)
 
 
-def begin(cfg: Gemm, ops: Operands) -> None:
-    """The rings filled, tile 0 in place, its first phases read. Weights need no token's id: they
-    are asked for while the ids are on their way."""
+def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
+    """The rings filled, tile 0 in place, its first phases read. The first step's weights need no
+    token's id: they are asked for while the ids are on their way. Then what the first MFMA waits
+    for, then all that lies further ahead."""
+    weights, filled = first_weights(cfg, ops.weights), min(cfg.stages - 1, cfg.part_tiles)
     fx.rocdl.sched_barrier(0)
-    for kt in range(cfg.ring // cfg.steps):
-        start_weights(cfg, ops.weights, kt)
+    start_all(weights[0])
+    ops.tokens.find(ids, rows)
+    ops.fill.start(ids, rows)
     fx.rocdl.sched_barrier(0)
-    ops.tokens.find()
-    ops.fill.start()
-    fx.rocdl.sched_barrier(0)
-    for kt in range(min(cfg.stages - 1, cfg.part_tiles)):
-        for start in ops.tokens.copies(kt):
-            start()
+    for kt in range(filled):
+        start_all(ops.tokens.copies(kt))
         fx.rocdl.asyncmark()
         fx.rocdl.sched_barrier(0)
+        start_all([start for step in weights[1:] for start in step] if kt == 0 else [])
+    ops.places.publish(ids, rows)
     ops.fill.publish()
-    fx.rocdl.wait_asyncmark(min(cfg.stages - 1, cfg.part_tiles) - 1)
+    fx.rocdl.wait_asyncmark(filled - 1)
     fx.gpu.barrier()
     for group in range(cfg.groups):
         ops.tokens.read_scale(0, group)
@@ -323,17 +341,21 @@ def begin(cfg: Gemm, ops: Operands) -> None:
         ops.tokens.read(0, phase, phase)
 
 
-def start_weights(cfg: Gemm, weights: Weights, kt: int) -> None:
-    """What the ring holds of K tile ``kt`` before the first step."""
-    if kt >= min(cfg.ring // cfg.steps, cfg.part_tiles):
-        return
-    last = cfg.ring // cfg.steps - 1
-    starts = weights.scale_loads(kt, kt) if kt < last else []
-    for step in range(cfg.steps_of(kt)):
-        if kt < last or step == 0:
-            starts += weights.loads(kt, kt, step)
+def first_weights(cfg: Gemm, weights: Weights) -> list[list]:
+    """Starts of what the ring holds before the first step, by step."""
+    last, out = cfg.ring // cfg.steps - 1, []
+    for kt in range(min(last + 1, cfg.part_tiles)):
+        for step in range(cfg.steps_of(kt) if kt < last else 1):
+            scales = weights.scale_loads(kt, kt) if step == 0 and kt < last else []
+            out.append(scales + weights.loads(kt, kt, step))
+    return out
+
+
+def start_all(starts) -> None:
+    """Start loads, in order: the scheduler leaves them where they are."""
     for start in starts:
         start()
+    fx.rocdl.sched_barrier(0)
 
 
 def shared_sums(cfg: Gemm, place: Place, lds, fragments: int):
@@ -376,27 +398,6 @@ def gather(cfg: Gemm, place: Place, lds, acc) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the tokens of a tile lie: ``id(t)`` loads what is sorted at place t, ``row(id)`` is
-    the memory row of a token, or of a route where ``topk`` is given. Padding reads row 0."""
-
-    ids: fx.Tensor
-    first: fx.Int32
-    tokens: fx.Int32
-    topk: Any = None
-
-    def id(self, t) -> fx.Int32:
-        """The packed token and slot."""
-        return fx.Int32(self.ids[self.first + t])
-
-    def row(self, packed):
-        """The row in memory."""
-        token = packed & TOKEN_MASK
-        row = token if self.topk is None else token * self.topk + (packed >> 24)
-        return (token < self.tokens).select(row, 0)
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
     """Which rows and which sorted routes a workgroup computes, for which expert and part of K."""
 
@@ -414,12 +415,24 @@ def work_of(cfg: Gemm, number, token_tiles, sorted_ids, expert_ids, tokens) -> W
     split = 0
     if cfg.split_k > 1:
         split, number = number % cfg.split_k, number // cfg.split_k
-    rows, block = cfg.walk.tile(number, cfg.row_tiles, token_tiles, fx.min)
-    expert = fx.Int32(expert_ids[block // cfg.sort_tiles])
-    first = block * cfg.tokens
+    rows, block = cfg.walk.tile(number, cfg.row_tiles, fx.Uint32(token_tiles), fx.min)
+    expert = fx.Int32(expert_ids[fx.Int32(block // cfg.sort_tiles)])
+    first = fx.Int32(block * cfg.tokens)
+    opener = fx.Int32(sorted_ids[first])
+    fx.rocdl.sched_barrier(0)  # both are on their way before either is waited for
     # Padding closes a sorted block: a tile that begins with it holds nothing else.
-    used = (expert >= 0) & ((fx.Int32(sorted_ids[first]) & TOKEN_MASK) < tokens)
-    return Work(rows, first, expert, used, split)
+    used = (expert >= 0) & ((opener & TOKEN_MASK) < tokens)
+    return Work(fx.Int32(rows), first, expert, used, fx.Int32(split))
+
+
+def at_hand(*tensors: fx.Tensor) -> fx.Boolean:
+    """True, as no tensor lies at address 0. A branch on it needs every address, so all come with
+    one wait at the kernel's start; the compiler else sinks each load to where it is used first,
+    and each then costs a wave two hundred cycles of its own."""
+    together = fx.Int64(0)
+    for tensor in tensors:
+        together = together | fx.Int64(fx.ptrtoint(fx.get_iter(tensor)))
+    return together != 0
 
 
 def tiles_of(cfg: Gemm, token_tiles):
@@ -447,6 +460,16 @@ def uniform(value) -> fx.Int32:
 def first_block(cfg: Gemm, place: Place, work: Work):
     """The wave's first 16-row block of each half."""
     return (work.rows * cfg.team + place.wave % cfg.team) * cfg.blocks
+
+
+def inside(cfg: Gemm, column):
+    """Whether a column is one of the weights': of course, where they fill every tile."""
+    return True if cfg.rows % cfg.tile_rows == 0 else column < cfg.rows
+
+
+def held(cfg: Gemm, column):
+    """A 16-column block that exists: beyond the last it is the last, see :class:`Weights`."""
+    return column if inside(cfg, column) is True else fx.min(column, cfg.rows - MFMA_ROWS)
 
 
 def of_groups(cfg: Gemm, work: Work, place: Place, column: fx.Tensor):

@@ -4,12 +4,13 @@ Bit for bit what ``Format.quantise`` does: the scale from the bits of the block'
 rounded to nearest even by the conversion instructions, saturated.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, WAVE, Operand
+from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, WAVE, WORD, Operand
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.formats import Rounding
@@ -30,18 +31,25 @@ def round_up_from(operand: Operand, rounding: Rounding) -> int:
     return 1 << (MANTISSA - operand.mantissa - 1) if rounding is Rounding.EVEN else 0
 
 
-def scale_byte(operand: Operand, amax: fx.Float32, rounding: Rounding) -> fx.Int32:
-    """E8M0 of a block whose largest magnitude is ``amax``."""
-    exponent = (amax.bitcast(fx.Int32) + round_up_from(operand, rounding)) >> MANTISSA
+def scale_bits(operand: Operand, amax: fx.Float32, rounding: Rounding) -> fx.Int32:
+    """The scale of a block whose largest magnitude is ``amax``: bits of a float32 whose exponent is
+    the E8M0 byte, whatever lies below it."""
+    bits = amax.bitcast(fx.Int32) + (round_up_from(operand, rounding) - (operand.emax << MANTISSA))
     # Beyond 254 - emax a code could stand for 2^128.
-    return fx.min(fx.max(exponent - operand.emax, 0), 254 - operand.emax)
+    return fx.min(fx.max(bits, 0), ((255 - operand.emax) << MANTISSA) - 1)
 
 
-def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
-    """Four values over ``2^(byte - 127)``: codes in order from the lowest bit, 16 or 32 bits."""
-    word = fx.Int32(0)
+def scale_byte(operand: Operand, amax: fx.Float32, rounding: Rounding) -> fx.Int32:
+    """Its byte."""
+    return scale_bits(operand, amax, rounding) >> MANTISSA
+
+
+def encode(operand: Operand, values: fx.Vector, bits: fx.Int32) -> fx.Int32:
+    """Four values under a scale, see :func:`scale_bits`: codes in order from the lowest bit. e2m1
+    fills 16 bits, above them is what happened to be there."""
+    word = values[0].bitcast(fx.Int32)  # overwritten; spares the zeros of a fresh register
     if operand.bits == 4:
-        scale = (byte << MANTISSA).bitcast(fx.Float32)  # the instruction reads the exponent
+        scale = bits.bitcast(fx.Float32)  # the instruction reads the exponent
         for pair in range(2):
             word = fx.Int32(
                 fx.rocdl.cvt_scalef32_pk_fp4_f32(
@@ -49,7 +57,7 @@ def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
                 )
             )
         return word
-    inverse = ((254 - byte) << MANTISSA).bitcast(fx.Float32)
+    inverse = ((254 - (bits >> MANTISSA)) << MANTISSA).bitcast(fx.Float32)
     for pair in range(2):
         # The instruction makes NaN of what lies beyond 448.
         low, high = (
@@ -62,15 +70,37 @@ def encode(operand: Operand, values: fx.Vector, byte: fx.Int32) -> fx.Int32:
     return word
 
 
-def block_max(values: list[fx.Vector]) -> fx.Float32:
-    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on."""
+def block_max(values: list[fx.Vector]):
+    """Largest magnitude of a block of 32: a lane's eight values, then the lanes 16 and 32 on. Steps
+    for :func:`stagger`; returns it."""
     top = fx.Float32(0.0)
     for vector in values:
         for i in range(4):
             top = fx.max(top, abs(vector[i]))
+    lane = fx.Int32(fx.thread_idx.x) % WAVE
     for distance in (16, 32):
-        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
+        other = other_lane(top, (lane ^ distance) * WORD)
+        yield distance
+        top = fx.max(top, other)
     return top
+
+
+def stagger(works) -> None:
+    """Generators step by step, each a step behind the one before it: what one of them waits for is
+    on its way while a later one computes."""
+    waiting, running = list(works), list[Iterator]()
+    while waiting or running:
+        running = waiting[:1] + running
+        waiting = waiting[1:]
+        running = [work for work in running if next(work, None) is not None]
+        fx.rocdl.sched_barrier(0)
+
+
+def other_lane(value: fx.Float32, address) -> fx.Float32:
+    """The value of lane ``address / 4``. Through LDS: an instruction, where a shuffle is five of
+    the vector unit, which an epilogue keeps busy."""
+    word = value.bitcast(fx.Int32)
+    return fx.Int32(fx.rocdl.ds_bpermute(fx.Int32.ir_type, address, word)).bitcast(fx.Float32)
 
 
 def decode(word: fx.Int32, byte: fx.Int32) -> fx.Vector:
@@ -119,13 +149,13 @@ def build(operand: Operand, source: type[fx.Numeric], rounding: Rounding):
             top = abs(values).reduce(fx.ReductionOp.MAX)
             for distance in (1, 2):
                 top = fx.max(top, fx.gpu.shuffle_xor(top, distance, 64))
-            byte = scale_byte(operand, top, rounding)
+            bits = scale_bits(operand, top, rounding)
 
             # 3. Codes, and the scale once
-            store_codes(operand, codes, values, byte, fx.Int64(row) * per_row + part)
+            store_codes(operand, codes, values, bits, fx.Int64(row) * per_row + part)
             if part % 4 == 0:
                 at = fx.Int64(row) * (hidden // SCALE_BLOCK) + part // 4
-                (fx.get_iter(scales) + at).store(byte.to(fx.Uint8))
+                (fx.get_iter(scales) + at).store((bits >> MANTISSA).to(fx.Uint8))
 
     @flyc.jit
     def launch(
@@ -146,12 +176,12 @@ def build(operand: Operand, source: type[fx.Numeric], rounding: Rounding):
     return launcher(variant, launch)
 
 
-def store_codes(operand: Operand, codes: fx.Tensor, values: fx.Vector, byte, unit) -> None:
+def store_codes(operand: Operand, codes: fx.Tensor, values: fx.Vector, bits, unit) -> None:
     """Eight codes of a thread: one word of e2m1, two of e4m3."""
-    halves = [encode(operand, values.shuffle(values, [4 * i + j for j in range(4)]), byte)
+    halves = [encode(operand, values.shuffle(values, [4 * i + j for j in range(4)]), bits)
               for i in range(2)]
     if operand.bits == 4:
-        (fx.get_iter(codes) + unit).store(halves[0] | (halves[1] << 16))
+        (fx.get_iter(codes) + unit).store((halves[0] & 0xFFFF) | (halves[1] << 16))
         return
     for i, word in enumerate(halves):
         (fx.get_iter(codes) + (unit * 2 + i)).store(word)

@@ -59,9 +59,10 @@ def plan(
         raise MixMoEError("w2 has no gate and up to interleave", orders[1], "cdna_n16")
     weight, token = atoms.operand(recipe.weight), atoms.operand(recipe.activation)
     shapes = ((orders[0], 2, weights.I, weights.H), (orders[1], 1, weights.H, weights.I))
+    bits = (token.bits if token.block else 32, 8 * recipe.out_dtype.itemsize)
     first, second = (
-        choose.cut(partial(Gemm, atoms, weight, token, *shape), block, problem)
-        for shape in shapes
+        choose.cut(partial(Gemm, atoms, weight, token, *shape), block, problem, width)
+        for shape, width in zip(shapes, bits, strict=True)
     )
     return Plan(first, second)
 

@@ -9,7 +9,9 @@ MFMA steps, one byte each, from which op_sel picks; a row of plain scales is tra
 16 bytes at a time. Scales of rows: a float32 of each token, for the sums.
 """
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
@@ -17,6 +19,7 @@ import flydsl.expr as fx
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, WAVE, WORD
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, THREADS, TILE_K, Gemm
 
+TOKEN_MASK = 0xFFFFFF  # a sorted route is token | slot << 24
 ONES = 0x7F7F7F7F  # four E8M0 scales of 1
 FRAGMENTS, AHEAD = 4, 2  # token fragments in registers; phases between a read and its use
 EVEN, ODD = (0x05010400, 0x07030602)  # perm: bytes 0 and 1, 2 and 3 of two words, taken in turn
@@ -24,23 +27,116 @@ LOW, HIGH = (0x05040100, 0x07060302)  # perm: lower halves, upper halves of two 
 
 
 def shared_storage(cfg: Gemm):
-    """LDS: the stages of token codes; the scales of all K."""
+    """LDS: the stages of token codes; the scales of all K; where results go, and scales of them."""
     return fx.Struct[
         "codes" : fx.Array[fx.Int32, cfg.k_waves * cfg.stages * cfg.code_bytes // WORD, PIECE],
         "scales" : fx.Array[fx.Int32, cfg.scale_room // WORD, PIECE],
+        "places" : fx.Array[fx.Int32, cfg.place_bytes // WORD, PIECE],
+        "blocks" : fx.Array[fx.Uint8, max(1, cfg.block_bytes), PIECE],
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the tokens of a tile lie: ``id(t)`` loads what is sorted at place t, ``row(id)`` is
+    the memory row of a token, or of a route where ``topk`` is given. Padding reads row 0.
+    ``place(id)`` is where a result goes: row ``token * spread + slot``, or the token's with
+    ``spread`` None, times ``stride``; ``padding`` for padding."""
+
+    ids: fx.Tensor
+    first: fx.Int32
+    tokens: fx.Int32
+    topk: Any = None
+    spread: Any = None
+    stride: int = 1
+    padding: int = -1
+
+    def id(self, t) -> fx.Int32:
+        """The packed token and slot."""
+        return fx.Int32(self.ids[self.first + t])
+
+    def row(self, packed):
+        """The row in memory."""
+        token = packed & TOKEN_MASK
+        row = token if self.topk is None else token * self.topk + (packed >> 24)
+        return (token < self.tokens).select(row, 0)
+
+    def place(self, packed) -> fx.Int32:
+        """Where results go."""
+        token = packed & TOKEN_MASK
+        row = token if self.spread is None else token * self.spread + (packed >> 24)
+        return fx.Int32((token < self.tokens).select(row * self.stride, self.padding))
+
+
+class Ids:
+    """What is sorted where a thread needs it: the tokens that it copies, those whose scales it
+    brings, the one whose place it notes. Asked for before it is known whether the tile holds any,
+    as all the rest waits for them; positions exist all the same."""
+
+    def __init__(self, cfg: Gemm, rows):
+        tid = fx.Int32(fx.thread_idx.x)
+        mate = tid % (cfg.team * WAVE)
+        self.copied = [rows.id(copied(cfg, mate, i)[0]) for i in range(cfg.copies)]
+        self.scaled = [
+            rows.id(fx.min(filled(cfg, tid, p, 0)[0], cfg.tokens - 1)) for p in range(passes(cfg))
+        ]
+        self.own = rows.id(tid % cfg.tokens)
+        fx.rocdl.sched_barrier(0)
+
+
+def copied(cfg: Gemm, mate, i: int):
+    """(token, word of its K tile) of a thread's i-th place of a stage."""
+    word = (i * cfg.team * WAVE + mate) * (cfg.copy_bytes // WORD)
+    per_row = cfg.chunks * 4
+    return word // per_row, word % per_row
+
+
+def sharers(cfg: Gemm) -> int:
+    """Threads that share a token whose scales are brought: up to eight, for 128 bytes."""
+    return min(8, 1 << (cfg.scale_dwords - 1).bit_length())
+
+
+def passes(cfg: Gemm) -> int:
+    """Times that the threads of a workgroup turn to other tokens' scales."""
+    return -(-cfg.tokens * sharers(cfg) // THREADS) if cfg.token.block else 0
+
+
+def filled(cfg: Gemm, tid, p: int, i: int):
+    """(token, dword) of a thread in pass p, round i."""
+    token, first = tid // sharers(cfg), tid % sharers(cfg)
+    return token + p * (THREADS // sharers(cfg)), first + i * sharers(cfg)
+
+
+class Places:
+    """Where results of the tile's tokens go, in LDS. Read there an epilogue waits neither for
+    memory nor, as memory answers in order, for its own stores."""
+
+    def __init__(self, cfg: Gemm, lds):
+        self.cfg = cfg
+        self.table = lds.places.view(fx.make_layout(cfg.tokens, 1))
+
+    def publish(self, ids: Ids, rows) -> None:
+        """Write a token's a thread."""
+        tid = fx.Int32(fx.thread_idx.x)
+        write_word(self.table, tid, rows.place(ids.own), tid < self.cfg.tokens)
+
+    def of(self, t) -> fx.Int32:
+        """The place of what is sorted at position t of the tile."""
+        return fx.Int32(self.table[t])
+
+    def of_groups(self, place) -> list[fx.Int32]:
+        """Those of a lane's token of every group."""
+        return [self.of(group * MFMA_ROWS + place.r) for group in range(self.cfg.groups)]
 
 
 class Tokens:
     """Token codes in LDS and in registers, and their scales.
 
-    ``rows`` says where tokens lie: ``rows.id(t)`` loads what is sorted at place t of the tile,
-    ``rows.row(id)`` is the row in memory. Ids are asked for at once, used in :meth:`find`.
+    ``rows.row(id)`` is the row of memory in which a token lies.
     """
 
-    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
-        self.cfg, self.place, self.lds = cfg, place, lds
-        self.source, self.rows = source, rows
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor):
+        self.cfg, self.place, self.lds, self.source = cfg, place, lds, source
         width = 8 * cfg.copy_bytes
         near, far = fx.rocdl.cdna4.BufferLoadAsyncLDS, fx.rocdl.cdna4.GlobalLoadAsyncLDS
         self.dma = fx.make_copy_atom((far if cfg.far else near)(width), fx.Int32)
@@ -52,21 +148,13 @@ class Tokens:
         self.scales = [fx.make_rmem_tensor(1, fx.Int32) for _ in range(cfg.groups)]
         for scale in self.scales:
             scale.fill(ONES)
-        self.ids = [rows.id(self._place(i)[0]) for i in range(cfg.copies)]
         self.sources: list[tuple] = []
 
-    def _place(self, i: int):
-        """(token, word of its K tile) of a thread's i-th place of a stage."""
-        cfg = self.cfg
-        word = (i * cfg.team * WAVE + self.place.mate) * (cfg.copy_bytes // WORD)
-        per_row = cfg.chunks * 4
-        return word // per_row, word % per_row
-
-    def find(self) -> None:
+    def find(self, ids: Ids, rows) -> None:
         """(row's first word, piece of a K tile, word) that fill each place."""
-        for i, packed in enumerate(self.ids):
-            token, column = self._place(i)
-            row = self.rows.row(packed)
+        for i, packed in enumerate(ids.copied):
+            token, column = copied(self.cfg, self.place.mate, i)
+            row = rows.row(packed)
             first = (fx.Int64(row) if self.cfg.far else row) * self.cfg.row_words
             chunk = self.cfg.swizzled(token, column // 4)
             self.sources.append((first, chunk, column % 4))
@@ -131,35 +219,25 @@ class ScaleFill:
     Up to eight neighbouring threads share a token: 128 bytes, one line of memory.
     """
 
-    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor):
         self.cfg, self.place, self.lds, self.source = cfg, place, lds, source
-        self.rows = rows
-        self.width = min(8, 1 << (cfg.scale_dwords - 1).bit_length())
-        self.passes = -(-cfg.tokens * self.width // THREADS)
-        self.rounds = -(-cfg.scale_dwords // self.width)
+        self.rounds = -(-cfg.scale_dwords // sharers(cfg))
         self.frags = {
             (p, i): fx.make_rmem_tensor(4, fx.Int32)
-            for p in range(self.passes)
+            for p in range(passes(cfg))
             for i in range(self.rounds)
         }
-        self.ids = [
-            rows.id(fx.min(self.slot(p, 0)[0], cfg.tokens - 1)) for p in range(self.passes)
-        ]
 
-    def slot(self, p: int, i: int):
-        """(token, dword) of a thread in pass p, round i."""
-        token, first = self.place.tid // self.width, self.place.tid % self.width
-        return token + p * (THREADS // self.width), first + i * self.width
-
-    def start(self) -> None:
+    def start(self, ids: Ids, rows) -> None:
         """Load 16 scales of a token a thread, pass and round; what is beyond repeats the last."""
         cfg = self.cfg
         unit, per_row = cfg.scale_unit, cfg.scale_blocks // cfg.scale_unit
         piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
-        for p in range(self.passes):
-            row = fx.get_iter(self.source) + fx.Int64(self.rows.row(self.ids[p])) * per_row
+        for p in range(passes(cfg)):
+            row = fx.get_iter(self.source) + fx.Int64(rows.row(ids.scaled[p])) * per_row
             for i in range(self.rounds):
-                frag, dword = self.frags[p, i], fx.min(self.slot(p, i)[1], cfg.scale_dwords - 1)
+                dword = fx.min(filled(cfg, self.place.tid, p, i)[1], cfg.scale_dwords - 1)
+                frag = self.frags[p, i]
                 if unit == PIECE:
                     at = fx.recast_iter(fx.Int32, row) + dword * 4
                     fx.copy(piece, at.view(fx.make_layout(4, 1)), frag)
@@ -183,10 +261,11 @@ class ScaleFill:
         """Transpose and write to LDS."""
         cfg = self.cfg
         for (p, i), frag in self.frags.items():
-            token, dword = self.slot(p, i)
+            token, dword = filled(cfg, self.place.tid, p, i)
             frag.store(fx.Vector.from_elements(transposed(frag.load()), fx.Int32))
             target = self.lds.scales.ptr + (dword * cfg.scale_stride + token * 4)
-            whole = cfg.scale_dwords % self.width == 0 and not cfg.tokens * self.width % THREADS
+            width = sharers(cfg)
+            whole = cfg.scale_dwords % width == 0 and not cfg.tokens * width % THREADS
             live = True if whole else (token < cfg.tokens) & (dword < cfg.scale_dwords)
             write_piece(frag, target, live)
 
@@ -199,19 +278,18 @@ class ScaleFill:
 class RowScales:
     """The float32 scales of the tile's tokens, ``(rows)`` in memory, into LDS and onto the sums."""
 
-    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
-        self.cfg, self.place, self.source, self.rows = cfg, place, source, rows
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor):
+        self.cfg, self.place, self.source = cfg, place, source
         self.table = fx.recast_iter(fx.Float32, lds.scales.ptr).view(fx.make_layout(cfg.tokens, 1))
-        self.id = rows.id(place.tid % cfg.tokens)
         self.value: fx.Float32 = fx.Float32(1.0)
 
-    def start(self) -> None:
+    def start(self, ids: Ids, rows) -> None:
         """Load a token's scale a thread."""
-        self.value = fx.Float32(fx.get_iter(self.source)[fx.Int64(self.rows.row(self.id))])
+        self.value = fx.Float32(fx.get_iter(self.source)[fx.Int64(rows.row(ids.own))])
 
     def publish(self) -> None:
         """Write to LDS."""
-        write_scale(self.table, self.place.tid, self.value, self.place.tid < self.cfg.tokens)
+        write_word(self.table, self.place.tid, self.value, self.place.tid < self.cfg.tokens)
 
     def factors(self) -> list[fx.Float32]:
         """What a lane's sums of each group still lack: the scale of its token."""
@@ -219,13 +297,13 @@ class RowScales:
         return [fx.Float32(self.table[group * MFMA_ROWS + self.place.r]) for group in groups]
 
 
-def scales_of(cfg: Gemm, place, lds, source: fx.Tensor, rows) -> ScaleFill | RowScales:
+def scales_of(cfg: Gemm, place, lds, source: fx.Tensor) -> ScaleFill | RowScales:
     """Whichever the tokens have."""
-    return (ScaleFill if cfg.token.block else RowScales)(cfg, place, lds, source, rows)
+    return (ScaleFill if cfg.token.block else RowScales)(cfg, place, lds, source)
 
 
 @flyc.jit
-def write_scale(table: fx.Tensor, at, value, live) -> None:
+def write_word(table: fx.Tensor, at, value, live) -> None:
     """``table[at] = value`` of the threads that are live."""
     if live:
         table[at] = value
