@@ -139,16 +139,11 @@ def options() -> list[Option]:
     return [*OPTIONS, *recipes()]
 
 
-LEFT_OUT = ("compile_seconds",)  # of the machine, not of the kernel
-
-
 def figures(option: Option) -> list[dict[str, Any]]:
     """The kernels of an option: stage, name and figures."""
     found = survey(option.target, option.layer, (option.tokens,))
     return [
-        {"stage": kernel.stage, "kernel": kernel.name}
-        | {name: value for name, value in kernel.figures.items() if name not in LEFT_OUT}
-        for kernel in found
+        {"stage": kernel.stage, "kernel": kernel.name} | kernel.figures for kernel in found
     ]
 
 
@@ -162,6 +157,8 @@ MARGINS = {
     "vgpr": (1.0, 8),
     "agpr": (1.0, 8),
     "lds_bytes": (1.0, 0),
+    "ir_lines": (1.05, 100),
+    "code_bytes": (1.05, 512),
     "mfma": (1.0, 0),
     "vgpr_spills": (0.0, 0),  # none, whatever is stored
     "sgpr_spills": (0.0, 0),
@@ -208,7 +205,7 @@ def read() -> dict[str, Any]:
 
 def markdown(held: dict[str, Any]) -> str:
     """docs/cdna-figures.md: a line for each GEMM of each option."""
-    lines = [HEAD.format(**held), row_of(COLUMNS), "|---|---" + "|---:" * 11 + "|"]
+    lines = [HEAD.format(**held), row_of(COLUMNS), "|---|---" + "|---:" * 15 + "|"]
     for name, option in held["options"].items():
         for kernel in option["kernels"]:
             if kernel["stage"] in ("gemm1", "gemm2"):
@@ -230,10 +227,12 @@ One workgroup of each GEMM at true size. *a CU*: workgroups that fit one. *VALU*
 instructions for each MFMA of the main loop. *busy*: share of the matrix cores' time in the main
 loop, with as many workgroups on the CU as the grid puts there; a dash: no loop of three rounds.
 *cycles*: of the workgroups on one CU. *lost*: share of LDS cycles that bank conflicts take. *read*:
-from global memory. No kernel spills a register.
+from global memory. *IR*: lines before lowering. *instr.*: instructions of the code object. *CPU*:
+seconds of one core to trace and compile, on the machine that wrote this; all else is the kernel's.
+No kernel spills a register.
 """
 COLUMNS = ("option", "stage", "VGPR", "AGPR", "SGPR", "LDS, B", "a CU", "MFMA", "VALU", "busy",
-           "cycles", "lost", "read, KB")  # fmt: skip
+           "cycles", "lost", "read, KB", "IR", "instr.", "code, KB", "CPU, s")  # fmt: skip
 
 
 def cells(kernel: dict[str, Any]) -> list[str]:
@@ -245,7 +244,10 @@ def cells(kernel: dict[str, Any]) -> list[str]:
     shown = ["-" if v is None else f"{v:.2f}" for v in (valu, busy)]
     read_kb = f"{kernel['global_load_bytes'] / 1e3:.0f}"
     numbers, lost_share = [str(kernel[name]) for name in names], f"{100 * lost:.0f} %"
-    return [kernel["stage"], *numbers, *shown, str(kernel["cycles"]), lost_share, read_kb]
+    code = [kernel["ir_lines"], kernel.get("code_instructions", "-"),
+            f"{kernel['code_bytes'] / 1e3:.0f}", kernel.get("compile_seconds", "-")]
+    done = [str(kernel["cycles"]), lost_share, read_kb]
+    return [kernel["stage"], *numbers, *shown, *done, *map(str, code)]
 
 
 def commit() -> str:

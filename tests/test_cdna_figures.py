@@ -68,6 +68,8 @@ def change(kernels, stage, name, value):
     (("cycles",), lambda v: v * 1.1, "cycles"),
     (("global_load_bytes",), lambda v: v * 1.1, "global_load_bytes"),
     (("lds_conflict_cycles",), lambda v: v + 100, "lds_conflict_cycles"),
+    (("ir_lines",), lambda v: v * 1.2, "ir_lines"),
+    (("code_bytes",), lambda v: v * 1.2, "code_bytes"),
     (("vgpr",), lambda v: v + 16, "vgpr"),
     (("vgpr_spills",), lambda v: 1, "vgpr_spills"),
     (("scratch_bytes",), lambda v: 4, "scratch_bytes"),

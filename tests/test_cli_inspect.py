@@ -11,7 +11,7 @@ pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 from mixmoe.cli import loops  # noqa: E402
 from mixmoe.shapes import SHAPES, Shape  # noqa: E402
 
-TOY = Shape("toy", 16384, 64, 2, 1)  # K long enough to loop where four waves share it
+TOY = Shape("toy", 24576, 64, 2, 1)  # K long enough to loop where four waves share it
 K_STEPS = TOY.hidden // 128
 
 

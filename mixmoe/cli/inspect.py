@@ -122,7 +122,8 @@ def per_mfma(unit: str) -> Any:
 
 
 CAPTION = {
-    "takes": "groups: workgroups that fit a CU; waves: a SIMD; seconds: to compile",
+    "takes": "groups: workgroups that fit a CU; waves: a SIMD; IR: lines of it; code: bytes; "
+    "seconds: of a CPU, to compile",
     "does": "VALU SALU LDS memory: instructions per MFMA of the main loop; loop: cycles an "
     "iteration; busy: of the matrix cores in it; lost: LDS cycles to bank conflicts",
 }
@@ -135,6 +136,8 @@ TAKES: dict[str, Any] = {
     "groups": lambda f: f["workgroups_per_cu"],
     "waves": lambda f: f["waves_per_simd"],
     "limit": lambda f: {"registers": "regs", "wave slots": "slots"}.get(f["limit"], f["limit"]),
+    "IR": lambda f: f["ir_lines"],
+    "instr.": lambda f: f["code_instructions"],
     "code": lambda f: f["code_bytes"],
     "seconds": lambda f: f["compile_seconds"],
 }

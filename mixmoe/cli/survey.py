@@ -231,6 +231,7 @@ def figures_of(simulated: Any, kernel: Kernel) -> dict[str, Any]:
         "loop": loop_dict(loop),
         "compile_seconds": round(compiled.seconds, 2),
         "ir_lines": compiled.ir_lines,
+        "code_instructions": len(launch.kernel.module.instrs),
         "code_bytes": len(compiled.code),
     }
 
