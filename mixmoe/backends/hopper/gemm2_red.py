@@ -347,8 +347,7 @@ class Red:
 
     steps: K / 128; main: routes of a tile, small: of one that few routes fill; span: column tiles
     of 64 an item takes; stages: weight tiles in flight; holds: items whose rows of h are resident;
-    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread;
-    ctas: on an SM.
+    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread.
     """
 
     steps: int
@@ -359,7 +358,6 @@ class Red:
     holds: int = 1
     outs: int = 2
     registers: int = 112
-    ctas: int = 2
 
     @classmethod
     def of(cls, problem: Problem) -> "Red | None":
@@ -376,7 +374,7 @@ class Red:
         return {
             "MAIN": self.main, "SMALL": self.small, "STEPS": self.steps, "STAGES": self.stages,
             "HOLDS": self.holds, "OUTS": self.outs, "REGISTERS": self.registers, "PDL": True,
-            "num_warps": 4, "maxnreg": 256 // self.ctas // 8 * 8, "launch_pdl": True,
+            "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
 
 
@@ -399,7 +397,7 @@ def launch(
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
-    gemm2_red[(red.ctas * multiprocessors(out.device),)](
+    gemm2_red[(2 * multiprocessors(out.device),)](
         words, scales,
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
         tiles.records, tiles.count, routed.sorted_token_ids, h.scales, weight, weights.row_scale,
