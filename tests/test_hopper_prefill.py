@@ -83,9 +83,9 @@ def test_grouped_compiles(name: str) -> None:
     assert made.spills <= (64 if TUNED_FOR else 4000), made.spills
 
 
-def ring(I: int, bias: bool = False, wide: bool = False) -> Resources:
-    """`gemm2_ring` for E 256, topk 8, H 7168, T 4096."""
-    cut = gemm2_prefill.Ring.of(Problem(4096, 7168, I, 256, 8), torch.device("cpu"))
+def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resources:
+    """`gemm2_ring` for E 256, topk 8, H 7168."""
+    cut = gemm2_prefill.Ring.of(Problem(tokens, 7168, I, 256, 8), torch.device("cpu"))
     assert cut is not None
     words = weight_descriptors(
         Fake(torch.int32, (114688, cut.steps, 256)),
@@ -94,20 +94,18 @@ def ring(I: int, bias: bool = False, wide: bool = False) -> Resources:
     h = TensorDescriptor.from_tensor(
         Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    scratch = Fake(torch.bfloat16, (4 * 40704, 64))
-    slots = (gemm2_prefill.slot_boxes(scratch, rows) for rows in (cut.piece, 32))
     return compile_gluon(
-        gemm2_prefill.gemm2_ring, *words, h, *slots, BF16, BF16, I32, F32, F32, F32,
-        F32 if bias else None, I32, I32, I32, 4096, 7168, 7168, 448, 112, 40704, 8, cut.steps,
-        cut.stages, cut.room, cut.slots, 1, 16, wide, cut.outs, cut.relaxed,
-        cut.lean, cut.whole, cut.registers, True,
-        num_warps=4, maxnreg=128, launch_pdl=True,
+        gemm2_prefill.gemm2_ring, *words, h, BF16, BF16, I32, F32, F32, F32,
+        F32 if bias else None, I32, I32, I32, tokens, 7168, 7168, 448, 112, 40704, TOPK=8,
+        TURNS=cut.turns(tokens), WIDE=wide, **cut.options(),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("I", [128, 192, 256, 384])
-def test_ring_compiles(I: int) -> None:
-    made = ring(I, bias=I == 192, wide=I == 256)
+@pytest.mark.parametrize(
+    "I, tokens", [(128, 8192), (192, 4096), (256, 8192), (256, 1024), (384, 4096)]
+)
+def test_ring_compiles(I: int, tokens: int) -> None:
+    made = ring(I, tokens, bias=I == 192, wide=I == 256)
     assert made.clean() and made.qgmma, (made.spills, made.messages)
     assert made.registers == 128 and made.warps == 8
     assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"

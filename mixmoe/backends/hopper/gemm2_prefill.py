@@ -7,15 +7,29 @@ result goes to slot s % RING of a ring (9 MB a slot at 73,000 routes) and, while
 computed, other warps of all CTAs add up the topk rows of each token in float32, in slot order. So
 the bits do not depend on timing, y needs no zeroing, and the scratch is a few percent of the rows.
 
-Roles of a CTA (two CTAs on an SM): 4 matrix warps, a TMA producer warp, a warp that stores tiles
-and announces slices, 2 warps that reduce. All CTAs must be resident, because they wait for each
-other: the grid is never larger than the device holds.
+Roles of a CTA (two CTAs on an SM): 4 matrix warps, which store their products to the ring straight
+from registers; 2 warps that reduce; a warp that loads weights and announces slices; a warp that
+watches the other CTAs. All CTAs must be resident, because they wait for each other: the grid is
+never larger than the device holds.
 
 Flow between CTAs, per slice: `written[s]` counts CTAs whose rows of slice s are visible,
 `reduced[s]` CTAs that have read it; a slot is written again when the slice RING before is reduced.
+Within a CTA nothing but the watching warp polls, and nobody waits for a store: per slice
+
+    granted  watching -> matrix warps: the slot may be written    (reduced[s - RING] is complete)
+    done     matrix warps -> loading warp: all stores are issued  (it makes them visible, counts)
+    ready    watching -> reducing warps: the slice can be read    (written[s] is complete)
+
+Each is a barrier per slot: the next phase of one cannot complete before the last was waited for,
+because a slot is granted again only after this CTA, too, has announced and reduced what was in it.
+
+A row of the ring is a token's 64 columns in the order that suits the tensor cores: position
+16 w + 4 q + 2 r + p holds column 16 w + 8 r + 2 q + p (w, q < 4; r, p < 2), so that a lane stores
+eight bytes at once and four lanes a sector of 32.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +38,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -40,10 +53,9 @@ from mixmoe.backends.hopper.mainloop import (
     load_units,
     smem_cast,
     tma_load,
-    tma_store,
 )
 from mixmoe.backends.hopper.route import Placed
-from mixmoe.backends.hopper.signals import announce, await_count, glance, proxy_fence
+from mixmoe.backends.hopper.signals import LINE, PITCH, glance, observe
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import Segments, Split, segments, weight_boxes
 from mixmoe.fold import Fold
@@ -51,6 +63,7 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
+BUDGET = 40 << 20  # bytes of the L2 that the ring may take before it is cut to 4 slots
 
 
 @gluon.jit
@@ -60,34 +73,55 @@ def segment(at):
 
 
 @gluon.jit
-def produce(
-    w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty, h_full,
-    units, slices,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
-):
-    """Role of the producer warp: the rows of h once, then the weights of every slice."""
+def list_of(list_ptr, ROOM: gl.constexpr):
+    """This CTA's work list and how many segments it has."""
     mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
-    at = mine
-    used = 0
-    expert, block, blocks = segment(at)
-    while expert >= 0:
+    count = gl.program_id(0) * 0
+    while gl.load(mine + count * 4) >= 0:
+        count += 1
+    return mine, count
+
+
+@gluon.jit
+def load_rows(h_desc, mine, count, rows, h_full, STEPS: gl.constexpr, ROOM: gl.constexpr):
+    """The rows of h of all segments, which stay."""
+    used = count * 0
+    for i in range(count):
+        expert, block, blocks = segment(mine + i * 4)
         for b in range(blocks):
             mbarrier.expect(h_full, STEPS * h_desc.block_type.nbytes)
             for k in gl.static_range(STEPS):
                 tma_load(h_desc, [(block + b) * 32, k * 128], h_full, rows.index(k * ROOM + used))
             used += 1
-        at += 4
-        expert, block, blocks = segment(at)
     for _ in range(used, ROOM):
         mbarrier.arrive(h_full, count=1)
+
+
+@gluon.jit
+def announce(written_ptr, done, s, RING: gl.constexpr):
+    """Count this CTA for slice s when all of its stores are issued. The matrix warps' stores happen
+    before their arrival, so the one release orders them all before the count."""
+    mbarrier.wait(done.index(s % RING), (s // RING) & 1)
+    gl.atomic_add(written_ptr + s * PITCH, 1, sem="release")
+
+
+@gluon.jit
+def produce(
+    w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full, w_empty, h_full,
+    done, units, slices,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
+):
+    """Role of the loading warp: rows of h once, then the weights of every slice; and the slices
+    that are done. A slice is waited for when all weights that the matrix warps can ask for before
+    its end are under way: STAGES segments beyond its last."""
+    mine, count = list_of(list_ptr, ROOM)
+    load_rows(h_desc, mine, count, rows, h_full, STEPS, ROOM)
     stage, phase = 0, 1
+    item, announced = 0, 0
+    due = count - 1 + STAGES
     for s in range(slices):
-        at = mine
-        expert = gl.load(at)
-        while expert >= 0:
-            unit = expert * units + s * 4
-            at += 4
-            expert = gl.load(at)
+        for i in range(count):
+            unit = gl.load(mine + i * 4) * units + s * 4
             full = w_full.index(stage)
             mbarrier.wait(w_empty.index(stage), phase)
             mbarrier.expect(
@@ -97,14 +131,48 @@ def produce(
                 tma_load(w_desc, [unit, k, 0], full, words.index(stage * STEPS + k))
                 tma_load(s_desc, [unit, 16 * k], full, scales.index(stage * STEPS + k))
             stage, phase = advance(stage, phase, STAGES)
+            if item == due:
+                announce(written_ptr, done, announced, RING)
+                announced += 1
+                due += count
+            item += 1
+    for s in range(announced, slices):
+        announce(written_ptr, done, s, RING)
+
+
+@gluon.jit
+def transposed(value):
+    """bf16 (64 columns, N) of a product -> (N, 64) in the order of the ring's rows.
+
+    Each 8 x 8 block is transposed within its warp; all else renames registers.
+    """
+    N: gl.constexpr = value.shape[1]
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, 4], [1, 0])
+    value = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [value],
+        dtype=gl.bfloat16, is_pure=False, pack=2,
+    )  # fmt: skip
+    value = value.reshape([4, 2, 8, N // 8, 4, 2])  # w r g n q p, and now g counts rows of n
+    value = value.permute((3, 2, 0, 4, 1, 5)).reshape([N, 64])
+    return gl.convert_layout(value, L, assert_trivial=True)
+
+
+@gluon.jit
+def in_columns(value, L: gl.constexpr):
+    """(N, 64) in the order of the ring's rows -> in the order of columns, layout L."""
+    N: gl.constexpr = value.shape[0]
+    value = value.reshape([N, 4, 2, 2, 2, 2])  # w, q (two bits), r, p
+    value = value.permute((0, 1, 4, 2, 3, 5)).reshape([N, 64])
+    return gl.convert_layout(value, L)
 
 
 @gluon.jit
 def piece(
-    low, high, rows, out, out_full, out_empty, w_empty, release, put, put_phase, first, scale, bias,
-    h_scale_ptr, at, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+    low, high, rows, w_empty, granted, turn, release, first, left, scale, bias, h_scale_ptr, at,
+    target, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
 ):
-    """64 columns x N rows: the product over all of K, scaled, as bf16 in buffer `put` of `out`.
+    """64 columns x N rows: the product over all of K, scaled, as bf16 rows at `target`; of the
+    rows `left` blocks of 32 exist.
 
     The first piece gives the weights' stage back, and only after its product: a barrier does not
     wait for a warp's loads from shared memory, and behind the reducing warps' loads they can take
@@ -137,34 +205,38 @@ def piece(
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
         value *= gl.load(h_scale_ptr + at + n)[None, :]
         value += gl.convert_layout(bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
-    mbarrier.wait(out_empty.index(put), put_phase)
-    out.index(put).slice(0, N, dim=0).permute((1, 0)).store(value.to(gl.bfloat16))
-    fence_async_shared()
-    mbarrier.arrive(out_full.index(put), count=1)
-    return advance(put, put_phase, out.shape[0])
+    value = transposed(value.to(gl.bfloat16))
+    n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
+    mbarrier.wait(granted, turn)
+    gl.store(
+        target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left * 32)[:, None]
+    )
 
 
 @gluon.jit
 def multiply(
-    words, scales, rows, out, w_full, w_empty, h_full, out_full, out_empty, list_ptr,
-    row_scale_ptr, bias_ptr, h_scale_ptr, H, slices,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, WIDE: gl.constexpr,
+    words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
+    row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, slot_rows,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
+    PIECE: gl.constexpr, WIDE: gl.constexpr,
 ):
-    """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment."""
-    PIECE: gl.constexpr = out.shape[1]
+    """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
+    the ring. Records are loaded a segment ahead."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
     )
-    mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
+    mine, count = list_of(list_ptr, ROOM)
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    stage, phase, put, put_phase = 0, 0, 0, 1
+    stage, phase, slot, turn = 0, 0, 0, 1
+    expert, block, blocks = segment(mine)
     mbarrier.wait(h_full, 0)
     for s in range(slices):
-        at = mine
         first = 0
-        expert, block, blocks = segment(at)
         column = s * 64 + m
-        while expert >= 0:
+        for i in range(count):
+            after = gl.where(i + 1 < count, i + 1, 0)
+            next_expert, next_block, next_blocks = segment(mine + after * 4)
             row = expert.to(gl.int64) * H + column
             scale = gl.load(row_scale_ptr + row, mask=column < H, other=0.0)
             bias = None
@@ -178,113 +250,73 @@ def multiply(
                 )
                 low = low + (lo,)  # type: ignore[assignment]
                 high = high + (hi,)  # type: ignore[assignment]
+            target = ring_ptr + (slot * slot_rows + block * 32).to(gl.int64) * 64
             b = 0
             while blocks - b > PIECE // 64:
-                put, put_phase = piece(
-                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                    put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
-                    PIECE, STEPS, ROOM,
+                piece(
+                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
+                    first + b, blocks - b, scale, bias, h_scale_ptr, (block + b) * 32,
+                    target + b * (32 * 64), PIECE, STEPS, ROOM,
                 )
                 b += PIECE // 32
             if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
                 if blocks - b == 2:
-                    put, put_phase = piece(
-                        low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                        put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
-                        64, STEPS, ROOM,
+                    piece(
+                        low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
+                        first + b, 2, scale, bias, h_scale_ptr, (block + b) * 32,
+                        target + b * (32 * 64), 64, STEPS, ROOM,
                     )
             if blocks - b == 1:
-                put, put_phase = piece(
-                    low, high, rows, out, out_full, out_empty, w_empty.index(stage), b == 0,
-                    put, put_phase, first + b, scale, bias, h_scale_ptr, (block + b) * 32,
-                    32, STEPS, ROOM,
+                piece(
+                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
+                    first + b, 1, scale, bias, h_scale_ptr, (block + b) * 32,
+                    target + b * (32 * 64), 32, STEPS, ROOM,
                 )
             stage, phase = advance(stage, phase, STAGES)
             first += blocks
-            at += 4
-            expert, block, blocks = segment(at)
+            expert, block, blocks = next_expert, next_block, next_blocks
+        mbarrier.wait(granted.index(slot), turn)  # for a CTA without segments, too
+        cta_barrier()  # every warp's stores before one thread's arrival
+        mbarrier.arrive(done.index(slot), count=1)
+        slot, turn = advance(slot, turn, RING)
 
 
 @gluon.jit
-def store_piece(whole_desc, ring_desc, out, row, blocks, WHOLE: gl.constexpr):
-    """A finished piece of `blocks` blocks of 32 rows to the ring; WHOLE: a full one in one box."""
-    BLOCKS: gl.constexpr = out.shape[0] // 32
-    if WHOLE and blocks == BLOCKS:
-        tma_store(whole_desc, [row, 0], out)
-    else:
-        for i in gl.static_range(BLOCKS):
-            if i < blocks:
-                tma_store(ring_desc, [row + i * 32, 0], out.slice(32 * i, 32, dim=0))
-
-
-@gluon.jit
-def store(
-    whole_desc, ring_desc, out, out_full, out_empty, list_ptr, written_ptr, reduced_ptr, slot_rows,
-    slices, ROOM: gl.constexpr, RING: gl.constexpr, RELAXED: gl.constexpr, LEAN: gl.constexpr,
-    WHOLE: gl.constexpr,
+def watch(
+    written_ptr, reduced_ptr, ready, granted, slices, RING: gl.constexpr, ACQUIRE: gl.constexpr
 ):
-    """Role of the storing warp: pieces in `out` to the ring, slices announced, slots awaited.
+    """Role of the watching warp. Slices that all CTAs have written and slots that all have read are
+    polled for together, so that neither is held up by the other.
 
-    Each wait (for a slice's stores to land, for a slot to be free) comes right after a buffer was
-    given back, so that it falls into the time of the next piece. Of several buffers the one before
-    is given back: its stores have been read when the newest ones are all that is pending.
+    A granted slot needs no acquire: the loads from it had returned before they were counted, and
+    the stores to it are issued when the count has been seen.
     """
-    OUTS: gl.constexpr = out.shape[0]
-    BLOCKS: gl.constexpr = out.shape[1] // 32
-    mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
-    take, phase, stored = 0, 0, 0
-    for s in range(slices):
-        at = mine
-        expert, block, blocks = segment(at)
-        base = s % RING * slot_rows
-        b = 0
-        owed = gl.minimum(s, 1)
-        while expert >= 0:
-            mbarrier.wait(out_full.index(take), phase)
-            left = gl.minimum(blocks - b, BLOCKS)
-            store_piece(
-                whole_desc, ring_desc, out.index(take), base + (block + b) * 32, left, WHOLE
-            )
-            tma.store_wait(OUTS - 1)
-            if OUTS == 1:
-                mbarrier.arrive(out_empty.index(take), count=1)
-            else:
-                if stored >= OUTS - 1:
-                    mbarrier.arrive(out_empty.index((take + 1) % OUTS), count=1)
-                stored += 1
-            take, phase = advance(take, phase, OUTS)
-            if owed == 1:
-                announce(written_ptr, s - 1, LEAN)
-            owed = 0
-            b += BLOCKS
-            if b >= blocks:
-                at += 4
-                expert, block, blocks = segment(at)
-                b = 0
-        if owed == 1:
-            announce(written_ptr, s - 1, LEAN)
-        if s + 1 >= RING:
-            free = reduced_ptr + s + 1 - RING
-            await_count(free, gl.num_programs(0), glance(free, RELAXED), RELAXED)
-            proxy_fence(s)
-    announce(written_ptr, slices - 1, LEAN)
+    grid = gl.num_programs(0)
+    full, free = grid * 0, grid * 0
+    while full < slices:
+        read = glance(reduced_ptr + free * PITCH)
+        if ACQUIRE:
+            wrote = observe(written_ptr + full * PITCH)
+        else:
+            wrote = glance(written_ptr + full * PITCH)
+        if (read >= grid) & (free + RING < slices):
+            mbarrier.arrive(granted.index(free % RING), count=1)
+            free += 1
+        if wrote >= grid:
+            if not ACQUIRE:
+                observe(written_ptr + full * PITCH)
+            mbarrier.arrive(ready.index(full % RING), count=1)
+            full += 1
 
 
 @gluon.jit
-def reduce(
-    ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
-    written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
-    TOPK: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, SCALED: gl.constexpr,
-    RELAXED: gl.constexpr,
+def place(
+    position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1,
+    TOPK: gl.constexpr, TURNS: gl.constexpr, SCALED: gl.constexpr,
 ):
-    """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors."""
+    """Where the rows of this CTA's tokens lie in a slot (-1: nowhere), and their factors."""
     N: gl.constexpr = positions.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    grid = gl.num_programs(0)
-    t0 = (gl.program_id(0).to(gl.int64) * T // grid).to(gl.int32)
-    t1 = ((gl.program_id(0) + 1).to(gl.int64) * T // grid).to(gl.int32)
+    n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     for i in range(TURNS):
         t = t0 + i * N + n
         for k in gl.static_range(TOPK):
@@ -296,44 +328,77 @@ def reduce(
                 f *= gl.load(h_scale_ptr + p, mask=p >= 0, other=0.0)
             positions.index(i * TOPK + k).store(p)
             factors.index(i * TOPK + k).store(f)
-    seen = grid * 0
+
+
+@gluon.jit
+def ring_rows(base, positions, i, L: gl.constexpr):
+    """The i-th of a lane's rows of a slot."""
+    p = positions.index(i).load(gl.SliceLayout(1, L))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    return gl.load(
+        base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+
+
+@gluon.jit
+def reduce(
+    ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
+    reduced_ptr, slot_rows, T, H, y_stride, slices,
+    TOPK: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
+    SCALED: gl.constexpr,
+):
+    """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
+
+    AHEAD rows a lane are under way at any time within a slice.
+    """
+    N: gl.constexpr = positions.shape[1]
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    grid = gl.num_programs(0)
+    t0 = (gl.program_id(0).to(gl.int64) * T // grid).to(gl.int32)
+    t1 = ((gl.program_id(0) + 1).to(gl.int64) * T // grid).to(gl.int32)
+    place(position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1, TOPK, TURNS, SCALED)
+    cta_barrier()
+    slot, turn = 0, 0
     for s in range(slices):
-        await_count(written_ptr + s, grid, seen, RELAXED)
-        base = ring_ptr + (s % RING * slot_rows).to(gl.int64) * 64
-        for turn in gl.static_range(TURNS):
-            total = gl.zeros([N, 64], gl.float32, L)
-            for k in gl.static_range(TOPK):
-                p = positions.index(turn * TOPK + k).load(gl.SliceLayout(1, L))
-                f = factors.index(turn * TOPK + k).load(gl.SliceLayout(1, L))
-                row = gl.load(
-                    base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
-                    cache_modifier=".cg",
+        mbarrier.wait(ready.index(slot), turn)
+        base = ring_ptr + (slot * slot_rows).to(gl.int64) * 64
+        row = ()
+        for i in gl.static_range(AHEAD if AHEAD < TURNS * TOPK else TURNS * TOPK):
+            row = row + (ring_rows(base, positions, i, L),)  # type: ignore[assignment]
+        total = gl.zeros([N, 64], gl.float32, L)
+        for i in gl.static_range(TURNS * TOPK):
+            f = factors.index(i).load(gl.SliceLayout(1, L))
+            total += row[i].to(gl.float32) * f[:, None]
+            if i + AHEAD < TURNS * TOPK:
+                row = row + (ring_rows(base, positions, i + AHEAD, L),)
+            if i % TOPK + 1 == TOPK:
+                t = t0 + i // TOPK * N + n
+                column = s * 64 + c
+                gl.store(
+                    y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
+                    in_columns(total.to(y_ptr.dtype.element_ty), L),
+                    mask=(t < t1)[:, None] & (column < H)[None, :], cache_modifier=".cs",
                 )
-                total += row.to(gl.float32) * f[:, None]
-            if turn + 1 == TURNS:
-                seen = glance(written_ptr + gl.minimum(s + 1, slices - 1), RELAXED)
-            t = t0 + turn * N + n
-            column = s * 64 + c
-            gl.store(
-                y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
-                total.to(y_ptr.dtype.element_ty), mask=(t < t1)[:, None] & (column < H)[None, :],
-            )
+                total = gl.zeros([N, 64], gl.float32, L)
         # Relaxed: a store above was issued only when the loads it needs had returned, which is all
         # that a later write to the slot has to wait for.
         cta_barrier()
-        gl.atomic_add(reduced_ptr + s, 1, sem="relaxed")
+        gl.atomic_add(reduced_ptr + s * PITCH, 1, sem="relaxed")
+        slot, turn = advance(slot, turn, RING)
 
 
 @gluon.jit
 def gemm2_ring(
-    w_desc, s_desc, h_desc, whole_desc, ring_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr,
-    weight_ptr, row_scale_ptr, bias_ptr, list_ptr, written_ptr, reduced_ptr,
+    w_desc, s_desc, h_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, row_scale_ptr,
+    bias_ptr, list_ptr, written_ptr, reduced_ptr,
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
-    RING: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr, WIDE: gl.constexpr,
-    OUTS: gl.constexpr, RELAXED: gl.constexpr, LEAN: gl.constexpr, WHOLE: gl.constexpr,
-    REDUCE_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
+    RING: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr, AHEAD: gl.constexpr,
+    PIECE: gl.constexpr, ACQUIRE: gl.constexpr, WIDE: gl.constexpr, REDUCERS: gl.constexpr,
+    REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
@@ -344,35 +409,31 @@ def gemm2_ring(
     rows = gl.allocate_shared_memory(
         gl.float8e4nv, [STEPS * ROOM, 32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    out = gl.allocate_shared_memory(
-        gl.bfloat16, [OUTS] + whole_desc.block_type.shape, whole_desc.layout
-    )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     positions = gl.allocate_shared_memory(gl.int32, [TURNS * TOPK, SPAN], flat)
     factors = gl.allocate_shared_memory(gl.float32, [TURNS * TOPK, SPAN], flat)
     w_full = barriers(STAGES, 1)
     w_empty = barriers(STAGES, 1)
     h_full = barriers(1, ROOM).index(0)
-    out_full, out_empty = barriers(OUTS, 1), barriers(OUTS, 1)
+    granted, done, ready = barriers(RING, 1), barriers(RING, 1), barriers(RING, 1)
     fence_async_shared()
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize(
         [
-            (multiply, (words, scales, rows, out, w_full, w_empty, h_full, out_full, out_empty,
-                        list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices,
-                        STEPS, STAGES, ROOM, WIDE)),
+            (multiply, (words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr,
+                        list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, slot_rows,
+                        STEPS, STAGES, ROOM, RING, PIECE, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
-                      written_ptr, reduced_ptr, slot_rows, T, H, y_stride, slices,
-                      TOPK, RING, TURNS, bias_ptr is None, RELAXED)),
-            (produce, (w_desc, s_desc, h_desc, list_ptr, words, scales, rows, w_full, w_empty,
-                       h_full, units, slices, STEPS, STAGES, ROOM)),
-            (store, (whole_desc, ring_desc, out, out_full, out_empty, list_ptr, written_ptr,
-                     reduced_ptr, slot_rows, slices, ROOM, RING, RELAXED, LEAN, WHOLE)),
+                      ready, reduced_ptr, slot_rows, T, H, y_stride, slices,
+                      TOPK, RING, TURNS, AHEAD, bias_ptr is None)),
+            (produce, (w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full,
+                       w_empty, h_full, done, units, slices, STEPS, STAGES, ROOM, RING)),
+            (watch, (written_ptr, reduced_ptr, ready, granted, slices, RING, ACQUIRE)),
         ],
-        [2, 1, 1],
-        [REDUCE_REGISTERS, REDUCE_REGISTERS, REDUCE_REGISTERS],
+        [REDUCERS, 1, 1],
+        [REGISTERS, REGISTERS, REGISTERS],
     )
 
 
@@ -382,10 +443,8 @@ class Ring:
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
     of the ring; registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of
-    the grid, all resident. piece: routes multiplied at a time, outs: finished pieces that wait for
-    the storing warp; relaxed: counters are polled without acquiring; lean: one fence less before a
-    slice is announced; whole: full pieces go out in one box; equal: CTAs get equal shares of the
-    blocks even where each expert could have a CTA of its own.
+    the grid, all resident; piece: routes multiplied at a time; span: tokens reduced at a time;
+    ahead: of their rows a lane has under way; acquire: `written` is polled by acquiring loads.
     """
 
     steps: int
@@ -395,33 +454,43 @@ class Ring:
     registers: int
     ctas: int
     piece: int = 128
-    outs: int = 1
-    relaxed: bool = False
-    lean: bool = False
-    whole: bool = False
-    equal: bool = False
+    span: int = 16
+    ahead: int = 8
+    acquire: bool = True
 
     @classmethod
-    def of(cls, problem: Problem, device: torch.device, slots: int = 4) -> "Ring | None":
+    def of(cls, problem: Problem, device: torch.device, slots: int = 0) -> "Ring | None":
         """None where h does not fit: K over 384, or more routes than all CTAs hold."""
         steps = -(-problem.intermediate // 128)
-        cuts = {1: (20, 2, 120), 2: (10, 1, 120), 3: (6, 1, 104)}
+        cuts = {1: (20, 4, 120), 2: (10, 3, 120), 3: (6, 2, 104)}
         if steps not in cuts:
             return None
         room, stages, registers = cuts[steps]
+        slots = slots or slots_of(problem.padded_routes(32))
         ring = cls(steps, room, stages, slots, registers, 2 * multiprocessors(device))
         return ring if problem.padded_routes(32) <= ring.ctas * room * 32 else None
 
     def split(self, problem: Problem) -> Split:
         """The segments it works on, and two counters a slice."""
-        return Split(self.ctas, self.room, 2 * -(-problem.hidden // COLUMNS), self.equal)
+        return Split(self.ctas, self.room, 2 * LINE * -(-problem.hidden // COLUMNS))
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of the launch that follow from the cut alone."""
+        return {
+            "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
+            "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "ACQUIRE": self.acquire,
+            "REDUCERS": 2, "REGISTERS": self.registers, "PDL": True,
+            "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
+        }  # fmt: skip
+
+    def turns(self, tokens: int) -> int:
+        """How often `span` tokens go into a CTA's."""
+        return -(-tokens // (self.ctas * self.span))
 
 
-def slot_boxes(scratch: Tensor, rows: int) -> TensorDescriptor:
-    """TMA boxes of a slice's rows in the ring."""
-    return TensorDescriptor.from_tensor(
-        scratch, [rows, COLUMNS], gl.NVMMASharedLayout(128, 16, 2)
-    )
+def slots_of(rows: int) -> int:
+    """Slots of the ring for so many rows: 2^n within BUDGET, at least 4, and no more than 16."""
+    return next((slots for slots in (16, 8) if slots * rows * COLUMNS * 2 <= BUDGET), 4)
 
 
 def launch(
@@ -440,19 +509,15 @@ def launch(
     scratch = torch.empty((ring.slots * slot_rows, COLUMNS), dtype=torch.bfloat16, device=device)
     work = segments(routed, ring.split(p)) if work is None else work
     counters = work.counters
-    span = 16
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     gemm2_ring[(ring.ctas,)](
         words, scales,
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
-        slot_boxes(scratch, ring.piece), slot_boxes(scratch, 32),
         scratch, out, routed.position, h.scales, weight, weights.row_scale, bias,
-        work.records, counters, counters[slices:],
+        work.records, counters, counters[slices * LINE :],
         p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
-        p.topk, ring.steps, ring.stages, ring.room, ring.slots, -(-p.tokens // (ring.ctas * span)),
-        span, weights.order.fold is Fold.WIDE, ring.outs, ring.relaxed,
-        ring.lean, ring.whole, ring.registers, True,
-        num_warps=4, maxnreg=128, launch_pdl=True,
+        TOPK=p.topk, TURNS=ring.turns(p.tokens), WIDE=weights.order.fold is Fold.WIDE,
+        **ring.options(),
     )  # fmt: skip
     return out
