@@ -1,0 +1,211 @@
+"""The ring of prefill stage 2, played through on paper: its CTAs wait for each other.
+
+The roles' waits and arrivals are restated as `gemm2_prefill` makes them and stepped in random
+order. Stores land late and in any order; only a release waits for those issued before it. Every
+row that is read is compared with the slice it should be of.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hopper_mbarrier import Barrier, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """segments: of each CTA. What a mutation changes: `trusting` matrix warps wait for no slot, a
+    `hasty` loading warp announces without waiting for the stores, another waits for them `late`
+    segments after it should (before: negative)."""
+
+    segments: tuple[int, ...]
+    slices: int = 11
+    ring: int = 3
+    stages: int = 2
+    trusting: bool = False
+    hasty: bool = False
+    late: int = 0
+
+
+@dataclass
+class Device:
+    """Counters, the slice whose rows of a CTA lie in a slot, and stores under way."""
+
+    cut: Cut
+    written: list[int] = field(init=False)
+    reduced: list[int] = field(init=False)
+    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    flying: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.written = [0] * self.cut.slices
+        self.reduced = [0] * self.cut.slices
+
+    def store(self, cta: int, at: tuple[int, int, int], s: int) -> None:
+        """A store that lands some time."""
+        self.flying.append((cta, lambda: self.rows.update({at: s})))
+
+    def landed(self, cta: int) -> Callable[[], bool]:
+        """Whether all stores that the CTA has issued by now have landed."""
+        mine = [store for store in self.flying if store[0] == cta]
+        return lambda: not any(store in self.flying for store in mine)
+
+
+@dataclass
+class Cta:
+    """The barriers of a CTA."""
+
+    index: int
+    device: Device
+    full: list[Barrier] = field(init=False)
+    empty: list[Barrier] = field(init=False)
+    granted: list[Barrier] = field(init=False)
+    done: list[Barrier] = field(init=False)
+    ready: list[Barrier] = field(init=False)
+    weights: list[tuple[int, int] | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        cut = self.device.cut
+        self.full = [Barrier(1) for _ in range(cut.stages)]
+        self.empty = [Barrier(1) for _ in range(cut.stages)]
+        self.granted, self.done, self.ready = (
+            [Barrier(1) for _ in range(cut.ring)] for _ in range(3)
+        )
+        self.weights = [None] * cut.stages
+
+    @property
+    def segments(self) -> int:
+        return self.device.cut.segments[self.index]
+
+    def multiply(self) -> Role:
+        cut, item = self.device.cut, 0
+        for s in range(cut.slices):
+            slot, turn = s % cut.ring, s // cut.ring & 1 ^ 1
+            for i in range(self.segments):
+                stage = item % cut.stages
+                yield self.full[stage].done(item // cut.stages & 1)
+                assert self.weights[stage] == (s, i), "stale weights"
+                self.empty[stage].arrive()
+                item += 1
+                if not cut.trusting:
+                    yield self.granted[slot].done(turn)
+                self.device.store(self.index, (slot, self.index, i), s)
+            if not cut.trusting:
+                yield self.granted[slot].done(turn)
+            self.done[slot].arrive()
+
+    def announce(self, s: int) -> Role:
+        cut = self.device.cut
+        if not cut.hasty:
+            yield self.done[s % cut.ring].done(s // cut.ring & 1)
+        yield self.device.landed(self.index)
+        self.device.written[s] += 1
+
+    def produce(self) -> Role:
+        cut, item, announced = self.device.cut, 0, 0
+        due = self.segments - 1 + cut.stages + cut.late
+        for s in range(cut.slices):
+            for i in range(self.segments):
+                stage = item % cut.stages
+                yield self.empty[stage].done(item // cut.stages & 1 ^ 1)
+                self.weights[stage] = (s, i)
+                self.full[stage].arrive()
+                if item == due:
+                    yield from self.announce(announced)
+                    announced += 1
+                    due += self.segments
+                item += 1
+        for s in range(announced, cut.slices):
+            yield from self.announce(s)
+
+    def watch(self) -> Role:
+        cut, device, full, free = self.device.cut, self.device, 0, 0
+        grid = len(cut.segments)
+        while full < cut.slices:
+            # A poll: it goes on when there is something to see, in the order of the kernel.
+            at = full, free
+            yield lambda at=at: (  # type: ignore[misc]
+                device.written[at[0]] >= grid
+                or (device.reduced[at[1]] >= grid and at[1] + cut.ring < cut.slices)
+            )
+            read, wrote = device.reduced[free], device.written[full]
+            if read >= grid and free + cut.ring < cut.slices:
+                self.granted[free % cut.ring].arrive()
+                free += 1
+            if wrote >= grid:
+                self.ready[full % cut.ring].arrive()
+                full += 1
+
+    def reduce(self) -> Role:
+        cut = self.device.cut
+        for s in range(cut.slices):
+            slot = s % cut.ring
+            yield self.ready[slot].done(s // cut.ring & 1)
+            for other, segments in enumerate(cut.segments):
+                for i in range(segments):
+                    yield lambda: True
+                    assert self.device.rows.get((slot, other, i)) == s, "rows of another slice"
+            self.device.reduced[s] += 1
+
+    def roles(self) -> Iterator[Role]:
+        yield from (self.multiply(), self.reduce(), self.produce(), self.watch())
+
+
+def play(cut: Cut, seed: int, patience: int = 200) -> None:
+    """Steps all roles and stores in random order; TimeoutError where nothing can move any more."""
+    rng = random.Random(seed)
+    device = Device(cut)
+    roles = [role for i in range(len(cut.segments)) for role in Cta(i, device).roles()]
+    waiting = [next(role, None) for role in roles]
+    # Some roles are slow in one run, others in the next.
+    weight = [rng.choice((1, 1, 8, 40)) for _ in roles] + [rng.choice((1, 8, 40))]
+    choices = range(len(roles) + 1)
+    idle = 0
+    while any(waiting):
+        idle += 1
+        choice = rng.choices(choices, weight)[0]
+        if choice == len(roles):
+            if device.flying:
+                device.flying.pop(rng.randrange(len(device.flying)))[1]()
+                idle = 0
+        elif (condition := waiting[choice]) is not None and condition():
+            waiting[choice] = next(roles[choice], None)
+            idle = 0
+        if idle > patience:
+            if not device.flying and not any(ready() for ready in waiting if ready is not None):
+                raise TimeoutError("deadlock")
+            idle = 0
+    assert not device.flying and device.reduced == [len(cut.segments)] * cut.slices
+
+
+CTAS = [(1, 1, 1), (2, 1, 3), (0, 1, 2), (0, 0), (5, 1), (1,)]
+
+
+@pytest.mark.parametrize("segments", CTAS, ids=str)
+@pytest.mark.parametrize("ring, stages", [(2, 1), (2, 4), (3, 2), (4, 3), (16, 3)])
+def test_no_deadlock_and_no_stale_row(
+    segments: tuple[int, ...], ring: int, stages: int
+) -> None:
+    for seed in range(12):
+        play(Cut(segments, ring=ring, stages=stages), seed)
+
+
+@pytest.mark.parametrize("fault", [{"trusting": True}, {"hasty": True}])
+def test_rows_of_another_slice_are_seen(fault: dict[str, bool]) -> None:
+    with pytest.raises((AssertionError, TimeoutError), match="another slice|deadlock|too many"):
+        for seed in range(50):
+            play(Cut((1, 2, 1), **fault), seed)
+
+
+def test_announcing_before_the_last_weights_deadlocks() -> None:
+    with pytest.raises(TimeoutError):
+        play(Cut((1, 1), late=-3), 0)
+
+
+def test_an_unordered_store_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announcing without a release."""
+    monkeypatch.setattr(Device, "landed", lambda self, cta: lambda: True)
+    with pytest.raises(AssertionError, match="another slice"):
+        for seed in range(50):
+            play(Cut((1, 2, 1)), seed)
