@@ -97,7 +97,7 @@ def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resourc
     return compile_gluon(
         gemm2_prefill.gemm2_ring, *words, h, BF16, BF16, I32, F32, F32, F32,
         F32 if bias else None, I32, I32, I32, tokens, 7168, 7168, 448, 112, 40704, TOPK=8,
-        TURNS=cut.turns(tokens), WIDE=wide, **cut.options(),
+        WIDE=wide, **cut.options(tokens),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from hopper_mbarrier import Barrier, Role
 from mixmoe.backends.hopper import choose
 from mixmoe.spec import Problem, Tile
 
+
 @dataclass
 class Ring:
     """Stages with their barriers, what lies in each, and copies under way."""

@@ -45,6 +45,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import barriers, multiprocessors
+from mixmoe.backends.hopper.gemm2_prefill_sum import reduce, watch
 from mixmoe.backends.hopper.mainloop import (
     advance,
     cta_barrier,
@@ -55,7 +56,7 @@ from mixmoe.backends.hopper.mainloop import (
     tma_load,
 )
 from mixmoe.backends.hopper.route import Placed
-from mixmoe.backends.hopper.signals import LINE, PITCH, glance, observe
+from mixmoe.backends.hopper.signals import LINE, PITCH
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import Segments, Split, segments, weight_boxes
 from mixmoe.fold import Fold
@@ -63,7 +64,7 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-BUDGET = 40 << 20  # bytes of the L2 that the ring may take before it is cut to 4 slots
+BUDGET = 40 << 20  # bytes of the L2 that the ring may take, if it has more than 4 slots
 
 
 @gluon.jit
@@ -98,30 +99,33 @@ def load_rows(h_desc, mine, count, rows, h_full, STEPS: gl.constexpr, ROOM: gl.c
 
 
 @gluon.jit
-def announce(written_ptr, done, s, RING: gl.constexpr):
-    """Count this CTA for slice s when all of its stores are issued. The matrix warps' stores happen
+def announce(written_ptr, done, group, RING: gl.constexpr):
+    """Count this CTA for a group when all of its stores are issued. The matrix warps' stores happen
     before their arrival, so the one release orders them all before the count."""
-    mbarrier.wait(done.index(s % RING), (s // RING) & 1)
-    gl.atomic_add(written_ptr + s * PITCH, 1, sem="release")
+    mbarrier.wait(done.index(group % RING), (group // RING) & 1)
+    gl.atomic_add(written_ptr + group * PITCH, 1, sem="release")
 
 
 @gluon.jit
 def produce(
     w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full, w_empty, h_full,
-    done, units, slices,
+    done, units, slices, groups,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
-    """Role of the loading warp: rows of h once, then the weights of every slice; and the slices
-    that are done. A slice is waited for when all weights that the matrix warps can ask for before
+    """Role of the loading warp: rows of h once, then the weights of every slice; and the groups
+    that are done. A group is waited for when all weights that the matrix warps can ask for before
     its end are under way: STAGES segments beyond its last."""
     mine, count = list_of(list_ptr, ROOM)
     load_rows(h_desc, mine, count, rows, h_full, STEPS, ROOM)
     stage, phase = 0, 1
     item, announced = 0, 0
-    due = count - 1 + STAGES
+    due = GROUP * count - 1 + STAGES
+    expert = gl.load(mine)
     for s in range(slices):
         for i in range(count):
-            unit = gl.load(mine + i * 4) * units + s * 4
+            unit = expert * units + s * 4
+            expert = gl.load(mine + gl.where(i + 1 < count, i + 1, 0) * 4)
             full = w_full.index(stage)
             mbarrier.wait(w_empty.index(stage), phase)
             mbarrier.expect(
@@ -134,10 +138,10 @@ def produce(
             if item == due:
                 announce(written_ptr, done, announced, RING)
                 announced += 1
-                due += count
+                due += GROUP * count
             item += 1
-    for s in range(announced, slices):
-        announce(written_ptr, done, s, RING)
+    for group in range(announced, groups):
+        announce(written_ptr, done, group, RING)
 
 
 @gluon.jit
@@ -158,17 +162,8 @@ def transposed(value):
 
 
 @gluon.jit
-def in_columns(value, L: gl.constexpr):
-    """(N, 64) in the order of the ring's rows -> in the order of columns, layout L."""
-    N: gl.constexpr = value.shape[0]
-    value = value.reshape([N, 4, 2, 2, 2, 2])  # w, q (two bits), r, p
-    value = value.permute((0, 1, 4, 2, 3, 5)).reshape([N, 64])
-    return gl.convert_layout(value, L)
-
-
-@gluon.jit
 def piece(
-    low, high, rows, w_empty, granted, turn, release, first, left, scale, bias, h_scale_ptr, at,
+    low, high, rows, w_empty, granted, turn, release, first, left, scale, bias, h_scale_ptr,
     target, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
 ):
     """64 columns x N rows: the product over all of K, scaled, as bf16 rows at `target`; of the
@@ -203,7 +198,7 @@ def piece(
     value = acc * gl.convert_layout(scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     if bias is not None:
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
-        value *= gl.load(h_scale_ptr + at + n)[None, :]
+        value *= gl.load(h_scale_ptr + n)[None, :]
         value += gl.convert_layout(bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     value = transposed(value.to(gl.bfloat16))
     n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
@@ -215,11 +210,37 @@ def piece(
 
 
 @gluon.jit
+def pieces(
+    low, high, rows, w_empty, granted, turn, first, blocks, scale, bias, h_scale_ptr, target,
+    PIECE: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+):
+    """A segment: pieces of PIECE rows, the last one of 64 or 32 where that is enough."""
+    b = 0
+    while blocks - b > PIECE // 64:
+        piece(
+            low, high, rows, w_empty, granted, turn, b == 0, first + b, blocks - b, scale, bias,
+            h_scale_ptr + b * 32, target + b * (32 * 64), PIECE, STEPS, ROOM,
+        )
+        b += PIECE // 32
+    if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
+        if blocks - b == 2:
+            piece(
+                low, high, rows, w_empty, granted, turn, b == 0, first + b, 2, scale, bias,
+                h_scale_ptr + b * 32, target + b * (32 * 64), 64, STEPS, ROOM,
+            )
+    if blocks - b == 1:
+        piece(
+            low, high, rows, w_empty, granted, turn, b == 0, first + b, 1, scale, bias,
+            h_scale_ptr + b * 32, target + b * (32 * 64), 32, STEPS, ROOM,
+        )
+
+
+@gluon.jit
 def multiply(
     words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
-    row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, slot_rows,
+    row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups, slot_rows,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    PIECE: gl.constexpr, WIDE: gl.constexpr,
+    GROUP: gl.constexpr, PIECE: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring. Records are loaded a segment ahead."""
@@ -231,162 +252,37 @@ def multiply(
     stage, phase, slot, turn = 0, 0, 0, 1
     expert, block, blocks = segment(mine)
     mbarrier.wait(h_full, 0)
-    for s in range(slices):
-        first = 0
-        column = s * 64 + m
-        for i in range(count):
-            after = gl.where(i + 1 < count, i + 1, 0)
-            next_expert, next_block, next_blocks = segment(mine + after * 4)
-            row = expert.to(gl.int64) * H + column
-            scale = gl.load(row_scale_ptr + row, mask=column < H, other=0.0)
-            bias = None
-            if bias_ptr is not None:
-                bias = gl.load(bias_ptr + row, mask=column < H, other=0.0)
-            mbarrier.wait(w_full.index(stage), phase)
-            low, high = (), ()
-            for k in gl.static_range(STEPS):
-                lo, hi = load_units(
-                    words.index(stage * STEPS + k), scales.index(stage * STEPS + k), 1, 4, WIDE
+    for group in range(groups):
+        for s in range(group * GROUP, gl.minimum(group * GROUP + GROUP, slices)):
+            place = (slot * GROUP + s - group * GROUP) * slot_rows
+            first = 0
+            column = s * 64 + m
+            for i in range(count):
+                after = gl.where(i + 1 < count, i + 1, 0)
+                next_expert, next_block, next_blocks = segment(mine + after * 4)
+                row = expert.to(gl.int64) * H + column
+                scale = gl.load(row_scale_ptr + row, mask=column < H, other=0.0)
+                bias = None
+                if bias_ptr is not None:
+                    bias = gl.load(bias_ptr + row, mask=column < H, other=0.0)
+                mbarrier.wait(w_full.index(stage), phase)
+                low, high = (), ()
+                for k in gl.static_range(STEPS):
+                    at = stage * STEPS + k
+                    lo, hi = load_units(words.index(at), scales.index(at), 1, 4, WIDE)
+                    low = low + (lo,)  # type: ignore[assignment]
+                    high = high + (hi,)  # type: ignore[assignment]
+                pieces(
+                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, first,
+                    blocks, scale, bias, h_scale_ptr + block * 32,
+                    ring_ptr + (place + block * 32).to(gl.int64) * 64, PIECE, STEPS, ROOM,
                 )
-                low = low + (lo,)  # type: ignore[assignment]
-                high = high + (hi,)  # type: ignore[assignment]
-            target = ring_ptr + (slot * slot_rows + block * 32).to(gl.int64) * 64
-            b = 0
-            while blocks - b > PIECE // 64:
-                piece(
-                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
-                    first + b, blocks - b, scale, bias, h_scale_ptr, (block + b) * 32,
-                    target + b * (32 * 64), PIECE, STEPS, ROOM,
-                )
-                b += PIECE // 32
-            if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
-                if blocks - b == 2:
-                    piece(
-                        low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
-                        first + b, 2, scale, bias, h_scale_ptr, (block + b) * 32,
-                        target + b * (32 * 64), 64, STEPS, ROOM,
-                    )
-            if blocks - b == 1:
-                piece(
-                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, b == 0,
-                    first + b, 1, scale, bias, h_scale_ptr, (block + b) * 32,
-                    target + b * (32 * 64), 32, STEPS, ROOM,
-                )
-            stage, phase = advance(stage, phase, STAGES)
-            first += blocks
-            expert, block, blocks = next_expert, next_block, next_blocks
+                stage, phase = advance(stage, phase, STAGES)
+                first += blocks
+                expert, block, blocks = next_expert, next_block, next_blocks
         mbarrier.wait(granted.index(slot), turn)  # for a CTA without segments, too
         cta_barrier()  # every warp's stores before one thread's arrival
         mbarrier.arrive(done.index(slot), count=1)
-        slot, turn = advance(slot, turn, RING)
-
-
-@gluon.jit
-def watch(
-    written_ptr, reduced_ptr, ready, granted, slices, RING: gl.constexpr, ACQUIRE: gl.constexpr
-):
-    """Role of the watching warp. Slices that all CTAs have written and slots that all have read are
-    polled for together, so that neither is held up by the other.
-
-    A granted slot needs no acquire: the loads from it had returned before they were counted, and
-    the stores to it are issued when the count has been seen.
-    """
-    grid = gl.num_programs(0)
-    full, free = grid * 0, grid * 0
-    while full < slices:
-        read = glance(reduced_ptr + free * PITCH)
-        if ACQUIRE:
-            wrote = observe(written_ptr + full * PITCH)
-        else:
-            wrote = glance(written_ptr + full * PITCH)
-        if (read >= grid) & (free + RING < slices):
-            mbarrier.arrive(granted.index(free % RING), count=1)
-            free += 1
-        if wrote >= grid:
-            if not ACQUIRE:
-                observe(written_ptr + full * PITCH)
-            mbarrier.arrive(ready.index(full % RING), count=1)
-            full += 1
-
-
-@gluon.jit
-def place(
-    position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1,
-    TOPK: gl.constexpr, TURNS: gl.constexpr, SCALED: gl.constexpr,
-):
-    """Where the rows of this CTA's tokens lie in a slot (-1: nowhere), and their factors."""
-    N: gl.constexpr = positions.shape[1]
-    n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    for i in range(TURNS):
-        t = t0 + i * N + n
-        for k in gl.static_range(TOPK):
-            p = gl.load(position_ptr + t * TOPK + k, mask=t < t1, other=-1)
-            f = gl.where(p >= 0, 1.0, 0.0)
-            if weight_ptr is not None:
-                f *= gl.load(weight_ptr + p, mask=p >= 0, other=0.0)
-            if SCALED:
-                f *= gl.load(h_scale_ptr + p, mask=p >= 0, other=0.0)
-            positions.index(i * TOPK + k).store(p)
-            factors.index(i * TOPK + k).store(f)
-
-
-@gluon.jit
-def ring_rows(base, positions, i, L: gl.constexpr):
-    """The i-th of a lane's rows of a slot."""
-    p = positions.index(i).load(gl.SliceLayout(1, L))
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    return gl.load(
-        base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
-
-
-@gluon.jit
-def reduce(
-    ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
-    reduced_ptr, slot_rows, T, H, y_stride, slices,
-    TOPK: gl.constexpr, RING: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
-    SCALED: gl.constexpr,
-):
-    """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
-
-    AHEAD rows a lane are under way at any time within a slice.
-    """
-    N: gl.constexpr = positions.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    grid = gl.num_programs(0)
-    t0 = (gl.program_id(0).to(gl.int64) * T // grid).to(gl.int32)
-    t1 = ((gl.program_id(0) + 1).to(gl.int64) * T // grid).to(gl.int32)
-    place(position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1, TOPK, TURNS, SCALED)
-    cta_barrier()
-    slot, turn = 0, 0
-    for s in range(slices):
-        mbarrier.wait(ready.index(slot), turn)
-        base = ring_ptr + (slot * slot_rows).to(gl.int64) * 64
-        row = ()
-        for i in gl.static_range(AHEAD if AHEAD < TURNS * TOPK else TURNS * TOPK):
-            row = row + (ring_rows(base, positions, i, L),)  # type: ignore[assignment]
-        total = gl.zeros([N, 64], gl.float32, L)
-        for i in gl.static_range(TURNS * TOPK):
-            f = factors.index(i).load(gl.SliceLayout(1, L))
-            total += row[i].to(gl.float32) * f[:, None]
-            if i + AHEAD < TURNS * TOPK:
-                row = row + (ring_rows(base, positions, i + AHEAD, L),)
-            if i % TOPK + 1 == TOPK:
-                t = t0 + i // TOPK * N + n
-                column = s * 64 + c
-                gl.store(
-                    y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
-                    in_columns(total.to(y_ptr.dtype.element_ty), L),
-                    mask=(t < t1)[:, None] & (column < H)[None, :], cache_modifier=".cs",
-                )
-                total = gl.zeros([N, 64], gl.float32, L)
-        # Relaxed: a store above was issued only when the loads it needs had returned, which is all
-        # that a later write to the slot has to wait for.
-        cta_barrier()
-        gl.atomic_add(reduced_ptr + s * PITCH, 1, sem="relaxed")
         slot, turn = advance(slot, turn, RING)
 
 
@@ -396,8 +292,8 @@ def gemm2_ring(
     bias_ptr, list_ptr, written_ptr, reduced_ptr,
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
-    RING: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr, AHEAD: gl.constexpr,
-    PIECE: gl.constexpr, ACQUIRE: gl.constexpr, WIDE: gl.constexpr, REDUCERS: gl.constexpr,
+    RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
+    AHEAD: gl.constexpr, PIECE: gl.constexpr, ACQUIRE: gl.constexpr, WIDE: gl.constexpr,
     REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
@@ -417,22 +313,24 @@ def gemm2_ring(
     h_full = barriers(1, ROOM).index(0)
     granted, done, ready = barriers(RING, 1), barriers(RING, 1), barriers(RING, 1)
     fence_async_shared()
+    groups = (slices + GROUP - 1) // GROUP
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize(
         [
             (multiply, (words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr,
-                        list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, slot_rows,
-                        STEPS, STAGES, ROOM, RING, PIECE, WIDE)),
+                        list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups,
+                        slot_rows, STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
-                      ready, reduced_ptr, slot_rows, T, H, y_stride, slices,
-                      TOPK, RING, TURNS, AHEAD, bias_ptr is None)),
+                      ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
+                      TOPK, RING, GROUP, TURNS, AHEAD, bias_ptr is None)),
             (produce, (w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full,
-                       w_empty, h_full, done, units, slices, STEPS, STAGES, ROOM, RING)),
-            (watch, (written_ptr, reduced_ptr, ready, granted, slices, RING, ACQUIRE)),
+                       w_empty, h_full, done, units, slices, groups, STEPS, STAGES, ROOM, RING,
+                       GROUP)),
+            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, ACQUIRE)),
         ],
-        [REDUCERS, 1, 1],
+        [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
     )
 
@@ -442,55 +340,58 @@ class Ring:
     """How gemm2_ring is cut for a problem.
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
-    of the ring; registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of
-    the grid, all resident; piece: routes multiplied at a time; span: tokens reduced at a time;
-    ahead: of their rows a lane has under way; acquire: `written` is polled by acquiring loads.
+    of the ring, of `group` slices each; registers: of a helper warp's thread (a matrix warp's has
+    256 less that); ctas: of the grid, all resident; piece: routes multiplied at a time; span:
+    tokens reduced at a time; ahead: of their rows a lane has under way; acquire: `written` is
+    polled by acquiring loads.
     """
 
     steps: int
     room: int
     stages: int
-    slots: int
     registers: int
     ctas: int
+    slots: int
+    group: int
+    span: int
+    ahead: int
     piece: int = 128
-    span: int = 16
-    ahead: int = 8
     acquire: bool = True
 
     @classmethod
-    def of(cls, problem: Problem, device: torch.device, slots: int = 0) -> "Ring | None":
+    def of(
+        cls, problem: Problem, device: torch.device, slots: int = 0, group: int = 0, span: int = 0
+    ) -> "Ring | None":
         """None where h does not fit: K over 384, or more routes than all CTAs hold."""
-        steps = -(-problem.intermediate // 128)
+        steps, rows = -(-problem.intermediate // 128), problem.padded_routes(32)
         cuts = {1: (20, 4, 120), 2: (10, 3, 120), 3: (6, 2, 104)}
         if steps not in cuts:
             return None
-        room, stages, registers = cuts[steps]
-        slots = slots or slots_of(problem.padded_routes(32))
-        ring = cls(steps, room, stages, slots, registers, 2 * multiprocessors(device))
-        return ring if problem.padded_routes(32) <= ring.ctas * room * 32 else None
+        ctas = 2 * multiprocessors(device)
+        span = span or (8 if problem.tokens <= 8 * ctas else 16)
+        group = group or (2 if problem.tokens <= 8 * ctas else 1)
+        slots = slots or slots_of(group * rows * COLUMNS * 2)
+        ring = cls(steps, *cuts[steps], ctas, slots, group, span, 128 // span)
+        return ring if rows <= ctas * ring.room * 32 else None
 
     def split(self, problem: Problem) -> Split:
         """The segments it works on, and two counters a slice."""
         return Split(self.ctas, self.room, 2 * LINE * -(-problem.hidden // COLUMNS))
 
-    def options(self) -> dict[str, Any]:
-        """Keywords of the launch that follow from the cut alone."""
+    def options(self, tokens: int) -> dict[str, Any]:
+        """Keywords of the launch but for topk and the weights' order."""
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
+            "GROUP": self.group, "TURNS": -(-tokens // (self.ctas * self.span)),
             "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "ACQUIRE": self.acquire,
-            "REDUCERS": 2, "REGISTERS": self.registers, "PDL": True,
+            "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
 
-    def turns(self, tokens: int) -> int:
-        """How often `span` tokens go into a CTA's."""
-        return -(-tokens // (self.ctas * self.span))
 
-
-def slots_of(rows: int) -> int:
-    """Slots of the ring for so many rows: 2^n within BUDGET, at least 4, and no more than 16."""
-    return next((slots for slots in (16, 8) if slots * rows * COLUMNS * 2 <= BUDGET), 4)
+def slots_of(nbytes: int) -> int:
+    """How many slots of so many bytes: what BUDGET holds, between 4 and 16."""
+    return next((slots for slots in (16, 12, 8, 6) if slots * nbytes <= BUDGET), 4)
 
 
 def launch(
@@ -506,7 +407,8 @@ def launch(
     device = out.device
     slices = -(-p.hidden // COLUMNS)
     slot_rows = h.codes.shape[0]
-    scratch = torch.empty((ring.slots * slot_rows, COLUMNS), dtype=torch.bfloat16, device=device)
+    shape = (ring.slots * ring.group * slot_rows, COLUMNS)
+    scratch = torch.empty(shape, dtype=torch.bfloat16, device=device)
     work = segments(routed, ring.split(p)) if work is None else work
     counters = work.counters
     words, scales = weight_boxes(weights, 4, 1)
@@ -517,7 +419,6 @@ def launch(
         scratch, out, routed.position, h.scales, weight, weights.row_scale, bias,
         work.records, counters, counters[slices * LINE :],
         p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
-        TOPK=p.topk, TURNS=ring.turns(p.tokens), WIDE=weights.order.fold is Fold.WIDE,
-        **ring.options(),
+        TOPK=p.topk, WIDE=weights.order.fold is Fold.WIDE, **ring.options(p.tokens),
     )  # fmt: skip
     return out

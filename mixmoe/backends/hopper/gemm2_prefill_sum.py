@@ -1,0 +1,134 @@
+"""The other half of `gemm2_prefill.gemm2_ring`: who watches the ring, and who reads it."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mixmoe.backends.hopper.mainloop import advance, cta_barrier
+from mixmoe.backends.hopper.signals import PITCH, glance, observe
+
+
+@gluon.jit
+def watch(
+    written_ptr, reduced_ptr, ready, granted, groups, RING: gl.constexpr, ACQUIRE: gl.constexpr
+):
+    """Role of the watching warp. Groups that all CTAs have written and slots that all have read are
+    polled for together, so that neither is held up by the other.
+
+    A granted slot needs no acquire: the loads from it had returned before they were counted, and
+    the stores to it are issued when the count has been seen.
+    """
+    grid = gl.num_programs(0)
+    full, free = grid * 0, grid * 0
+    while full < groups:
+        read = glance(reduced_ptr + free * PITCH)
+        if ACQUIRE:
+            wrote = observe(written_ptr + full * PITCH)
+        else:
+            wrote = glance(written_ptr + full * PITCH)
+        if (read >= grid) & (free + RING < groups):
+            mbarrier.arrive(granted.index(free % RING), count=1)
+            free += 1
+        if wrote >= grid:
+            if not ACQUIRE:
+                observe(written_ptr + full * PITCH)
+            mbarrier.arrive(ready.index(full % RING), count=1)
+            full += 1
+
+
+@gluon.jit
+def place(
+    position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1,
+    TOPK: gl.constexpr, TURNS: gl.constexpr, SCALED: gl.constexpr,
+):
+    """Where the rows of this CTA's tokens lie in a slot (-1: nowhere), and their factors."""
+    N: gl.constexpr = positions.shape[1]
+    n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for i in range(TURNS):
+        t = t0 + i * N + n
+        place = ()
+        for k in gl.static_range(TOPK):
+            p = gl.load(position_ptr + t * TOPK + k, mask=t < t1, other=-1)
+            place = place + (p,)  # type: ignore[assignment]
+        for k in gl.static_range(TOPK):
+            p = place[k]
+            f = gl.where(p >= 0, 1.0, 0.0)
+            if weight_ptr is not None:
+                f *= gl.load(weight_ptr + p, mask=p >= 0, other=0.0)
+            if SCALED:
+                f *= gl.load(h_scale_ptr + p, mask=p >= 0, other=0.0)
+            positions.index(i * TOPK + k).store(p)
+            factors.index(i * TOPK + k).store(f)
+
+
+@gluon.jit
+def ring_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr):
+    """The i-th of a lane's rows of the slices from the ring's `first` on."""
+    ROWS: gl.constexpr = positions.shape[0]
+    base = ring_ptr + ((first + i // ROWS) * slot_rows).to(gl.int64) * 64
+    p = positions.index(i % ROWS).load(gl.SliceLayout(1, L))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    return gl.load(
+        base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+
+
+@gluon.jit
+def in_columns(value, L: gl.constexpr):
+    """(N, 64) in the order of the ring's rows -> in the order of columns, layout L."""
+    N: gl.constexpr = value.shape[0]
+    value = value.reshape([N, 4, 2, 2, 2, 2])  # w, q (two bits), r, p
+    value = value.permute((0, 1, 4, 2, 3, 5)).reshape([N, 64])
+    return gl.convert_layout(value, L)
+
+
+@gluon.jit
+def reduce(
+    ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
+    reduced_ptr, slot_rows, T, H, y_stride, groups,
+    TOPK: gl.constexpr, RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr,
+    AHEAD: gl.constexpr, SCALED: gl.constexpr,
+):
+    """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
+
+    AHEAD rows a lane are under way at any time within a slice.
+    """
+    N: gl.constexpr = positions.shape[1]
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    grid = gl.num_programs(0)
+    t0 = (gl.program_id(0).to(gl.int64) * T // grid).to(gl.int32)
+    t1 = ((gl.program_id(0) + 1).to(gl.int64) * T // grid).to(gl.int32)
+    place(position_ptr, h_scale_ptr, weight_ptr, positions, factors, t0, t1, TOPK, TURNS, SCALED)
+    cta_barrier()
+    slot, turn = 0, 0
+    ROWS: gl.constexpr = TURNS * TOPK  # of a lane and slice
+    for group in range(groups):
+        mbarrier.wait(ready.index(slot), turn)
+        row = ()
+        for i in gl.static_range(AHEAD if AHEAD < GROUP * ROWS else GROUP * ROWS):
+            ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L)
+            row = row + (ahead,)  # type: ignore[assignment]
+        total = gl.zeros([N, 64], gl.float32, L)
+        for i in gl.static_range(GROUP * ROWS):
+            f = factors.index(i % ROWS).load(gl.SliceLayout(1, L))
+            total += row[i].to(gl.float32) * f[:, None]
+            if i + AHEAD < GROUP * ROWS:
+                ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i + AHEAD, L)
+                row = row + (ahead,)
+            if i % TOPK + 1 == TOPK:
+                t = t0 + i % ROWS // TOPK * N + n
+                column = (group * GROUP + i // ROWS) * 64 + c
+                gl.store(
+                    y_ptr + t.to(gl.int64)[:, None] * y_stride + column[None, :],
+                    in_columns(total.to(y_ptr.dtype.element_ty), L),
+                    mask=(t < t1)[:, None] & (column < H)[None, :], cache_modifier=".cs",
+                )
+                total = gl.zeros([N, 64], gl.float32, L)
+        # Relaxed: a store above was issued only when the loads it needs had returned, which is all
+        # that a later write to the slot has to wait for.
+        cta_barrier()
+        gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
+        slot, turn = advance(slot, turn, RING)
