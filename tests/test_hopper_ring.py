@@ -95,12 +95,12 @@ class Cta:
                     stage = item % cut.stages
                     yield self.full[stage].done(item // cut.stages & 1)
                     assert self.weights[stage] == (s, i), "stale weights"
-                    self.empty[stage].arrive()
-                    item += 1
                     if not cut.trusting:
                         yield self.granted[slot].done(turn)
                     at = slot * cut.group + s % cut.group, self.index, i
                     self.device.store(self.index, at, s)
+                    self.empty[stage].arrive()
+                    item += 1
             if not cut.trusting:
                 yield self.granted[slot].done(turn)
             self.done[slot].arrive()
@@ -129,21 +129,28 @@ class Cta:
         for group in range(announced, cut.groups):
             yield from self.announce(group)
 
-    def watch(self) -> Role:
-        cut, device, full, free = self.device.cut, self.device, 0, 0
+    def watch(self, look: int = 3) -> Role:
+        cut, device = self.device.cut, self.device
+        full, free, fulls, frees = 0, 0, 0, 0
         grid = len(cut.segments)
+
+        def complete(counts: list[int], first: int, last: int) -> int:
+            """Complete counts from `first` on, of `look` and before `last`."""
+            window = counts[first : min(first + look, last)]
+            return next((i for i, n in enumerate(window) if n < grid), len(window))
+
+        def poll() -> bool:
+            nonlocal frees, fulls
+            frees = complete(device.reduced, free, max(cut.groups - cut.ring, 0))
+            fulls = complete(device.written, full, cut.groups)
+            return frees + fulls > 0
+
         while full < cut.groups:
-            # A poll: it goes on when there is something to see, in the order of the kernel.
-            at = full, free
-            yield lambda at=at: (  # type: ignore[misc]
-                device.written[at[0]] >= grid
-                or (device.reduced[at[1]] >= grid and at[1] + cut.ring < cut.groups)
-            )
-            read, wrote = device.reduced[free], device.written[full]
-            if read >= grid and free + cut.ring < cut.groups:
+            yield poll
+            for _ in range(frees):
                 self.granted[free % cut.ring].arrive()
                 free += 1
-            if wrote >= grid:
+            for _ in range(fulls):
                 self.ready[full % cut.ring].arrive()
                 full += 1
 

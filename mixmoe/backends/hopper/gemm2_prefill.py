@@ -162,17 +162,8 @@ def transposed(value):
 
 
 @gluon.jit
-def piece(
-    low, high, rows, w_empty, granted, turn, release, first, left, scale, bias, h_scale_ptr,
-    target, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
-):
-    """64 columns x N rows: the product over all of K, scaled, as bf16 rows at `target`; of the
-    rows `left` blocks of 32 exist.
-
-    The first piece gives the weights' stage back, and only after its product: a barrier does not
-    wait for a warp's loads from shared memory, and behind the reducing warps' loads they can take
-    longer than the refill (H200, 2026-11-24: a stale 16 bytes of scales in 3 of 120,000 tiles).
-    """
+def product(low, high, rows, first, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr):
+    """Issue 64 columns x N rows from block `first` on, over all of K; 2 STEPS groups of wgmma."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
@@ -182,19 +173,20 @@ def piece(
         x = smem_cast(
             rows.index(k * ROOM + first), gl.float8e4nv, [N, 128], gl.NVMMASharedLayout(128, 8, 2)
         )
-        low0, low1 = halves(low[k])
-        high0, high1 = halves(high[k])
-        acc = warpgroup_mma(
-            half_fragment(low0, high0, A, 1, 4), x.slice(0, 64, dim=1).permute((1, 0)), acc,
-            use_acc=k > 0, is_async=True,
-        )
-        acc = warpgroup_mma(
-            half_fragment(low1, high1, A, 1, 4), x.slice(64, 64, dim=1).permute((1, 0)), acc,
-            is_async=True,
-        )
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    if release:
-        mbarrier.arrive(w_empty, count=1)
+        lows, highs = halves(low[k]), halves(high[k])
+        for h in gl.static_range(2):
+            acc = warpgroup_mma(
+                half_fragment(lows[h], highs[h], A, 1, 4),
+                x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=k + h > 0, is_async=True,
+            )  # fmt: skip
+    return acc
+
+
+@gluon.jit
+def put(acc, left, scale, bias, h_scale_ptr, target):
+    """A product, scaled, as bf16 rows at `target`; of the rows `left` blocks of 32 exist."""
+    L: gl.constexpr = acc.type.layout
+    N: gl.constexpr = acc.shape[1]
     value = acc * gl.convert_layout(scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     if bias is not None:
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
@@ -203,36 +195,59 @@ def piece(
     value = transposed(value.to(gl.bfloat16))
     n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
-    mbarrier.wait(granted, turn)
-    gl.store(
-        target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left * 32)[:, None]
-    )
+    gl.store(target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left * 32)[:, None])
+
+
+@gluon.jit
+def run(
+    low, high, rows, first, left, scale, bias, h_scale_ptr, target,
+    RUN: gl.constexpr, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+):
+    """RUN products of N rows; one is under way while the one before is stored."""
+    acc = product(low, high, rows, first, N, STEPS, ROOM)
+    for i in gl.static_range(RUN):
+        if i + 1 < RUN:
+            following = product(low, high, rows, first + (i + 1) * (N // 32), N, STEPS, ROOM)
+            acc = warpgroup_mma_wait(2 * STEPS, deps=[acc])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        put(acc, left - i * (N // 32), scale, bias, h_scale_ptr + i * N, target + i * (N * 64))
+        if i + 1 < RUN:
+            acc = following
 
 
 @gluon.jit
 def pieces(
-    low, high, rows, w_empty, granted, turn, first, blocks, scale, bias, h_scale_ptr, target,
-    PIECE: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+    low, high, rows, first, blocks, scale, bias, h_scale_ptr, target,
+    RUN: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
 ):
-    """A segment: pieces of PIECE rows, the last one of 64 or 32 where that is enough."""
+    """A segment: runs of RUN products of 64 rows, then of 2 and 1, the last of 32 rows if that is
+    enough."""
     b = 0
-    while blocks - b > PIECE // 64:
-        piece(
-            low, high, rows, w_empty, granted, turn, b == 0, first + b, blocks - b, scale, bias,
-            h_scale_ptr + b * 32, target + b * (32 * 64), PIECE, STEPS, ROOM,
-        )
-        b += PIECE // 32
-    if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
+    while blocks - b > (2 * RUN - 2 if RUN > 1 else 1):
+        run(
+            low, high, rows, first + b, blocks - b, scale, bias, h_scale_ptr + b * 32,
+            target + b * (32 * 64), RUN, 64, STEPS, ROOM,
+        )  # fmt: skip
+        b += 2 * RUN
+    if RUN > 2:  # noqa: SIM102 (the first is a constant, the second is not)
+        if blocks - b > 2:
+            run(
+                low, high, rows, first + b, blocks - b, scale, bias, h_scale_ptr + b * 32,
+                target + b * (32 * 64), 2, 64, STEPS, ROOM,
+            )  # fmt: skip
+            b += 4
+    if RUN > 1:  # noqa: SIM102
         if blocks - b == 2:
-            piece(
-                low, high, rows, w_empty, granted, turn, b == 0, first + b, 2, scale, bias,
-                h_scale_ptr + b * 32, target + b * (32 * 64), 64, STEPS, ROOM,
-            )
+            run(
+                low, high, rows, first + b, 2, scale, bias, h_scale_ptr + b * 32,
+                target + b * (32 * 64), 1, 64, STEPS, ROOM,
+            )  # fmt: skip
     if blocks - b == 1:
-        piece(
-            low, high, rows, w_empty, granted, turn, b == 0, first + b, 1, scale, bias,
-            h_scale_ptr + b * 32, target + b * (32 * 64), 32, STEPS, ROOM,
-        )
+        run(
+            low, high, rows, first + b, 1, scale, bias, h_scale_ptr + b * 32,
+            target + b * (32 * 64), 1, 32, STEPS, ROOM,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -240,12 +255,12 @@ def multiply(
     words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
     row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups, slot_rows,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    GROUP: gl.constexpr, PIECE: gl.constexpr, WIDE: gl.constexpr,
+    GROUP: gl.constexpr, RUN: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring. Records are loaded a segment ahead."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]
     )
     mine, count = list_of(list_ptr, ROOM)
     m = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
@@ -272,11 +287,15 @@ def multiply(
                     lo, hi = load_units(words.index(at), scales.index(at), 1, 4, WIDE)
                     low = low + (lo,)  # type: ignore[assignment]
                     high = high + (hi,)  # type: ignore[assignment]
+                mbarrier.wait(granted.index(slot), turn)
                 pieces(
-                    low, high, rows, w_empty.index(stage), granted.index(slot), turn, first,
-                    blocks, scale, bias, h_scale_ptr + block * 32,
-                    ring_ptr + (place + block * 32).to(gl.int64) * 64, PIECE, STEPS, ROOM,
+                    low, high, rows, first, blocks, scale, bias, h_scale_ptr + block * 32,
+                    ring_ptr + (place + block * 32).to(gl.int64) * 64, RUN, STEPS, ROOM,
                 )
+                # Only now: a barrier does not wait for a warp's loads from shared memory, and
+                # behind the reducing warps' loads they can take longer than the refill (H200,
+                # 2026-11-24: a stale 16 bytes of scales in 3 of 120,000 tiles). Products do.
+                mbarrier.arrive(w_empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
                 first += blocks
                 expert, block, blocks = next_expert, next_block, next_blocks
@@ -293,7 +312,7 @@ def gemm2_ring(
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
-    AHEAD: gl.constexpr, PIECE: gl.constexpr, ACQUIRE: gl.constexpr, WIDE: gl.constexpr,
+    AHEAD: gl.constexpr, RUN: gl.constexpr, LOOK: gl.constexpr, WIDE: gl.constexpr,
     REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
@@ -321,14 +340,14 @@ def gemm2_ring(
         [
             (multiply, (words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr,
                         list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups,
-                        slot_rows, STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
+                        slot_rows, STEPS, STAGES, ROOM, RING, GROUP, RUN, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
                       TOPK, RING, GROUP, TURNS, AHEAD, bias_ptr is None)),
             (produce, (w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full,
                        w_empty, h_full, done, units, slices, groups, STEPS, STAGES, ROOM, RING,
                        GROUP)),
-            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, ACQUIRE)),
+            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -341,7 +360,8 @@ class Ring:
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
     of the ring, of `group` slices each; registers: of a helper warp's thread (a matrix warp's has
-    256 less that); ctas: of the grid, all resident; piece: routes multiplied at a time; span:
+    256 less that); ctas: of the grid, all resident; run: products of 64 routes
+    whose stores and wgmma overlap; span:
     tokens reduced at a time; ahead: of their rows a lane has under way; acquire: `written` is
     polled by acquiring loads.
     """
@@ -355,8 +375,8 @@ class Ring:
     group: int
     span: int
     ahead: int
-    piece: int = 128
-    acquire: bool = True
+    run: int = 2
+    look: int = 4
 
     @classmethod
     def of(
@@ -383,7 +403,7 @@ class Ring:
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": -(-tokens // (self.ctas * self.span)),
-            "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "ACQUIRE": self.acquire,
+            "SPAN": self.span, "AHEAD": self.ahead, "RUN": self.run, "LOOK": self.look,
             "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip

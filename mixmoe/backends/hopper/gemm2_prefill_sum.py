@@ -9,29 +9,36 @@ from mixmoe.backends.hopper.signals import PITCH, glance, observe
 
 
 @gluon.jit
+def complete(counts, i, grid, LOOK: gl.constexpr):
+    """How many of the first LOOK counts are complete before one is not."""
+    return gl.min(gl.where(counts >= grid, LOOK, i), 0)
+
+
+@gluon.jit
 def watch(
-    written_ptr, reduced_ptr, ready, granted, groups, RING: gl.constexpr, ACQUIRE: gl.constexpr
+    written_ptr, reduced_ptr, ready, granted, groups,
+    RING: gl.constexpr, LOOK: gl.constexpr,
 ):
     """Role of the watching warp. Groups that all CTAs have written and slots that all have read are
-    polled for together, so that neither is held up by the other.
+    polled for together, LOOK of each, so that neither is held up by the other and a poll that took
+    long may find several.
 
     A granted slot needs no acquire: the loads from it had returned before they were counted, and
     the stores to it are issued when the count has been seen.
     """
     grid = gl.num_programs(0)
+    i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) % LOOK
     full, free = grid * 0, grid * 0
     while full < groups:
-        read = glance(reduced_ptr + free * PITCH)
-        if ACQUIRE:
-            wrote = observe(written_ptr + full * PITCH)
-        else:
-            wrote = glance(written_ptr + full * PITCH)
-        if (read >= grid) & (free + RING < groups):
+        reads = glance(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
+        writes = observe(written_ptr + gl.minimum(full + i, groups - 1) * PITCH)
+        frees = gl.minimum(complete(reads, i, grid, LOOK), gl.maximum(groups - RING - free, 0))
+        fulls = gl.minimum(complete(writes, i, grid, LOOK), groups - full)
+        cta_barrier()  # every lane's acquire before one lane's arrival
+        for _ in range(frees):
             mbarrier.arrive(granted.index(free % RING), count=1)
             free += 1
-        if wrote >= grid:
-            if not ACQUIRE:
-                observe(written_ptr + full * PITCH)
+        for _ in range(fulls):
             mbarrier.arrive(ready.index(full % RING), count=1)
             full += 1
 
