@@ -72,13 +72,13 @@ def test_tiles_cover_routes(
 
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ctas, equal", [(264, False), (130, True)])
+@pytest.mark.parametrize("ctas", [264, 130])
 def test_segments_cover_blocks(
-    shape: tuple[int, int, int], skew: str, ctas: int, equal: bool, dirty: None
+    shape: tuple[int, int, int], skew: str, ctas: int, dirty: None
 ) -> None:
     r = routed(*shape, skew)
     total, room = int(r.expert_offsets[-1]) // 32, 20
-    made = worklist.segments(r, worklist.Split(ctas, room, 700, equal))
+    made = worklist.segments(r, worklist.Split(ctas, room, 700))
     assert not made.counters.any()
     seen = torch.zeros(total, dtype=torch.int32)
     for mine in made.records.tolist():
@@ -102,7 +102,7 @@ def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch, dirty: N
 
     monkeypatch.setattr(worklist, "segments", short)
     with pytest.raises(AssertionError):
-        test_segments_cover_blocks((8, 512, 2), "uniform", 264, False, dirty)
+        test_segments_cover_blocks((8, 512, 2), "uniform", 264, dirty)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -75,7 +75,7 @@ def write_tiles(
 @triton.jit
 def write_segments(
     routes, start, e, worker, workers, segments_ptr, counters_ptr, counters, ctas,
-    ROOM: tl.constexpr, N: tl.constexpr, EQUAL: tl.constexpr,
+    ROOM: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The lists of CTAs worker * N .. worker * N + N - 1, and a share of zeroed counters."""
     for first in range(worker * 256, counters, workers * 256):
@@ -99,7 +99,7 @@ def write_segments(
     low = origin + part * size // pieces
     high = origin + (part + 1) * size // pieces
     high = tl.where(cta < total_parts, high, low)
-    crowded = (total_parts > ctas) | EQUAL
+    crowded = total_parts > ctas
     low = tl.where(crowded, (cta.to(tl.int64) * total // ctas).to(tl.int32), low)
     high = tl.where(crowded, ((cta + 1).to(tl.int64) * total // ctas).to(tl.int32), high)
     at = segments_ptr + cta * (4 * (ROOM + 1))
@@ -119,7 +119,7 @@ def write_segments(
 def list_work(
     counts_ptr, offsets_ptr, tiles_ptr, others_ptr, segments_ptr, counters_ptr, counters, E, ctas,
     MAIN: tl.constexpr, EXTRA: tl.constexpr, OTHER: tl.constexpr, ROOM: tl.constexpr,
-    N: tl.constexpr, EQUAL: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program 0: tiles of MAIN; the others: tiles of OTHER (one program), or segments. 0: none."""
     start_dependents(PDL)
@@ -136,7 +136,7 @@ def list_work(
         if ROOM > 0:
             write_segments(
                 routes, start, e, worker, tl.num_programs(0) - 1, segments_ptr, counters_ptr,
-                counters, ctas, ROOM, N, EQUAL,
+                counters, ctas, ROOM, N,
             )  # fmt: skip
 
 
@@ -159,15 +159,12 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How segments are asked for: so many CTAs with room for so many blocks each.
-
-    equal: cut the line of blocks into equal shares in any case. counters: ints to zero beside.
-    """
+    """How segments are asked for: so many CTAs with room for so many blocks each, and beside them
+    `counters` ints to zero."""
 
     ctas: int
     room: int
     counters: int
-    equal: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,8 +207,8 @@ def work_lists(
         segments.records if segments else nothing, segments.counters if segments else nothing,
         split.counters if split else 0, experts, split.ctas if split else 0,
         MAIN=main // ROUTE_BLOCK, EXTRA=extra // ROUTE_BLOCK, OTHER=other // ROUTE_BLOCK,
-        ROOM=split.room if split else 0, N=PER_PROGRAM, EQUAL=bool(split and split.equal),
-        EP=pow2(experts), num_warps=8, **options(device),
+        ROOM=split.room if split else 0, N=PER_PROGRAM, EP=pow2(experts), num_warps=8,
+        **options(device),
     )  # fmt: skip
     return Lists(first, second, segments)
 
