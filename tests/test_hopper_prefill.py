@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
 from mixmoe.backends.hopper import gemm2_prefill, gemm2_red  # noqa: E402
+from mixmoe.backends.hopper.gemm2_decode import row_box  # noqa: E402
 from mixmoe.backends.hopper.mainloop import weight_descriptors  # noqa: E402
 from mixmoe.backends.hopper.prefill import grouped_prefill  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
@@ -94,10 +95,11 @@ def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resourc
     h = TensorDescriptor.from_tensor(
         Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
+    vectors = row_box(Fake(torch.float32, (256, 7168)))
     return compile_gluon(
-        gemm2_prefill.gemm2_ring, *words, h, BF16, BF16, I32, F32, F32, F32,
-        F32 if bias else None, I32, I32, I32, tokens, 7168, 7168, 448, 112, 40704, TOPK=8,
-        WIDE=wide, **cut.options(tokens),
+        gemm2_prefill.gemm2_ring, *words, vectors, vectors if bias else None, h, BF16, BF16, I32,
+        F32, F32, I32, I32, I32, tokens, 7168, 7168, 448, 112, 40704, TOPK=8, WIDE=wide,
+        **cut.options(tokens),
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import barriers, multiprocessors
+from mixmoe.backends.hopper.gemm2_decode import Vectors, row_box, vector
 from mixmoe.backends.hopper.gemm2_prefill_sum import reduce, watch
 from mixmoe.backends.hopper.mainloop import (
     advance,
@@ -64,7 +65,7 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-BUDGET = 40 << 20  # bytes of the L2 that the ring may take, if it has more than 4 slots
+BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it has three
 
 
 @gluon.jit
@@ -108,14 +109,15 @@ def announce(written_ptr, done, group, RING: gl.constexpr):
 
 @gluon.jit
 def produce(
-    w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full, w_empty, h_full,
-    done, units, slices, groups,
+    w_desc, s_desc, r_desc, b_desc, h_desc, list_ptr, written_ptr, words, scales, vectors,
+    rows, w_full, w_empty, h_full, done, units, slices, groups,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Role of the loading warp: rows of h once, then the weights of every slice; and the groups
-    that are done. A group is waited for when all weights that the matrix warps can ask for before
-    its end are under way: STAGES segments beyond its last."""
+    """Role of the loading warp: rows of h once, then the weights of every slice with their scales
+    and biases; and the groups that are done. A group is waited for when all weights that the matrix
+    warps can ask for before its end are under way: STAGES segments beyond its last."""
+    VECTORS: gl.constexpr = r_desc.block_type.nbytes * (1 if b_desc is None else 2)
     mine, count = list_of(list_ptr, ROOM)
     load_rows(h_desc, mine, count, rows, h_full, STEPS, ROOM)
     stage, phase = 0, 1
@@ -124,13 +126,17 @@ def produce(
     expert = gl.load(mine)
     for s in range(slices):
         for i in range(count):
+            row = expert
             unit = expert * units + s * 4
             expert = gl.load(mine + gl.where(i + 1 < count, i + 1, 0) * 4)
             full = w_full.index(stage)
             mbarrier.wait(w_empty.index(stage), phase)
             mbarrier.expect(
-                full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes)
+                full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes) + VECTORS
             )
+            tma_load(r_desc, [row, s * 64], full, vectors.scale.index(stage))
+            if b_desc is not None:
+                tma_load(b_desc, [row, s * 64], full, vectors.bias.index(stage))
             for k in gl.static_range(STEPS):
                 tma_load(w_desc, [unit, k, 0], full, words.index(stage * STEPS + k))
                 tma_load(s_desc, [unit, 16 * k], full, scales.index(stage * STEPS + k))
@@ -162,8 +168,12 @@ def transposed(value):
 
 
 @gluon.jit
-def product(low, high, rows, first, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr):
-    """Issue 64 columns x N rows from block `first` on, over all of K; 2 STEPS groups of wgmma."""
+def piece(
+    low, high, rows, first, left, scale, bias, h_scale_ptr, target,
+    N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
+):
+    """64 columns x N rows from block `first` on: the product over all of K, scaled, as bf16 rows at
+    `target`; of the rows `left` blocks of 32 exist."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
@@ -179,14 +189,7 @@ def product(low, high, rows, first, N: gl.constexpr, STEPS: gl.constexpr, ROOM: 
                 half_fragment(lows[h], highs[h], A, 1, 4),
                 x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=k + h > 0, is_async=True,
             )  # fmt: skip
-    return acc
-
-
-@gluon.jit
-def put(acc, left, scale, bias, h_scale_ptr, target):
-    """A product, scaled, as bf16 rows at `target`; of the rows `left` blocks of 32 exist."""
-    L: gl.constexpr = acc.type.layout
-    N: gl.constexpr = acc.shape[1]
+    acc = warpgroup_mma_wait(0, deps=[acc])
     value = acc * gl.convert_layout(scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     if bias is not None:
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
@@ -199,88 +202,33 @@ def put(acc, left, scale, bias, h_scale_ptr, target):
 
 
 @gluon.jit
-def run(
-    low, high, rows, first, left, scale, bias, h_scale_ptr, target,
-    RUN: gl.constexpr, N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
-):
-    """RUN products of N rows; one is under way while the one before is stored."""
-    acc = product(low, high, rows, first, N, STEPS, ROOM)
-    for i in gl.static_range(RUN):
-        if i + 1 < RUN:
-            following = product(low, high, rows, first + (i + 1) * (N // 32), N, STEPS, ROOM)
-            acc = warpgroup_mma_wait(2 * STEPS, deps=[acc])
-        else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-        put(acc, left - i * (N // 32), scale, bias, h_scale_ptr + i * N, target + i * (N * 64))
-        if i + 1 < RUN:
-            acc = following
-
-
-@gluon.jit
-def pieces(
-    low, high, rows, first, blocks, scale, bias, h_scale_ptr, target,
-    RUN: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
-):
-    """A segment: runs of RUN products of 64 rows, then of 2 and 1, the last of 32 rows if that is
-    enough."""
-    b = 0
-    while blocks - b > (2 * RUN - 2 if RUN > 1 else 1):
-        run(
-            low, high, rows, first + b, blocks - b, scale, bias, h_scale_ptr + b * 32,
-            target + b * (32 * 64), RUN, 64, STEPS, ROOM,
-        )  # fmt: skip
-        b += 2 * RUN
-    if RUN > 2:  # noqa: SIM102 (the first is a constant, the second is not)
-        if blocks - b > 2:
-            run(
-                low, high, rows, first + b, blocks - b, scale, bias, h_scale_ptr + b * 32,
-                target + b * (32 * 64), 2, 64, STEPS, ROOM,
-            )  # fmt: skip
-            b += 4
-    if RUN > 1:  # noqa: SIM102
-        if blocks - b == 2:
-            run(
-                low, high, rows, first + b, 2, scale, bias, h_scale_ptr + b * 32,
-                target + b * (32 * 64), 1, 64, STEPS, ROOM,
-            )  # fmt: skip
-    if blocks - b == 1:
-        run(
-            low, high, rows, first + b, 1, scale, bias, h_scale_ptr + b * 32,
-            target + b * (32 * 64), 1, 32, STEPS, ROOM,
-        )  # fmt: skip
-
-
-@gluon.jit
 def multiply(
-    words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
-    row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups, slot_rows,
+    words, scales, vectors, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
+    h_scale_ptr, slices, groups, slot_rows,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    GROUP: gl.constexpr, RUN: gl.constexpr, WIDE: gl.constexpr,
+    GROUP: gl.constexpr, PIECE: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring. Records are loaded a segment ahead."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
     )
     mine, count = list_of(list_ptr, ROOM)
-    m = gl.arange(0, 64, layout=gl.SliceLayout(1, L))
     stage, phase, slot, turn = 0, 0, 0, 1
-    expert, block, blocks = segment(mine)
+    _, block, blocks = segment(mine)
     mbarrier.wait(h_full, 0)
     for group in range(groups):
         for s in range(group * GROUP, gl.minimum(group * GROUP + GROUP, slices)):
             place = (slot * GROUP + s - group * GROUP) * slot_rows
             first = 0
-            column = s * 64 + m
             for i in range(count):
                 after = gl.where(i + 1 < count, i + 1, 0)
-                next_expert, next_block, next_blocks = segment(mine + after * 4)
-                row = expert.to(gl.int64) * H + column
-                scale = gl.load(row_scale_ptr + row, mask=column < H, other=0.0)
-                bias = None
-                if bias_ptr is not None:
-                    bias = gl.load(bias_ptr + row, mask=column < H, other=0.0)
+                _, next_block, next_blocks = segment(mine + after * 4)
                 mbarrier.wait(w_full.index(stage), phase)
+                scale = vector(vectors.scale, stage, L)
+                bias = None
+                if vectors.bias is not None:
+                    bias = vector(vectors.bias, stage, L)
                 low, high = (), ()
                 for k in gl.static_range(STEPS):
                     at = stage * STEPS + k
@@ -288,17 +236,33 @@ def multiply(
                     low = low + (lo,)  # type: ignore[assignment]
                     high = high + (hi,)  # type: ignore[assignment]
                 mbarrier.wait(granted.index(slot), turn)
-                pieces(
-                    low, high, rows, first, blocks, scale, bias, h_scale_ptr + block * 32,
-                    ring_ptr + (place + block * 32).to(gl.int64) * 64, RUN, STEPS, ROOM,
-                )
+                target = ring_ptr + (place + block * 32).to(gl.int64) * 64
+                factor_ptr = h_scale_ptr + block * 32
+                b = 0
+                while blocks - b > PIECE // 64:
+                    piece(
+                        low, high, rows, first + b, blocks - b, scale, bias, factor_ptr + b * 32,
+                        target + b * (32 * 64), PIECE, STEPS, ROOM,
+                    )  # fmt: skip
+                    b += PIECE // 32
+                if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
+                    if blocks - b == 2:
+                        piece(
+                            low, high, rows, first + b, 2, scale, bias, factor_ptr + b * 32,
+                            target + b * (32 * 64), 64, STEPS, ROOM,
+                        )  # fmt: skip
+                if blocks - b == 1:
+                    piece(
+                        low, high, rows, first + b, 1, scale, bias, factor_ptr + b * 32,
+                        target + b * (32 * 64), 32, STEPS, ROOM,
+                    )  # fmt: skip
                 # Only now: a barrier does not wait for a warp's loads from shared memory, and
                 # behind the reducing warps' loads they can take longer than the refill (H200,
                 # 2026-11-24: a stale 16 bytes of scales in 3 of 120,000 tiles). Products do.
                 mbarrier.arrive(w_empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
                 first += blocks
-                expert, block, blocks = next_expert, next_block, next_blocks
+                block, blocks = next_block, next_blocks
         mbarrier.wait(granted.index(slot), turn)  # for a CTA without segments, too
         cta_barrier()  # every warp's stores before one thread's arrival
         mbarrier.arrive(done.index(slot), count=1)
@@ -307,12 +271,13 @@ def multiply(
 
 @gluon.jit
 def gemm2_ring(
-    w_desc, s_desc, h_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, row_scale_ptr,
-    bias_ptr, list_ptr, written_ptr, reduced_ptr,
+    w_desc, s_desc, r_desc, b_desc, h_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr,
+    list_ptr, written_ptr, reduced_ptr,
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
-    AHEAD: gl.constexpr, RUN: gl.constexpr, LOOK: gl.constexpr, WIDE: gl.constexpr,
+    AHEAD: gl.constexpr, PIECE: gl.constexpr, LOOK: gl.constexpr, WIDE: gl.constexpr,
+    ONCE: gl.constexpr,
     REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
@@ -329,6 +294,17 @@ def gemm2_ring(
     factors = gl.allocate_shared_memory(gl.float32, [TURNS * TOPK, SPAN], flat)
     w_full = barriers(STAGES, 1)
     w_empty = barriers(STAGES, 1)
+    bias = None
+    if b_desc is not None:
+        bias = gl.allocate_shared_memory(
+            gl.float32, [STAGES] + b_desc.block_type.shape, b_desc.layout
+        )
+    vectors = Vectors(
+        gl.allocate_shared_memory(
+            gl.float32, [STAGES] + r_desc.block_type.shape, r_desc.layout
+        ),
+        bias,
+    )
     h_full = barriers(1, ROOM).index(0)
     granted, done, ready = barriers(RING, 1), barriers(RING, 1), barriers(RING, 1)
     fence_async_shared()
@@ -338,15 +314,15 @@ def gemm2_ring(
         gdc_wait()
     gl.warp_specialize(
         [
-            (multiply, (words, scales, rows, w_full, w_empty, h_full, granted, done, ring_ptr,
-                        list_ptr, row_scale_ptr, bias_ptr, h_scale_ptr, H, slices, groups,
-                        slot_rows, STEPS, STAGES, ROOM, RING, GROUP, RUN, WIDE)),
+            (multiply, (words, scales, vectors, rows, w_full, w_empty, h_full, granted, done,
+                        ring_ptr, list_ptr, h_scale_ptr, slices, groups, slot_rows,
+                        STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
-                      TOPK, RING, GROUP, TURNS, AHEAD, bias_ptr is None)),
-            (produce, (w_desc, s_desc, h_desc, list_ptr, written_ptr, words, scales, rows, w_full,
-                       w_empty, h_full, done, units, slices, groups, STEPS, STAGES, ROOM, RING,
-                       GROUP)),
+                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None, ONCE)),
+            (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, list_ptr, written_ptr, words, scales,
+                       vectors, rows, w_full, w_empty, h_full, done, units, slices,
+                       groups, STEPS, STAGES, ROOM, RING, GROUP)),
             (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK)),
         ],
         [2, 1, 1],
@@ -360,8 +336,7 @@ class Ring:
 
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
     of the ring, of `group` slices each; registers: of a helper warp's thread (a matrix warp's has
-    256 less that); ctas: of the grid, all resident; run: products of 64 routes
-    whose stores and wgmma overlap; span:
+    256 less that); ctas: of the grid, all resident; piece: routes multiplied at a time; span:
     tokens reduced at a time; ahead: of their rows a lane has under way; acquire: `written` is
     polled by acquiring loads.
     """
@@ -375,8 +350,9 @@ class Ring:
     group: int
     span: int
     ahead: int
-    run: int = 2
+    piece: int = 64
     look: int = 4
+    once: bool = False
 
     @classmethod
     def of(
@@ -403,15 +379,16 @@ class Ring:
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": -(-tokens // (self.ctas * self.span)),
-            "SPAN": self.span, "AHEAD": self.ahead, "RUN": self.run, "LOOK": self.look,
+            "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "LOOK": self.look,
+            "ONCE": self.once,
             "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
 
 
 def slots_of(nbytes: int) -> int:
-    """How many slots of so many bytes: what BUDGET holds, between 4 and 16."""
-    return next((slots for slots in (16, 12, 8, 6) if slots * nbytes <= BUDGET), 4)
+    """How many slots of so many bytes."""
+    return 4 if 4 * nbytes <= BUDGET else 3
 
 
 def launch(
@@ -434,9 +411,10 @@ def launch(
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     gemm2_ring[(ring.ctas,)](
-        words, scales,
+        words, scales, row_box(weights.row_scale),  # type: ignore[arg-type]
+        None if bias is None else row_box(bias),
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
-        scratch, out, routed.position, h.scales, weight, weights.row_scale, bias,
+        scratch, out, routed.position, h.scales, weight,
         work.records, counters, counters[slices * LINE :],
         p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
         TOPK=p.topk, WIDE=weights.order.fold is Fold.WIDE, **ring.options(p.tokens),

@@ -69,16 +69,20 @@ def place(
 
 
 @gluon.jit
-def ring_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr):
+def ring_rows(
+    ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr, ONCE: gl.constexpr
+):
     """The i-th of a lane's rows of the slices from the ring's `first` on."""
     ROWS: gl.constexpr = positions.shape[0]
     base = ring_ptr + ((first + i // ROWS) * slot_rows).to(gl.int64) * 64
     p = positions.index(i % ROWS).load(gl.SliceLayout(1, L))
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    return gl.load(
-        base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
+    at = base + p[:, None] * 64 + c[None, :]
+    live = (p >= 0)[:, None]
+    if ONCE:
+        return gl.load(at, mask=live, other=0.0, eviction_policy="evict_first")
+    else:
+        return gl.load(at, mask=live, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -95,7 +99,7 @@ def reduce(
     ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
     reduced_ptr, slot_rows, T, H, y_stride, groups,
     TOPK: gl.constexpr, RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr,
-    AHEAD: gl.constexpr, SCALED: gl.constexpr,
+    AHEAD: gl.constexpr, SCALED: gl.constexpr, ONCE: gl.constexpr,
 ):
     """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
 
@@ -116,14 +120,14 @@ def reduce(
         mbarrier.wait(ready.index(slot), turn)
         row = ()
         for i in gl.static_range(AHEAD if AHEAD < GROUP * ROWS else GROUP * ROWS):
-            ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L)
+            ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L, ONCE)
             row = row + (ahead,)  # type: ignore[assignment]
         total = gl.zeros([N, 64], gl.float32, L)
         for i in gl.static_range(GROUP * ROWS):
             f = factors.index(i % ROWS).load(gl.SliceLayout(1, L))
             total += row[i].to(gl.float32) * f[:, None]
             if i + AHEAD < GROUP * ROWS:
-                ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i + AHEAD, L)
+                ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i + AHEAD, L, ONCE)
                 row = row + (ahead,)
             if i % TOPK + 1 == TOPK:
                 t = t0 + i % ROWS // TOPK * N + n
