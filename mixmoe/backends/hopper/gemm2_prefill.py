@@ -69,27 +69,48 @@ BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it
 
 
 @gluon.jit
-def segment(at):
+def keep_list(list_ptr, ROOM: gl.constexpr):
+    """This CTA's work list in shared memory, where a record is near: in every slice a load of one
+    from global memory would be waited for."""
+    N: gl.constexpr = 4 * (ROOM + 1)
+    FIELDS: gl.constexpr = 64 if N <= 64 else 128
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    i = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    fields = gl.load(list_ptr + gl.program_id(0) * N + i, mask=i < N, other=-1)
+    memory = gl.allocate_shared_memory(gl.int32, [FIELDS], flat)
+    memory.store(fields)
+    return smem_cast(memory, gl.int32, [FIELDS // 4, 4], flat)
+
+
+@gluon.jit
+def segment(records, i):
     """A record of the work list: expert (-1 ends the list), first sorted block, blocks."""
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2)
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout=L)
+    record = records.index(i).load(L)
+    return (
+        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
+        gl.sum(gl.where(field == 2, record, 0), 0),
+    )  # fmt: skip
 
 
 @gluon.jit
-def list_of(list_ptr, ROOM: gl.constexpr):
-    """This CTA's work list and how many segments it has."""
-    mine = list_ptr + gl.program_id(0) * (4 * (ROOM + 1))
+def count_of(records):
+    """How many segments a list has."""
     count = gl.program_id(0) * 0
-    while gl.load(mine + count * 4) >= 0:
+    expert, block, blocks = segment(records, count)
+    while expert >= 0:
         count += 1
-    return mine, count
+        expert, block, blocks = segment(records, count)
+    return count
 
 
 @gluon.jit
-def load_rows(h_desc, mine, count, rows, h_full, STEPS: gl.constexpr, ROOM: gl.constexpr):
+def load_rows(h_desc, records, count, rows, h_full, STEPS: gl.constexpr, ROOM: gl.constexpr):
     """The rows of h of all segments, which stay."""
     used = count * 0
     for i in range(count):
-        expert, block, blocks = segment(mine + i * 4)
+        expert, block, blocks = segment(records, i)
         for b in range(blocks):
             mbarrier.expect(h_full, STEPS * h_desc.block_type.nbytes)
             for k in gl.static_range(STEPS):
@@ -109,7 +130,7 @@ def announce(written_ptr, done, group, RING: gl.constexpr):
 
 @gluon.jit
 def produce(
-    w_desc, s_desc, r_desc, b_desc, h_desc, list_ptr, written_ptr, words, scales, vectors,
+    w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales, vectors,
     rows, w_full, w_empty, h_full, done, units, slices, groups,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
     GROUP: gl.constexpr,
@@ -118,25 +139,23 @@ def produce(
     and biases; and the groups that are done. A group is waited for when all weights that the matrix
     warps can ask for before its end are under way: STAGES segments beyond its last."""
     VECTORS: gl.constexpr = r_desc.block_type.nbytes * (1 if b_desc is None else 2)
-    mine, count = list_of(list_ptr, ROOM)
-    load_rows(h_desc, mine, count, rows, h_full, STEPS, ROOM)
+    count = count_of(records)
+    load_rows(h_desc, records, count, rows, h_full, STEPS, ROOM)
     stage, phase = 0, 1
     item, announced = 0, 0
     due = GROUP * count - 1 + STAGES
-    expert = gl.load(mine)
     for s in range(slices):
         for i in range(count):
-            row = expert
+            expert, block, blocks = segment(records, i)
             unit = expert * units + s * 4
-            expert = gl.load(mine + gl.where(i + 1 < count, i + 1, 0) * 4)
             full = w_full.index(stage)
             mbarrier.wait(w_empty.index(stage), phase)
             mbarrier.expect(
                 full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes) + VECTORS
             )
-            tma_load(r_desc, [row, s * 64], full, vectors.scale.index(stage))
+            tma_load(r_desc, [expert, s * 64], full, vectors.scale.index(stage))
             if b_desc is not None:
-                tma_load(b_desc, [row, s * 64], full, vectors.bias.index(stage))
+                tma_load(b_desc, [expert, s * 64], full, vectors.bias.index(stage))
             for k in gl.static_range(STEPS):
                 tma_load(w_desc, [unit, k, 0], full, words.index(stage * STEPS + k))
                 tma_load(s_desc, [unit, 16 * k], full, scales.index(stage * STEPS + k))
@@ -203,27 +222,25 @@ def piece(
 
 @gluon.jit
 def multiply(
-    words, scales, vectors, rows, w_full, w_empty, h_full, granted, done, ring_ptr, list_ptr,
+    words, scales, vectors, rows, w_full, w_empty, h_full, granted, done, ring_ptr, records,
     h_scale_ptr, slices, groups, slot_rows,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
     GROUP: gl.constexpr, PIECE: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
-    the ring. Records are loaded a segment ahead."""
+    the ring."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
     )
-    mine, count = list_of(list_ptr, ROOM)
+    count = count_of(records)
     stage, phase, slot, turn = 0, 0, 0, 1
-    _, block, blocks = segment(mine)
     mbarrier.wait(h_full, 0)
     for group in range(groups):
         for s in range(group * GROUP, gl.minimum(group * GROUP + GROUP, slices)):
             place = (slot * GROUP + s - group * GROUP) * slot_rows
             first = 0
             for i in range(count):
-                after = gl.where(i + 1 < count, i + 1, 0)
-                _, next_block, next_blocks = segment(mine + after * 4)
+                expert, block, blocks = segment(records, i)
                 mbarrier.wait(w_full.index(stage), phase)
                 scale = vector(vectors.scale, stage, L)
                 bias = None
@@ -262,7 +279,6 @@ def multiply(
                 mbarrier.arrive(w_empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
                 first += blocks
-                block, blocks = next_block, next_blocks
         mbarrier.wait(granted.index(slot), turn)  # for a CTA without segments, too
         cta_barrier()  # every warp's stores before one thread's arrival
         mbarrier.arrive(done.index(slot), count=1)
@@ -312,15 +328,16 @@ def gemm2_ring(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    records = keep_list(list_ptr, ROOM)
     gl.warp_specialize(
         [
             (multiply, (words, scales, vectors, rows, w_full, w_empty, h_full, granted, done,
-                        ring_ptr, list_ptr, h_scale_ptr, slices, groups, slot_rows,
+                        ring_ptr, records, h_scale_ptr, slices, groups, slot_rows,
                         STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
                       TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None, ONCE)),
-            (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, list_ptr, written_ptr, words, scales,
+            (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales,
                        vectors, rows, w_full, w_empty, h_full, done, units, slices,
                        groups, STEPS, STAGES, ROOM, RING, GROUP)),
             (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK)),
