@@ -293,7 +293,7 @@ def gemm2_ring(
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
     AHEAD: gl.constexpr, PIECE: gl.constexpr, LOOK: gl.constexpr, WIDE: gl.constexpr,
-    ONCE: gl.constexpr,
+    ONCE: gl.constexpr, DROP: gl.constexpr,
     REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
@@ -336,11 +336,11 @@ def gemm2_ring(
                         STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
-                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None, ONCE)),
+                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None, ONCE, DROP)),
             (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales,
                        vectors, rows, w_full, w_empty, h_full, done, units, slices,
                        groups, STEPS, STAGES, ROOM, RING, GROUP)),
-            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK)),
+            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK, DROP)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -370,6 +370,7 @@ class Ring:
     piece: int = 64
     look: int = 4
     once: bool = False
+    drop: bool = False
 
     @classmethod
     def of(
@@ -397,7 +398,7 @@ class Ring:
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": -(-tokens // (self.ctas * self.span)),
             "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "LOOK": self.look,
-            "ONCE": self.once,
+            "ONCE": self.once, "DROP": self.drop,
             "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip

@@ -17,7 +17,7 @@ def complete(counts, i, grid, LOOK: gl.constexpr):
 @gluon.jit
 def watch(
     written_ptr, reduced_ptr, ready, granted, groups,
-    RING: gl.constexpr, LOOK: gl.constexpr,
+    RING: gl.constexpr, LOOK: gl.constexpr, DROP: gl.constexpr,
 ):
     """Role of the watching warp. Groups that all CTAs have written and slots that all have read are
     polled for together, LOOK of each, so that neither is held up by the other and a poll that took
@@ -30,7 +30,10 @@ def watch(
     i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) % LOOK
     full, free = grid * 0, grid * 0
     while full < groups:
-        reads = glance(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
+        if DROP:
+            reads = observe(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
+        else:
+            reads = glance(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
         writes = observe(written_ptr + gl.minimum(full + i, groups - 1) * PITCH)
         frees = gl.minimum(complete(reads, i, grid, LOOK), gl.maximum(groups - RING - free, 0))
         fulls = gl.minimum(complete(writes, i, grid, LOOK), groups - full)
@@ -86,6 +89,28 @@ def ring_rows(
 
 
 @gluon.jit
+def drop_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr):
+    """Their lines need not be written back to memory: nobody reads them again. A lane a row."""
+    ROWS: gl.constexpr = positions.shape[0]
+    base = ring_ptr + ((first + i // ROWS) * slot_rows).to(gl.int64) * 64
+    p = positions.index(i % ROWS).load(gl.SliceLayout(1, L))
+    at = (base + gl.maximum(p, 0) * 64).to(gl.uint64)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 l;
+        mov.u32 l, %laneid;
+        and.b32 l, l, 7;
+        setp.eq.s32 p, l, 0;
+        setp.ge.and.s32 p, $2, 0, p;
+        @p discard.global.L2 [$1], 128;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r", [at, p], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def in_columns(value, L: gl.constexpr):
     """(N, 64) in the order of the ring's rows -> in the order of columns, layout L."""
     N: gl.constexpr = value.shape[0]
@@ -99,7 +124,7 @@ def reduce(
     ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
     reduced_ptr, slot_rows, T, H, y_stride, groups,
     TOPK: gl.constexpr, RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr,
-    AHEAD: gl.constexpr, SCALED: gl.constexpr, ONCE: gl.constexpr,
+    AHEAD: gl.constexpr, SCALED: gl.constexpr, ONCE: gl.constexpr, DROP: gl.constexpr,
 ):
     """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
 
@@ -138,8 +163,14 @@ def reduce(
                     mask=(t < t1)[:, None] & (column < H)[None, :], cache_modifier=".cs",
                 )
                 total = gl.zeros([N, 64], gl.float32, L)
-        # Relaxed: a store above was issued only when the loads it needs had returned, which is all
-        # that a later write to the slot has to wait for.
         cta_barrier()
-        gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
+        if DROP:
+            for i in gl.static_range(GROUP * ROWS):
+                drop_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L)
+            cta_barrier()
+            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="release")
+        else:
+            # Relaxed: a store above was issued only when the loads it needs had returned, which is
+            # all that a later write to the slot has to wait for.
+            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
         slot, turn = advance(slot, turn, RING)
