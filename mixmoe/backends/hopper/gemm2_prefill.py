@@ -1,27 +1,31 @@
 """Stage 2 for many rows per expert and a short K: y[t] = sum_k w[t, k] (h W2^T + b), one kernel.
 
 With K = I of a few hundred the product is cheap and its (T * topk, H) result is the cost: 940 MB at
-T 8192, topk 8, H 7168. It never leaves the L2 here. Every CTA keeps the rows of h of its own routes
-in shared memory for the whole kernel and walks the columns of H in slices of 64; slice s of the
-result goes to slot s % RING of a ring (9 MB a slot at 73,000 routes) and, while later slices are
-computed, other warps of all CTAs add up the topk rows of each token in float32, in slot order. So
-the bits do not depend on timing, y needs no zeroing, and the scratch is a few percent of the rows.
+T 8192, topk 8, H 7168. It is read back from the L2 here. Every CTA keeps the rows of h of its own
+routes in shared memory for the whole kernel and walks the columns of H in slices of 64. A group of
+GROUP slices goes to slot `group % RING` of a ring (9 MB a slice at 73,000 routes) and, while later
+groups are computed, other warps of all CTAs add up the topk rows of each token in float32, in slot
+order. So the bits do not depend on timing, y needs no zeroing, and the scratch is a few percent of
+the rows.
 
 Roles of a CTA (two CTAs on an SM): 4 matrix warps, which store their products to the ring straight
-from registers; 2 warps that reduce; a warp that loads weights and announces slices; a warp that
+from registers; 2 warps that reduce; a warp that loads weights and announces groups; a warp that
 watches the other CTAs. All CTAs must be resident, because they wait for each other: the grid is
 never larger than the device holds.
 
-Flow between CTAs, per slice: `written[s]` counts CTAs whose rows of slice s are visible,
-`reduced[s]` CTAs that have read it; a slot is written again when the slice RING before is reduced.
-Within a CTA nothing but the watching warp polls, and nobody waits for a store: per slice
+Between CTAs `written[g]` counts those whose rows of group g are visible, `reduced[g]` those that
+have read it; a slot is written again when the group RING before is reduced. Within a CTA nothing
+but the watching warp polls, and nobody else waits for another CTA's memory:
 
-    granted  watching -> matrix warps: the slot may be written    (reduced[s - RING] is complete)
+    granted  watching -> matrix warps: the slot may be written    (reduced[g - RING] is complete)
     done     matrix warps -> loading warp: all stores are issued  (it makes them visible, counts)
-    ready    watching -> reducing warps: the slice can be read    (written[s] is complete)
+    ready    watching -> reducing warps: the group can be read    (written[g] is complete)
 
 Each is a barrier per slot: the next phase of one cannot complete before the last was waited for,
 because a slot is granted again only after this CTA, too, has announced and reduced what was in it.
+
+Nothing that the matrix warps need in a slice may come from global memory when they need it: the
+scales of the weights' rows come with the weights, the work list lies in shared memory.
 
 A row of the ring is a token's 64 columns in the order that suits the tensor cores: position
 16 w + 4 q + 2 r + p holds column 16 w + 8 r + 2 q + p (w, q < 4; r, p < 2), so that a lane stores
