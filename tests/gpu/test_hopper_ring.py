@@ -1,0 +1,76 @@
+"""The ring of prefill stage 2 on the GPU: against float64, and the same bits every run."""
+
+from typing import Any
+
+import hopper_cases as cases
+import pytest
+import torch
+
+from mixmoe.activations import silu
+from mixmoe.backends.hopper import gemm2_prefill, hopper, prefill_schedule
+
+DEVICE, BACKEND = "cuda", hopper()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Any number of tokens goes through the ring; the cuts it was launched with."""
+    seen, launch = [], gemm2_prefill.launch
+
+    def record(*operands: Any, **more: Any) -> torch.Tensor:
+        seen.append(operands[5])
+        return launch(*operands, **more)
+
+    monkeypatch.setattr(prefill_schedule, "RING_FROM", 1)
+    monkeypatch.setattr(gemm2_prefill, "launch", record)
+    return seen
+
+
+def runs(case: cases.Case, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """float64 stage 2 and sum of the backend's own h, and so many results of `down`."""
+    recipe, p = case.recipe, case.problem
+    weights = BACKEND.prepare(case.weights, recipe).to(DEVICE)
+    ids, topk = case.ids.to(DEVICE), case.topk_weights.to(DEVICE)
+    routed = BACKEND.route(ids, topk, p, None, None)
+    x = BACKEND.quantise(case.x.to(DEVICE), weights, routed, recipe)
+    h = BACKEND.gemm1(x, weights, routed, recipe)
+    placed = cases.REFERENCE.route(case.ids, case.topk_weights, p, None, 32)
+    rows = cases.REFERENCE.gemm2(cases.to_cpu(h), case.weights, placed, recipe)
+    want = torch.empty(p.tokens, p.hidden, dtype=torch.float64)
+    cases.REFERENCE.combine(rows, placed, recipe, want)
+    results = []
+    for _ in range(count):
+        out = torch.full((p.tokens, p.hidden), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+        BACKEND.down(h, weights, routed, recipe, out)
+        results.append(out.cpu())
+    return want, results
+
+
+@pytest.mark.parametrize(
+    "inter, hidden, tokens, bias, weight_on",
+    [(128, 320, 300, False, 2), (192, 448, 900, True, 2), (256, 7168, 700, False, 1),
+     (384, 352, 700, True, 1), (256, 2880, 2500, True, 2), (256, 1024, 5000, False, 2)],
+)  # fmt: skip
+def test_sums(inter: int, hidden: int, tokens: int, bias: bool, weight_on: int,
+              launches: list[Any]) -> None:  # fmt: skip
+    recipe = cases.with_act(cases.RECIPES["a8w4"], silu(), weight_on)
+    case = cases.make_case(recipe, tokens, hidden, inter, 7, 3, bias=bias, skew="masked")
+    want, results = runs(case, 6)
+    assert cases.worst_row(results[0], want) < 2.0**-8 * 1.5
+    assert all(torch.equal(results[0], other) for other in results)
+    assert len(launches) == 6
+
+
+def test_judge_sees_a_stale_row(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of one slice from another slot."""
+    case = cases.make_case(cases.RECIPES["a8w4"], 300, 512, 128, 7, 3)
+    launch = gemm2_prefill.launch
+
+    def stale(*operands: Any, **more: Any) -> torch.Tensor:
+        out = launch(*operands, **more)
+        out[17, 256:320] = out[17, :64]
+        return out
+
+    monkeypatch.setattr(gemm2_prefill, "launch", stale)
+    want, results = runs(case, 1)
+    assert cases.worst_row(results[0], want) > 2.0**-6
