@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_ring_compiles(I: int, tokens: int) -> None:
     assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
 
 
+def test_ring_cuts() -> None:
+    """Nine blocks of h a CTA where they hold the routes, and never more than half an SM."""
+    device, few = torch.device("cpu"), Problem(8192, 7168, 256, 256, 8)
+    small, large = (
+        gemm2_prefill.Ring.of(replace(few, experts=experts), device) for experts in (256, 384)
+    )
+    assert small is not None and (small.room, small.stages, small.slots) == (9, 4, 3)
+    assert large is not None and (large.room, large.stages) == (10, 3)
+    assert not small.holds(replace(few, experts=384).padded_routes(32))
+    assert small.fits(few) and not replace(small, room=10).fits(few)
+    assert not small.fits(replace(few, topk=32))
+    assert gemm2_prefill.Ring.of(replace(few, tokens=16384), device) is None
+
+
 def red(I: int, tokens: int, adds: bool, bias: bool, wide: bool) -> Resources:
     """`gemm2_red` for E 256, topk 8, H 7168."""
     cut = gemm2_red.Red.of(Problem(tokens, 7168, I, 256, 8))
@@ -159,7 +174,7 @@ def test_form_follows_the_routes() -> None:
 
 
 def test_few_tokens_store_rows() -> None:
-    few, many = (Problem(tokens, 7168, 256, 256, 8) for tokens in (2048, 8192))
+    few, many = (Problem(tokens, 7168, 256, 256, 8) for tokens in (1024, 2048))
     device = torch.device("cpu")
     assert ring_of(many, device) is not None and ring_of(few, device) is None
     assert rows_of(few) is not None and rows_of(Problem(2048, 2880, 2880, 128, 4)) is None

@@ -69,6 +69,10 @@ from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
+# Steps of K -> room, stages, registers; the first that holds the routes. Nine blocks a CTA: an
+# expert of ten is split over CTAs that have none (H200, T 8192: 613 us against 630).
+CUTS = {1: ((20, 4, 120),), 2: ((9, 4, 120), (10, 3, 120)), 3: ((6, 2, 104),)}
+SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
 BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it has three
 
 
@@ -229,12 +233,12 @@ def multiply(
     words, scales, vectors, rows, w_full, w_empty, h_full, granted, done, ring_ptr, records,
     h_scale_ptr, slices, groups, slot_rows,
     STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    GROUP: gl.constexpr, PIECE: gl.constexpr, WIDE: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PIECE, 32]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]
     )
     count = count_of(records)
     stage, phase, slot, turn = 0, 0, 0, 1
@@ -260,18 +264,12 @@ def multiply(
                 target = ring_ptr + (place + block * 32).to(gl.int64) * 64
                 factor_ptr = h_scale_ptr + block * 32
                 b = 0
-                while blocks - b > PIECE // 64:
+                while blocks - b > 1:
                     piece(
                         low, high, rows, first + b, blocks - b, scale, bias, factor_ptr + b * 32,
-                        target + b * (32 * 64), PIECE, STEPS, ROOM,
+                        target + b * (32 * 64), 64, STEPS, ROOM,
                     )  # fmt: skip
-                    b += PIECE // 32
-                if PIECE > 64:  # noqa: SIM102 (the first is a constant, the second is not)
-                    if blocks - b == 2:
-                        piece(
-                            low, high, rows, first + b, 2, scale, bias, factor_ptr + b * 32,
-                            target + b * (32 * 64), 64, STEPS, ROOM,
-                        )  # fmt: skip
+                    b += 2
                 if blocks - b == 1:
                     piece(
                         low, high, rows, first + b, 1, scale, bias, factor_ptr + b * 32,
@@ -296,9 +294,7 @@ def gemm2_ring(
     T, H, y_stride, units, slices, slot_rows,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
-    AHEAD: gl.constexpr, PIECE: gl.constexpr, LOOK: gl.constexpr, WIDE: gl.constexpr,
-    ONCE: gl.constexpr, DROP: gl.constexpr,
-    REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    AHEAD: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
@@ -337,14 +333,14 @@ def gemm2_ring(
         [
             (multiply, (words, scales, vectors, rows, w_full, w_empty, h_full, granted, done,
                         ring_ptr, records, h_scale_ptr, slices, groups, slot_rows,
-                        STEPS, STAGES, ROOM, RING, GROUP, PIECE, WIDE)),
+                        STEPS, STAGES, ROOM, RING, GROUP, WIDE)),
             (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
                       ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
-                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None, ONCE, DROP)),
+                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None)),
             (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales,
                        vectors, rows, w_full, w_empty, h_full, done, units, slices,
                        groups, STEPS, STAGES, ROOM, RING, GROUP)),
-            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING, LOOK, DROP)),
+            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -355,11 +351,10 @@ def gemm2_ring(
 class Ring:
     """How gemm2_ring is cut for a problem.
 
-    steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight; slots:
-    of the ring, of `group` slices each; registers: of a helper warp's thread (a matrix warp's has
-    256 less that); ctas: of the grid, all resident; piece: routes multiplied at a time; span:
-    tokens reduced at a time; ahead: of their rows a lane has under way; acquire: `written` is
-    polled by acquiring loads.
+    steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight;
+    registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of the grid, all
+    resident; slots: of the ring, of `group` slices each; span: tokens reduced at a time; ahead: of
+    their rows a lane has under way.
     """
 
     steps: int
@@ -371,26 +366,34 @@ class Ring:
     group: int
     span: int
     ahead: int
-    piece: int = 64
-    look: int = 4
-    once: bool = False
-    drop: bool = False
 
     @classmethod
-    def of(
-        cls, problem: Problem, device: torch.device, slots: int = 0, group: int = 0, span: int = 0
-    ) -> "Ring | None":
-        """None where h does not fit: K over 384, or more routes than all CTAs hold."""
-        steps, rows = -(-problem.intermediate // 128), problem.padded_routes(32)
-        cuts = {1: (20, 4, 120), 2: (10, 3, 120), 3: (6, 2, 104)}
-        if steps not in cuts:
-            return None
-        ctas = 2 * multiprocessors(device)
-        span = span or (8 if problem.tokens <= 8 * ctas else 16)
-        group = group or (2 if problem.tokens <= 8 * ctas else 1)
-        slots = slots or slots_of(group * rows * COLUMNS * 2)
-        ring = cls(steps, *cuts[steps], ctas, slots, group, span, 128 // span)
-        return ring if rows <= ctas * ring.room * 32 else None
+    def of(cls, problem: Problem, device: torch.device, slots: int = 0) -> "Ring | None":
+        """None where h does not fit: K over 384, more routes than all CTAs hold, a large topk."""
+        rows, ctas = problem.padded_routes(32), 2 * multiprocessors(device)
+        few = problem.tokens <= 8 * ctas
+        group, span = (2, 8) if few else (1, 16)
+        slots = slots or (4 if 4 * group * rows * COLUMNS * 2 <= BUDGET else 3)
+        steps = -(-problem.intermediate // 128)
+        cuts = (
+            cls(steps, room, stages, registers, ctas, slots, group, span, 128 // span)
+            for room, stages, registers in CUTS.get(steps, ())
+        )
+        return next((cut for cut in cuts if cut.holds(rows) and cut.fits(problem)), None)
+
+    def holds(self, rows: int) -> bool:
+        """Whether there is room for so many rows, however they lie."""
+        return rows <= self.ctas * self.room * 32
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether two CTAs share an SM; else they would wait for each other forever."""
+        words = self.stages * (self.steps * (4096 + 256) + 2 * COLUMNS * 4)
+        places = self.turns(problem.tokens) * problem.topk * self.span * 8
+        return self.steps * self.room * 4096 + words + places + 1024 <= SHARED
+
+    def turns(self, tokens: int) -> int:
+        """How often `span` tokens go into a CTA's."""
+        return -(-tokens // (self.ctas * self.span))
 
     def split(self, problem: Problem) -> Split:
         """The segments it works on, and two counters a slice."""
@@ -400,17 +403,10 @@ class Ring:
         """Keywords of the launch but for topk and the weights' order."""
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
-            "GROUP": self.group, "TURNS": -(-tokens // (self.ctas * self.span)),
-            "SPAN": self.span, "AHEAD": self.ahead, "PIECE": self.piece, "LOOK": self.look,
-            "ONCE": self.once, "DROP": self.drop,
-            "REGISTERS": self.registers, "PDL": True,
+            "GROUP": self.group, "TURNS": self.turns(tokens), "SPAN": self.span,
+            "AHEAD": self.ahead, "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
-
-
-def slots_of(nbytes: int) -> int:
-    """How many slots of so many bytes."""
-    return 4 if 4 * nbytes <= BUDGET else 3
 
 
 def launch(

@@ -7,18 +7,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mixmoe.backends.hopper.mainloop import advance, cta_barrier
 from mixmoe.backends.hopper.signals import PITCH, glance, observe
 
+LOOK = gl.constexpr(4)  # counters of a poll
+
 
 @gluon.jit
-def complete(counts, i, grid, LOOK: gl.constexpr):
+def complete(counts, i, grid):
     """How many of the first LOOK counts are complete before one is not."""
     return gl.min(gl.where(counts >= grid, LOOK, i), 0)
 
 
 @gluon.jit
-def watch(
-    written_ptr, reduced_ptr, ready, granted, groups,
-    RING: gl.constexpr, LOOK: gl.constexpr, DROP: gl.constexpr,
-):
+def watch(written_ptr, reduced_ptr, ready, granted, groups, RING: gl.constexpr):
     """Role of the watching warp. Groups that all CTAs have written and slots that all have read are
     polled for together, LOOK of each, so that neither is held up by the other and a poll that took
     long may find several.
@@ -30,13 +29,10 @@ def watch(
     i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) % LOOK
     full, free = grid * 0, grid * 0
     while full < groups:
-        if DROP:
-            reads = observe(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
-        else:
-            reads = glance(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
+        reads = glance(reduced_ptr + gl.minimum(free + i, groups - 1) * PITCH)
         writes = observe(written_ptr + gl.minimum(full + i, groups - 1) * PITCH)
-        frees = gl.minimum(complete(reads, i, grid, LOOK), gl.maximum(groups - RING - free, 0))
-        fulls = gl.minimum(complete(writes, i, grid, LOOK), groups - full)
+        frees = gl.minimum(complete(reads, i, grid), gl.maximum(groups - RING - free, 0))
+        fulls = gl.minimum(complete(writes, i, grid), groups - full)
         cta_barrier()  # every lane's acquire before one lane's arrival
         for _ in range(frees):
             mbarrier.arrive(granted.index(free % RING), count=1)
@@ -72,41 +68,15 @@ def place(
 
 
 @gluon.jit
-def ring_rows(
-    ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr, ONCE: gl.constexpr
-):
+def ring_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr):
     """The i-th of a lane's rows of the slices from the ring's `first` on."""
     ROWS: gl.constexpr = positions.shape[0]
     base = ring_ptr + ((first + i // ROWS) * slot_rows).to(gl.int64) * 64
     p = positions.index(i % ROWS).load(gl.SliceLayout(1, L))
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    at = base + p[:, None] * 64 + c[None, :]
-    live = (p >= 0)[:, None]
-    if ONCE:
-        return gl.load(at, mask=live, other=0.0, eviction_policy="evict_first")
-    else:
-        return gl.load(at, mask=live, other=0.0, cache_modifier=".cg")
-
-
-@gluon.jit
-def drop_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.constexpr):
-    """Their lines need not be written back to memory: nobody reads them again. A lane a row."""
-    ROWS: gl.constexpr = positions.shape[0]
-    base = ring_ptr + ((first + i // ROWS) * slot_rows).to(gl.int64) * 64
-    p = positions.index(i % ROWS).load(gl.SliceLayout(1, L))
-    at = (base + gl.maximum(p, 0) * 64).to(gl.uint64)
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 l;
-        mov.u32 l, %laneid;
-        and.b32 l, l, 7;
-        setp.eq.s32 p, l, 0;
-        setp.ge.and.s32 p, $2, 0, p;
-        @p discard.global.L2 [$1], 128;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r", [at, p], dtype=gl.int32, is_pure=False, pack=1,
+    return gl.load(
+        base + p[:, None] * 64 + c[None, :], mask=(p >= 0)[:, None], other=0.0,
+        cache_modifier=".cg",
     )  # fmt: skip
 
 
@@ -124,7 +94,7 @@ def reduce(
     ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors, ready,
     reduced_ptr, slot_rows, T, H, y_stride, groups,
     TOPK: gl.constexpr, RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr,
-    AHEAD: gl.constexpr, SCALED: gl.constexpr, ONCE: gl.constexpr, DROP: gl.constexpr,
+    AHEAD: gl.constexpr, SCALED: gl.constexpr,
 ):
     """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
 
@@ -145,14 +115,14 @@ def reduce(
         mbarrier.wait(ready.index(slot), turn)
         row = ()
         for i in gl.static_range(AHEAD if AHEAD < GROUP * ROWS else GROUP * ROWS):
-            ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L, ONCE)
+            ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L)
             row = row + (ahead,)  # type: ignore[assignment]
         total = gl.zeros([N, 64], gl.float32, L)
         for i in gl.static_range(GROUP * ROWS):
             f = factors.index(i % ROWS).load(gl.SliceLayout(1, L))
             total += row[i].to(gl.float32) * f[:, None]
             if i + AHEAD < GROUP * ROWS:
-                ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i + AHEAD, L, ONCE)
+                ahead = ring_rows(ring_ptr, slot * GROUP, slot_rows, positions, i + AHEAD, L)
                 row = row + (ahead,)
             if i % TOPK + 1 == TOPK:
                 t = t0 + i % ROWS // TOPK * N + n
@@ -163,14 +133,8 @@ def reduce(
                     mask=(t < t1)[:, None] & (column < H)[None, :], cache_modifier=".cs",
                 )
                 total = gl.zeros([N, 64], gl.float32, L)
+        # Relaxed: a store above was issued only when the loads it needs had returned, which is all
+        # that a later write to the slot has to wait for.
         cta_barrier()
-        if DROP:
-            for i in gl.static_range(GROUP * ROWS):
-                drop_rows(ring_ptr, slot * GROUP, slot_rows, positions, i, L)
-            cta_barrier()
-            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="release")
-        else:
-            # Relaxed: a store above was issued only when the loads it needs had returned, which is
-            # all that a later write to the slot has to wait for.
-            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
+        gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
         slot, turn = advance(slot, turn, RING)

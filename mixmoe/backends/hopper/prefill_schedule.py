@@ -41,9 +41,9 @@ CHUNK = 8192  # tokens of a pass
 # Routes per expert from which tensor-core tiles beat the decode streams. At 16 they are even, and h
 # in float32 decides (H100, 2026-11-28, layer, us: gpt-oss 657 / 658, DeepSeek-V3 EP 289 / 292).
 MEAN = 17
-RING_FROM = 3073  # tokens from which stage 2 goes through the ring of `gemm2_prefill`: its slices
-# wait for each other however few rows they have (H100, 2026-11-28, us at T 1024 / 2048 / 4096 /
-# 8192: ring 383 / 410 / 515 / 762, stored rows and their sum 188 / 310 / - / 946)
+# Tokens from which stage 2 goes through the ring of `gemm2_prefill` (H200, 2026-11-28, us at T
+# 1024 / 2048 / 4096: ring 166 / 212 / 374, stored rows and their sum 149 / 244 / 409).
+RING_FROM = 1537
 STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
 
 
