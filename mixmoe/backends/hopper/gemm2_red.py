@@ -1,6 +1,6 @@
 """Stage 2 for many rows per expert and a short K, summed by atomics: not the same bits every run.
 
-The product and its epilogue are those of `gemm2_prefill`, but the rows of a token are added up in
+The product is that of `gemm2_prefill`, but the rows of a token are added up in
 the L2 by `red` of 8 bf16 at a time, into a y that an earlier kernel has zeroed. An item is a tile
 of one expert's routes x SPAN column tiles of 64; items run column group by column group, so that
 the live columns of y stay in the L2 (H200, 2026-11-22: `red` of all rows in that order 305-318 us
