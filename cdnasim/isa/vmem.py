@@ -156,11 +156,13 @@ def swizzled(index: Any, off: Any, d: Descriptor) -> Any:
 def fetch(w: Batch, addr: Array, ok: Any, rows: Array | None, n: int, pc: int) -> Array:
     """Load; dwords outside the descriptor read as zero."""
     flat, ids, mem = pick(addr, rows), every_row(w, rows), w.group.memory
-    w.group.note_global(w, flat, ids, n, pc, False)
     if ok is None:
+        w.group.note_global(w, flat, ids, n, pc, False)
         return mem.load(flat, ids, n)
     good = ok.reshape(-1, ok.shape[-1])
     good = good if rows is None else good[rows]
+    touched = good.any(1)
+    w.group.note_global(w, flat[touched], ids[touched], n, pc, False)
     out = np.zeros((len(flat), n), u8)
     whole = good.all(1)
     out[whole] = mem.load(flat[whole], ids[whole], n)
@@ -174,12 +176,14 @@ def fetch(w: Batch, addr: Array, ok: Any, rows: Array | None, n: int, pc: int) -
 def put(w: Batch, addr: Array, ok: Any, rows: Array | None, data: Array, pc: int) -> None:
     """Store; dwords outside the descriptor are dropped."""
     flat, ids, mem, n = pick(addr, rows), every_row(w, rows), w.group.memory, data.shape[1]
-    w.group.note_global(w, flat, ids, n, pc, True)
     if ok is None:
+        w.group.note_global(w, flat, ids, n, pc, True)
         mem.store(flat, ids, data)
         return
     good = ok.reshape(-1, ok.shape[-1])
     good = good if rows is None else good[rows]
+    touched = good.any(1)
+    w.group.note_global(w, flat[touched], ids[touched], n, pc, True)
     for p in range(good.shape[1]):
         sel, size = good[:, p], min(n, 4)
         if sel.any():

@@ -210,6 +210,17 @@ def test_global_races() -> None:
     assert not kinds(within.format(' s_barrier\n'), block=128, races=True)
 
 
+def test_what_lies_past_a_buffers_end_is_no_race() -> None:
+    """Two waves store at one offset: a race, unless the descriptor ends before it, whatever lies
+    there in memory."""
+    body = (
+        ' s_mov_b32 s8, s6\n s_mov_b32 s9, s7\n s_mov_b32 s10, {}\n s_mov_b32 s11, 0x27000\n'
+        ' v_mov_b32_e32 v3, 128\n buffer_store_dword v0, v3, s[8:11], 0 offen\n'
+    )
+    assert kinds(body.format(256), block=128, races=True)['race'] >= 1
+    assert not kinds(body.format(128), block=128, races=True)
+
+
 def test_load_into_lds_without_wait() -> None:
     """The barrier does not wait for a load into LDS: only vmcnt does."""
     setup = (
