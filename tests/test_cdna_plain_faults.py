@@ -10,6 +10,7 @@ from cdna_cases import CASES, failures, findings, simulate
 
 from mixmoe import verify
 from mixmoe.backends.cdna import cdna
+from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.plain import (
     codes,
     config,
@@ -19,6 +20,7 @@ from mixmoe.backends.cdna.plain import (
     gemm1,
     mainloop,
     quantise,
+    weights,
 )
 from mixmoe.cli.compiled import forget
 
@@ -46,36 +48,39 @@ def test_swapped_gate_and_up(fresh, monkeypatch):
 
 
 def test_dropped_k_step(fresh, monkeypatch):
-    real = config.Gemm.last_steps.fget
-    monkeypatch.setattr(config.Gemm, "last_steps", property(lambda cfg: max(1, real(cfg) - 1)))
+    real = config.Gemm.k_steps.fget
+    monkeypatch.setattr(config.Gemm, "k_steps", property(lambda cfg: max(1, real(cfg) - 1)))
     assert "gemm2" in fail("w8a8")[0]
 
 
 def test_scale_of_another_group(fresh, monkeypatch):
-    real = factors.Factors.of_rows
+    real = factors.WeightFactors.of_unit
     monkeypatch.setattr(
-        factors.Factors, "of_rows", lambda self, stage, key, column: real(self, stage, key, 0)
+        factors.WeightFactors, "of_unit", lambda self, key, unit: real(self, key, 0)
     )
     assert fail("w4a8")[0] >= {"gemm1", "gemm2"}
 
 
 def test_folded_scale_of_another_block(fresh, monkeypatch):
-    real = factors.Factors.of_row
+    real = factors.WeightFactors.of_row
     monkeypatch.setattr(
-        factors.Factors, "of_row", lambda self, stage, key, column: real(self, stage, key, 0)
+        factors.WeightFactors, "of_row", lambda self, slot, key, step: real(self, slot, key, 0)
     )
     assert fail("a16w4")[0] >= {"gemm1", "gemm2"}
 
 
 def test_token_scale_of_another_block(fresh, monkeypatch):
-    monkeypatch.setattr(config.Gemm, "tile_scales", property(lambda cfg: 1))
-    monkeypatch.setattr(config.Gemm, "token_period", property(lambda cfg: 256))
+    real = factors.TokenFactors.read
+    monkeypatch.setattr(
+        factors.TokenFactors, "read",
+        lambda self, kt, unit, group, slot: real(self, kt, 0, group, slot),
+    )
     assert "gemm1" in fail("a8w8_block", "bias")[0]
 
 
 def test_codes_of_a_word_out_of_order(fresh, monkeypatch):
-    real = decode.nibbles
-    monkeypatch.setattr(decode, "nibbles", lambda word: real(word)[::-1])
+    real = decode.from_table
+    monkeypatch.setattr(decode, "from_table", lambda *args: real(*args)[::-1])
     assert fail("a8w4", arch="gfx942")[0] >= {"gemm1", "gemm2"}
 
 
@@ -117,6 +122,30 @@ def test_codes_that_saturate_too_soon(fresh, monkeypatch):
 
 def test_missing_barrier(fresh, monkeypatch):
     """The stage that a slower wave still reads is overwritten: a race, whatever the numbers."""
-    monkeypatch.setattr(mainloop, "hand_over", lambda loads, stage: loads.publish(stage))
-    _, found = fail("a16w4", "plain")
+    monkeypatch.setattr(mainloop, "meet", lambda: None)
+    _, found = fail("a16w4", "plain", hidden=1056)
     assert any("race" in line for line in found)
+
+
+def test_sums_that_begin_elsewhere(fresh, monkeypatch):
+    """An int32 sum becomes a float32 by where it begins."""
+    monkeypatch.setattr(mainloop, "MAGIC", mainloop.MAGIC + (1 << 14))
+    assert fail("w4a8")[0] >= {"gemm1", "gemm2"}
+
+
+def test_sums_of_the_first_wave_alone(fresh, monkeypatch):
+    """Where waves share K."""
+    sizes = {"tokens": 4, "hidden": 2048, "intermediate": 32, "experts": 1, "topk": 1}
+    assert fail("a8w8", "plain", **sizes) == (set(), [])
+    forget()
+    monkeypatch.setattr(scaled, "add_sums", lambda cfg, place, lds, acc: None)
+    assert "gemm1" in fail("a8w8", "plain", **sizes)[0]
+
+
+def test_weights_of_the_place_before(fresh, monkeypatch):
+    """A load that overwrites what is not multiplied yet."""
+    real = weights.Weights.operand
+    monkeypatch.setattr(
+        weights.Weights, "operand", lambda self, slot, key, step, mma: real(self, slot, key, 0, mma)
+    )
+    assert fail("a16w16")[0] >= {"gemm1", "gemm2"}

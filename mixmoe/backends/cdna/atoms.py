@@ -78,6 +78,10 @@ class Mma:
         """Bits of a code."""
         return self.element.bits
 
+    def cycles(self, k: int) -> int:
+        """Cycles of a matrix core: 32 of the scaled one with e4m3 operands, else 16."""
+        return 32 if k == 128 else 16
+
     def atom(self, k: int) -> MmaAtom:
         """``weight (16, k) x token (16, k)^T``; K = 128 is the scaled one, its scales left out."""
         if k == 128:
@@ -89,9 +93,9 @@ class Mma:
 
 @dataclass(frozen=True, slots=True)
 class Atoms:
-    """An architecture: LDS of a workgroup, K of its scaled MFMA and the formats that takes (0 and
-    none where there is no such instruction), the MFMAs without scales, and whether it converts
-    e2m1 under a scale."""
+    """An architecture: LDS of a workgroup, its banks of 4 bytes, K of its scaled MFMA and the
+    formats that takes (0 and none where there is no such instruction), the MFMAs without scales,
+    and whether it converts e2m1 under a scale."""
 
     arch: str
     lds_bytes: int
@@ -99,6 +103,7 @@ class Atoms:
     operands: tuple[tuple[str, Operand], ...]
     plain: tuple[Mma, ...]
     converts_e2m1: bool
+    banks: int
 
     def mma_of(self, element: Element) -> Mma | None:
         """The MFMA without scales whose operands are of this element."""
@@ -128,7 +133,8 @@ class Atoms:
 E2M1 = Operand("e2m1", fx.Float4E2M1FN, bits=4, emax=2, mantissa=1, largest=6.0)
 E4M3 = Operand("e4m3", fx.Float8E4M3FN, bits=8, emax=8, mantissa=3, largest=448.0)
 E4M3_ROW = replace(E4M3, name="e4m3r", block=0)
-# 16x16x64 int8 has no atom in FlyDSL 0.4.2.
+# 16x16x64 of int8 has no atom in FlyDSL 0.4.2, and its operation takes an attribute that only
+# the IR below the DSL can make.
 GFX950 = Atoms(
     "gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW)),
     (
@@ -138,6 +144,7 @@ GFX950 = Atoms(
         Mma(e4m3fn, fx.Float8E4M3FN, fx.Float32, (32, 128)),
     ),
     converts_e2m1=True,
+    banks=64,
 )
 GFX942 = Atoms(
     "gfx942", 64 << 10, 0, (),
@@ -148,4 +155,5 @@ GFX942 = Atoms(
         Mma(e4m3fnuz, fx.Float8E4M3FNUZ, fx.Float32, (32,)),
     ),
     converts_e2m1=False,
+    banks=32,
 )

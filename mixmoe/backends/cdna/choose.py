@@ -53,7 +53,7 @@ def cut(
     return out
 
 
-def fits(make: Callable[..., Gemm], tokens: int) -> bool:
+def fits(make: Callable[..., object], tokens: int) -> bool:
     """Whether tiles of that many tokens have room in LDS."""
     try:
         make(tokens=tokens)

@@ -7,7 +7,7 @@ on the DSL's integers alike, so that tests hold on the host what kernels do.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
@@ -65,6 +65,34 @@ class Walk:
         size = least(blocks - start, self.band)
         inside = index - start * rows
         return inside // size, start + inside % size
+
+
+class Cut(Protocol):
+    """What both main loops' records say of who computes what: ``team`` waves of a workgroup
+    multiply the same one of ``parts`` parts of K, of ``part_tiles`` tiles."""
+
+    @property
+    def walk(self) -> Walk: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def sort_tiles(self) -> int: ...
+    @property
+    def k_waves(self) -> int: ...
+    @property
+    def split_k(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def team(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def part_tiles(self) -> int: ...
+    @property
+    def row_tiles(self) -> int: ...
 
 
 def neighbours(workgroup: Any, count: Any, least: Callable = min) -> Any:

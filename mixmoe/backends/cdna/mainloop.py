@@ -27,6 +27,7 @@ from flydsl.expr import const_expr
 
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
+from mixmoe.backends.cdna.grid import Cut
 from mixmoe.backends.cdna.tokens import (
     AHEAD,
     TOKEN_MASK,
@@ -358,7 +359,7 @@ def start_all(starts) -> None:
     fx.rocdl.sched_barrier(0)
 
 
-def shared_sums(cfg: Gemm, place: Place, lds, fragments: int):
+def shared_sums(cfg: Cut, place: Place, lds, fragments: int):
     """LDS in the place of the codes: a lane's sums, ``(4, fragments, other parts)``."""
     shape = (4, WAVE, cfg.team, fragments, cfg.k_waves - 1)
     order = fx.make_ordered_layout(shape, (0, 1, 2, 3, 4))
@@ -366,7 +367,7 @@ def shared_sums(cfg: Gemm, place: Place, lds, fragments: int):
     return shared[None, place.tid % WAVE, place.wave % cfg.team, None, None]
 
 
-def write_sums(cfg: Gemm, place: Place, lds, acc) -> None:
+def write_sums(cfg: Cut, place: Place, lds, acc) -> None:
     """The sums of a part other than the first."""
     shared = shared_sums(cfg, place, lds, len(acc))
     piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
@@ -374,7 +375,7 @@ def write_sums(cfg: Gemm, place: Place, lds, acc) -> None:
         fx.copy(piece, frag, shared[None, i, place.part - 1])
 
 
-def add_sums(cfg: Gemm, place: Place, lds, acc) -> None:
+def add_sums(cfg: Cut, place: Place, lds, acc) -> None:
     """Those of the others, in order, to the first part's."""
     shared = shared_sums(cfg, place, lds, len(acc))
     piece = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
@@ -386,7 +387,7 @@ def add_sums(cfg: Gemm, place: Place, lds, acc) -> None:
 
 
 @flyc.jit
-def gather(cfg: Gemm, place: Place, lds, acc) -> None:
+def gather(cfg: Cut, place: Place, lds, acc) -> None:
     """Sums of the waves that share K, in the order of the parts, into those of part 0."""
     if const_expr(cfg.k_waves > 1):
         fx.gpu.barrier()
@@ -408,7 +409,7 @@ class Work:
     split: Any  # which of split_k
 
 
-def work_of(cfg: Gemm, number, token_tiles, sorted_ids, expert_ids, tokens) -> Work:
+def work_of(cfg: Cut, number, token_tiles, sorted_ids, expert_ids, tokens) -> Work:
     """The work of a tile's number. Row tiles count fastest, but for a band's token tiles: with
     round-robin dispatch over 8 XCDs an L2 then holds every eighth row tile of an expert and reuses
     it for all of the expert's tokens."""
@@ -435,12 +436,12 @@ def at_hand(*tensors: fx.Tensor) -> fx.Boolean:
     return together != 0
 
 
-def tiles_of(cfg: Gemm, token_tiles):
+def tiles_of(cfg: Cut, token_tiles):
     """Pieces of work of a launch."""
     return token_tiles * (cfg.row_tiles * cfg.split_k)
 
 
-def stand(cfg: Gemm, work: Work) -> Place:
+def stand(cfg: Cut, work: Work) -> Place:
     """The calling thread's place; what addresses hang on is made uniform."""
     tid = fx.Int32(fx.thread_idx.x)
     wave, expert = uniform(tid // WAVE), uniform(work.expert)
@@ -457,7 +458,7 @@ def uniform(value) -> fx.Int32:
     return fx.Int32(fx.rocdl.readfirstlane(fx.Int32.ir_type, value))
 
 
-def first_block(cfg: Gemm, place: Place, work: Work):
+def first_block(cfg: Cut, place: Place, work: Work):
     """The wave's first 16-row block of each half."""
     return (work.rows * cfg.team + place.wave % cfg.team) * cfg.blocks
 
@@ -472,7 +473,7 @@ def held(cfg: Gemm, column):
     return column if inside(cfg, column) is True else fx.min(column, cfg.rows - MFMA_ROWS)
 
 
-def of_groups(cfg: Gemm, work: Work, place: Place, column: fx.Tensor):
+def of_groups(cfg: Cut, work: Work, place: Place, column: fx.Tensor):
     """A lane's item of every group of tokens: all loaded before any store, which might alias."""
     return [column[work.routes + group * MFMA_ROWS + place.r] for group in range(cfg.groups)]
 

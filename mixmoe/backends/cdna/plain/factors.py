@@ -6,157 +6,178 @@ from typing import Any
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna.atoms import MFMA_ROWS
-from mixmoe.backends.cdna.config import THREADS
-from mixmoe.backends.cdna.plain.config import SCALE_WORDS
-from mixmoe.backends.cdna.weights import of_expert
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
+from mixmoe.backends.cdna.plain.config import FRAGMENTS, SCALE_WORDS, Gemm
+from mixmoe.backends.cdna.plain.tokens import words_of
+from mixmoe.backends.cdna.weights import NOWHERE, of_expert
 from mixmoe.formats import ScaleKind
 
-RING = 4  # token fragments in registers
 
+class WeightFactors:
+    """The weight scales that sums are closed with, or that fold into operands.
 
-def words_of(frag: fx.Tensor, first: int, count: int) -> list[fx.Int32]:
-    """Some words of a fragment."""
-    values = frag.load()
-    return [fx.Int32(values[i]) for i in range(first, first + count)]
-
-
-class Factors:
-    """The scales that sums are closed with.
-
-    A lane's results are four rows of one token, so it holds four weight scales and one of a token.
+    A lane's results are four rows of one token, so it holds four weight scales. As the codes: a
+    load starts when what it overwrites was decoded.
     """
 
-    def __init__(self, loads, row_of):
-        self.cfg, self.place, self.loads = loads.cfg, loads.place, loads
-        cfg = self.cfg
+    def __init__(self, cfg: Gemm, place, scales: fx.Tensor, first_block):
+        self.cfg, self.place = cfg, place
+        end = cfg.rows // MFMA_ROWS
+        self.blocks = [fx.min(first_block + b, end - 1) for b in range(cfg.blocks)]
+        self.keys = [(h, b) for h in range(cfg.halves) for b in range(cfg.blocks)]
         self.size = 1 if cfg.weight.rows > 1 else SCALE_WORDS.get(cfg.weight.scale, 0)
         self.count = cfg.tile_k // cfg.weight_period if cfg.weight_period else 0
-        self.per = min(4 // max(1, self.size), self.count) if cfg.weight.rows == 1 else 1
-        self.weights = [
-            {key: fx.make_rmem_tensor(self.size * self.count, fx.Int32) for key in loads.keys}
-            if self.count
-            else {}
-            for _ in range(2)
-        ]
-        self.stored: Any = None  # block scales of the expert's rows
-        if self.count and cfg.weight.rows == 1:
-            self.stored = of_expert(
-                loads.sources.scales, self.place.expert, cfg.scale_words, cfg.scale_modes()
-            )
-        entries = cfg.tokens * cfg.tile_scales
-        self.ring = [fx.make_rmem_tensor(1, fx.Float32) for _ in range(RING if entries else 0)]
-        self.rounds = -(-entries // THREADS)
-        self.rows = []
-        for i in range(self.rounds):
-            token, _ = self.slot(i)
-            self.rows.append(fx.Int64(row_of(token)) * cfg.token_scales)
-
-    # Weights.
-
-    def weight_loads(self, kt, stage: int, steps: int):
-        """Functions that start one load each."""
-        cfg = self.cfg
+        # Two loads a tile at least: one would be asked for when it is needed.
+        most = self.count if cfg.ring > 1 else self.count // 2
+        self.per = min(4 // self.size, most) if self.count and cfg.weight.rows == 1 else 1
+        self.ring: list[dict] = []
+        self.decoded: dict = {}
+        self.stored: Any = None
         if not self.count:
-            return []
-        needed = -(-steps * cfg.step_k // cfg.weight_period)
-        load = self._load_rows if cfg.weight.rows == 1 else self._load_block
+            return
+        self.ring = [
+            {key: fx.make_rmem_tensor(self.size * self.count, fx.Int32) for key in self.keys}
+            for _ in range(cfg.ring)
+        ]
+        if cfg.weight.rows == 1:
+            self.stored = of_expert(scales, place.expert, cfg.scale_words, cfg.scale_modes())
+        else:
+            self.columns = -(-cfg.k // cfg.weight.cols)
+            words = -(-cfg.halves * cfg.rows // cfg.weight.rows) * self.columns
+            modes = (((words, 1), (1, 0)), ((1, 1), (1, 0)))
+            self.stored = of_expert(scales, place.expert, words, modes)
+        if not cfg.folds:
+            width = 1 if cfg.weight.rows > 1 else 4
+            self.decoded = {
+                (key, unit): fx.make_rmem_tensor(width, fx.Float32)
+                for key in self.keys
+                for unit in range(cfg.units_of(cfg.steps))
+            }
+
+    def loads(self, kt, slot: int, steps: int, unit: int | None = None):
+        """As those of the codes."""
+        cfg, period = self.cfg, self.cfg.weight_period
         return [
-            partial(load, kt, stage, key, i)
-            for i in range(-(-needed // self.per))
-            for key in self.loads.keys
+            partial(self._load, kt, slot, key, i)
+            for i in range(self.count // self.per)
+            if i * self.per * period < steps * cfg.step_k
+            and unit in (None, ((i + 1) * self.per * period - 1) // cfg.step_k // cfg.unit)
+            for key in self.keys
         ]
 
-    def _load_rows(self, kt, stage: int, key, i: int) -> None:
-        """Four rows' scales of ``per`` blocks of K."""
-        half, block = key
-        words, first = self.per * self.size, kt * self.count + i * self.per
-        whole = 4 // self.size
-        # Results are rows 4 g ..; an operand is row r.
-        quad = self.place.r // 4 if self.cfg.folds else self.place.g
-        row = (quad, self.loads.blocks[block], half)
-        column = self.stored[row, (None, (first % whole, first // whole))]
-        source = fx.make_view(fx.get_iter(column), fx.make_layout(words, 1))
-        parts = fx.logical_divide(self.weights[stage][key], fx.make_layout(words, 1))
+    def _load(self, kt, slot: int, key, i: int) -> None:
+        """``per`` blocks of K of four rows, or of the block of rows."""
+        cfg, (half, block) = self.cfg, key
+        words, away = self.per * self.size, 0
+        if cfg.parts > 1:
+            kt = self.place.first_tile + kt
+            inside = (kt * self.count + i * self.per) * cfg.weight_period < cfg.k
+            kt, away = inside.select(kt, 0), inside.select(fx.Int32(0), NOWHERE)
+        first = kt * self.count + i * self.per
+        if cfg.weight.rows > 1:
+            row = (half * cfg.rows + self.blocks[block] * MFMA_ROWS) // cfg.weight.rows
+            place = fx.get_iter(self.stored) + (row * self.columns + first)
+        else:
+            # Results are rows 4 g ..; an operand is row r.
+            quad = self.place.r // 4 if cfg.folds else self.place.g
+            whole = 4 // self.size
+            row = (quad, self.blocks[block], half)
+            place = fx.get_iter(self.stored[row, (None, (first % whole, first // whole))])
+        source = fx.make_view(place + away, fx.make_layout(words, 1))
+        parts = fx.logical_divide(self.ring[slot][key], fx.make_layout(words, 1))
         atom = fx.make_copy_atom(fx.rocdl.BufferCopy(32 * words), fx.Int32)
         fx.copy(atom, source, parts[None, i])
 
-    def _load_block(self, kt, stage: int, key, i: int) -> None:
-        """The one scale of a block of rows and columns, in plain order."""
-        cfg, (half, block) = self.cfg, key
-        columns = -(-cfg.k // cfg.weight.cols)
-        rows = -(-cfg.halves * cfg.rows // cfg.weight.rows)
-        row = (half * cfg.rows + self.loads.blocks[block] * MFMA_ROWS) // cfg.weight.rows
-        at = (fx.Int64(self.place.expert) * rows + row) * columns + (kt * self.count + i)
-        source = fx.get_iter(self.loads.sources.scales) + at
-        parts = fx.logical_divide(self.weights[stage][key], fx.make_layout(1, 1))
-        word = fx.make_copy_atom(fx.UniversalCopy32b(), fx.Int32)
-        fx.copy(word, source.view(fx.make_layout(1, 1)), parts[None, i])
+    def decodes(self, slot: int, unit: int):
+        """Functions that make the factors of a unit, of some rows each."""
+        if not self.decoded:
+            return []
+        return [partial(self._decode, slot, unit, key) for key in self.keys]
 
-    def decode(self, stage: int, step: int) -> None:
-        """Scales of every block for the sums that a step closes."""
-        if self.cfg.weight_period:
-            column = step * self.cfg.step_k // self.cfg.weight_period
-            self.decoded = {key: self.of_rows(stage, key, column) for key in self.loads.keys}
+    def _decode(self, slot: int, unit: int, key) -> None:
+        column = unit * self.cfg.unit * self.cfg.step_k // self.cfg.weight_period
+        words = words_of(self.ring[slot][key], column * self.size, self.size)
+        if self.cfg.weight.rows > 1:
+            values = [words[0].bitcast(fx.Float32)]
+        else:
+            values = factors_of(self.cfg.weight.scale, words)
+        for i, value in enumerate(values):
+            self.decoded[key, unit][i] = value
 
-    def of_rows(self, stage: int, key, column: int) -> list[fx.Float32]:
-        """Scales of a lane's four rows for a block of K of the tile."""
-        words = words_of(self.weights[stage][key], column * self.size, self.size)
-        if len(words) == 1 and self.cfg.weight.rows > 1:
-            return [words[0].bitcast(fx.Float32)] * 4
-        return factors_of(self.cfg.weight.scale, words)
+    def of_unit(self, key, unit: int):
+        """Factors of a lane's four rows; one where they share it."""
+        values = self.decoded[key, unit].load()
+        return fx.Float32(values[0]) if self.cfg.weight.rows > 1 else values
 
-    def of_row(self, stage: int, key, column: int) -> fx.Float32:
-        """The E8M0 scale of the row that a lane holds codes of, for a block of K of the tile."""
-        (word,) = words_of(self.weights[stage][key], column * self.size, self.size)
+    def of_row(self, slot: int, key, step: int) -> fx.Float32:
+        """The E8M0 scale of the row that a lane holds codes of, for a step of the tile."""
+        column = step * self.cfg.step_k // self.cfg.weight_period
+        (word,) = words_of(self.ring[slot][key], column * self.size, self.size)
         return power((word >> (self.place.r % 4 * 8)) & 0xFF)
 
-    # Tokens.
 
-    def slot(self, i):
-        """(token, column) of the table in LDS that a thread fills in round i."""
-        cfg = self.cfg
-        index = (self.place.tid + i * THREADS) % (cfg.tokens * cfg.tile_scales)
-        return index // cfg.tile_scales, index % cfg.tile_scales
+class TokenFactors:
+    """The scales of tokens along K: as their codes, through registers to two LDS stages."""
 
-    def load_tokens(self, kt) -> None:
-        """Start the scales of the tile's tokens; beyond K those of column 0, for zero codes."""
-        cfg = self.cfg
-        self.moving = []
-        for i, row in enumerate(self.rows):
-            column = kt * cfg.tile_scales + self.slot(i)[1]
-            at = row + (column < cfg.token_scales).select(column, 0)
-            value = fx.get_iter(self.loads.sources.token_scales)[at]
-            if cfg.token.scale is ScaleKind.E8M0:
-                value = power(fx.Int32(value) & 0xFF)
-            self.moving.append(value)
+    def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, rows):
+        self.cfg, self.place, self.lds, self.source, self.rows = cfg, place, lds, source, rows
+        self.threads = cfg.team * WAVE
+        self.entries = cfg.tokens * cfg.tile_scales
+        self.count = -(-self.entries // self.threads)
+        self.ids = [rows.id(self.slot(i)[0]) for i in range(self.count)]
+        held = range(FRAGMENTS if self.entries else 0)
+        self.ring = [fx.make_rmem_tensor(1, fx.Float32) for _ in held]
+        kind = fx.Int32 if cfg.token.scale is ScaleKind.E8M0 else fx.Float32
+        self.moving = [fx.make_rmem_tensor(1, kind) for _ in range(self.count)]
+        self.starts: list = []
 
-    def publish(self, stage: int) -> None:
-        """Write the scales to an LDS stage."""
-        cfg = self.cfg
-        for i, value in enumerate(self.moving):
-            token, column = self.slot(i)
-            # A tile may have fewer scales than threads.
-            used = self.place.tid + i * THREADS < cfg.tokens * cfg.tile_scales
-            store_if(used, self.table(), (column, token, stage), value)
+    def slot(self, i: int):
+        """(token, column) of a stage that a thread fills in round i."""
+        index = (self.place.mate + i * self.threads) % self.entries
+        return index // self.cfg.tile_scales, index % self.cfg.tile_scales
 
-    def read_token(self, phase: int, stage: int) -> None:
-        """The scale of a lane's token for a phase's block of K, as early as the token's codes: in
-        the last phases of a tile other waves may already write the next but one."""
-        cfg = self.cfg
-        if not cfg.tile_scales:
-            return
-        step, group = divmod(phase, cfg.groups)
-        column = step * cfg.step_k // cfg.token_period
-        token = group * MFMA_ROWS + self.place.r
-        slot = self.loads.ring_slot(phase, stage)
-        self.ring[slot][0] = fx.Float32(self.table()[column, token, stage])
+    def find(self) -> None:
+        """Where in memory the scales of a thread's tokens begin."""
+        for packed in self.ids:
+            row = fx.Int64(self.rows.row(packed)) * self.cfg.token_scales
+            self.starts.append(fx.get_iter(self.source) + row)
 
-    def table(self) -> fx.Tensor:
-        """``(columns, tokens, 2)`` float32 in LDS."""
+    def loads(self, kt):
+        """Functions that start one load each, of K tile ``kt``."""
+        return [partial(self._load, kt, i) for i in range(self.count)]
+
+    def _load(self, kt, i: int) -> None:
+        """Beyond K the scale of column 0, for zero codes."""
         cfg = self.cfg
-        shape = (cfg.tile_scales, cfg.tokens, 2)
-        return self.loads.lds.scales.view(fx.make_ordered_layout(shape, (0, 1, 2)))
+        column = (self.place.first_tile + kt) * cfg.tile_scales + self.slot(i)[1]
+        value = self.starts[i][(column < cfg.token_scales).select(column, 0)]
+        self.moving[i][0] = self.moving[i].element_type(value)
+
+    def writes(self, kt):
+        """Functions that write them to the stage of ``kt``."""
+        return [partial(self._write, kt, i) for i in range(self.count)]
+
+    def _write(self, kt, i: int) -> None:
+        value = self.moving[i].load()[0]
+        if self.cfg.token.scale is ScaleKind.E8M0:
+            value = power(fx.Int32(value) & 0xFF)
+        token, column = self.slot(i)
+        # A tile may have fewer scales than threads.
+        used = self.place.mate + i * self.threads < self.entries
+        store_if(used, self.table(kt), (column, token), fx.Float32(value))
+
+    def read(self, kt, unit: int, group: int, slot: int) -> None:
+        """The scale of a lane's token for a phase's block of K."""
+        if self.entries:
+            column = unit * self.cfg.unit * self.cfg.step_k // self.cfg.token_period
+            token = group * MFMA_ROWS + self.place.r
+            self.ring[slot][0] = fx.Float32(self.table(kt)[column, token])
+
+    def table(self, kt) -> fx.Tensor:
+        """``(columns, tokens)`` float32 of the stage of K tile ``kt``."""
+        cfg, stage = self.cfg, kt % 2 + self.place.part * 2
+        layout = fx.make_layout((cfg.tile_scales, cfg.tokens), (cfg.scale_stride, 1))
+        return (self.lds.scales.ptr + stage * cfg.scale_room).view(layout)
 
 
 @flyc.jit

@@ -4,36 +4,130 @@ h is written in its 16-bit format, or in float32 where ``quantise`` makes its co
 scale of a whole row is known only when every workgroup of the row is done.
 """
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.activations import ActivationKind
+from mixmoe.backends.cdna import grid
+from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
-from mixmoe.backends.cdna.config import THREADS, WAVES
+from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK, row_bias
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import Extras, row_scales, store_four, token_scale
-from mixmoe.backends.cdna.plain.place import stand, work_of
+from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
 
 
-def gate_up(cfg: Gemm, sums, block: int, group: int, scales) -> list[fx.Vector]:
+def gate_up(cfg: Gemm, totals, block: int, group: int, scales) -> list[fx.Vector]:
     """Four columns of gate and of up of one token."""
     (gate, up), of_token = scales
     return [
-        mainloop.results(cfg, sums, half, block, group, (of_rows, of_token))
+        mainloop.results(cfg, totals, half, block, group, (of_rows, of_token))
         for half, of_rows in enumerate((gate, up))
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage1:
+    """What a kernel is compiled for: the GEMM, activation, type of h, what is added on the way."""
+
+    cfg: Gemm
+    kind: ActivationKind
+    out: type[fx.Numeric]
+    extras: Extras
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        act, out = self.kind.value, self.out.__name__
+        return f"gemm1_{self.cfg.name}_{act}_{out}_{self.extras.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A launch's tensors and scalars."""
+
+    h: fx.Tensor
+    sources: mainloop.Sources
+    of_rows: fx.Tensor
+    bias_rows: fx.Tensor
+    smooth: fx.Tensor
+    sorted_ids: fx.Tensor
+    sorted_weights: fx.Tensor
+    expert_ids: fx.Tensor
+    tokens: fx.Int32
+    topk: fx.Int32
+    token_tiles: fx.Int32
+    scalars: Scalars
+
+
+@flyc.jit
+def compute(spec: Stage1, args: Arguments, lds, number) -> None:
+    """One piece of work."""
+    cfg, tokens = spec.cfg, args.tokens
+    work = scaled.work_of(cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens)
+    if work.used:
+        place = scaled.stand(cfg, work)
+
+        # 1. Which rows of x: padding reads row 0 and writes nothing
+        topk = args.topk if spec.extras.per_route else None
+        rows = scaled.Rows(args.sorted_ids, work.routes, tokens, topk)
+
+        # 2. Multiply
+        first = scaled.first_block(cfg, place, work)
+        totals = mainloop.multiply_all(cfg, place, lds, args.sources, rows, first)
+
+        # 3. Scale, activate, store
+        if fx.const_expr(cfg.k_waves > 1):
+            if place.part == 0:
+                store(spec, args, work, place, rows, totals, first)
+        else:
+            store(spec, args, work, place, rows, totals, first)
+
+
+@flyc.jit
+def store(spec: Stage1, args: Arguments, work, place, rows, totals, first) -> None:
+    """Four columns of one route at a time."""
+    cfg, extras, out = spec.cfg, spec.extras, spec.out
+    ids = scaled.of_groups(cfg, work, place, args.sorted_ids)
+    of_tokens = [token_scale(cfg, args.sources.token_scales, rows.row(i)) for i in ids]
+    if fx.const_expr(extras.weighted):
+        weights = scaled.of_groups(cfg, work, place, args.sorted_weights)
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token, slot = packed & TOKEN_MASK, packed >> 24
+        route = fx.Int64(token * args.topk + slot)
+        for block in fx.range_constexpr(cfg.blocks):
+            column = (first + block) * MFMA_ROWS + place.g * 4
+            if (token < args.tokens) & (column < cfg.rows):
+                row = place.expert * 2 * cfg.rows + column
+                both = [row_scales(cfg, args.of_rows, row + i * cfg.rows) for i in range(2)]
+                values = gate_up(cfg, totals, block, group, (both, of_tokens[group]))
+                if fx.const_expr(extras.bias):
+                    values = [
+                        v + row_bias(args.bias_rows, row + i * cfg.rows)
+                        for i, v in enumerate(values)
+                    ]
+                value = activate(spec.kind, args.scalars, *values)
+                if fx.const_expr(extras.weighted):
+                    value = value * fx.Float32(weights[group])
+                if fx.const_expr(extras.smooth):
+                    row = place.expert * cfg.rows + column
+                    value = value * row_bias(args.smooth, row)
+                store_four(args.h, route * cfg.rows + column, value.to(out), out)
 
 
 @cache
 def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras):
     """The launcher for one GEMM shape, activation, type of h, and what is added on the way."""
-    variant = f"gemm1_{cfg.name}_{kind.value}_{out.__name__}_{extras.name}"
+    spec = Stage1(cfg, kind, out, extras)
+    variant = spec.name
 
     @flyc.kernel(name=variant)
     def gemm1_kernel(
@@ -54,52 +148,16 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras
         alpha: fx.Float32,
         beta: fx.Float32,
         beta2: fx.Float32,
+        token_tiles: fx.Int32,
     ):
-        work = work_of(cfg, sorted_ids, expert_ids, tokens)
-        if work.used:
-            place = stand(work)
-            lds = fx.SharedAllocator().allocate(mainloop.shared_storage(cfg)).peek()
-            scalars = Scalars(limit, alpha, beta, beta2)
-
-            # 1. Which rows of x: padding reads row 0 and writes nothing
-            def row_of(t):
-                packed = fx.Int32(sorted_ids[work.routes + t])
-                token = packed & TOKEN_MASK
-                row = token * topk + (packed >> 24) if extras.per_route else token
-                return (token < tokens).select(row, 0)
-
-            # 2. Multiply
-            first = (work.rows * WAVES + place.wave) * cfg.blocks
-            sources = mainloop.Sources(codes, scales, x, x_scales)
-            loads = mainloop.Loads(cfg, place, sources, row_of, first, lds)
-            sums = mainloop.Sums(cfg, loads.keys)
-            mainloop.run(cfg, loads, sums)
-
-            # 3. Scale, activate, store four columns of one route
-            for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = work.routes + group * MFMA_ROWS + place.r
-                packed = fx.Int32(sorted_ids[at])
-                token, slot = packed & TOKEN_MASK, packed >> 24
-                of_token = token_scale(cfg, x_scales, row_of(group * MFMA_ROWS + place.r))
-                route = fx.Int64(token * topk + slot)
-                for block in fx.range_constexpr(cfg.blocks):
-                    column = (first + block) * MFMA_ROWS + place.g * 4
-                    if (token < tokens) & (column < cfg.rows):
-                        row = place.expert * 2 * cfg.rows + column
-                        both = [row_scales(cfg, of_rows, row + i * cfg.rows) for i in range(2)]
-                        values = gate_up(cfg, sums, block, group, (both, of_token))
-                        if fx.const_expr(extras.bias):
-                            values = [
-                                v + row_bias(bias_rows, row + i * cfg.rows)
-                                for i, v in enumerate(values)
-                            ]
-                        value = activate(kind, scalars, *values)
-                        if fx.const_expr(extras.weighted):
-                            value = value * fx.Float32(sorted_weights[at])
-                        if fx.const_expr(extras.smooth):
-                            row = place.expert * cfg.rows + column
-                            value = value * row_bias(smooth, row)
-                        store_four(h, route * cfg.rows + column, value.to(out), out)
+        lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
+        sources = mainloop.Sources(codes, scales, x, x_scales)
+        args = Arguments(
+            h, sources, of_rows, bias_rows, smooth, sorted_ids, sorted_weights, expert_ids,
+            tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
+        )
+        each = partial(compute, spec, args, lds)
+        grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(
@@ -121,12 +179,13 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras
         beta: fx.Float32,
         beta2: fx.Float32,
         token_tiles: fx.Int32,
+        groups: fx.Int32,
         name: fx.Constexpr[str],
         stream: fx.Stream,
     ):
         gemm1_kernel(
             h, x, x_scales, codes, scales, of_rows, bias_rows, smooth, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, limit, alpha, beta, beta2,
-        ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
+            expert_ids, tokens, topk, limit, alpha, beta, beta2, token_tiles,
+        ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     return launcher(variant, launch)

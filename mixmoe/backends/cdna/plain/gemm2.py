@@ -1,24 +1,95 @@
 """Stage 2 without scaled MFMAs: ``rows[route] = h[route] Wd^T + bd``, a row per route."""
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
+from mixmoe.backends.cdna import grid
+from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
-from mixmoe.backends.cdna.config import THREADS, WAVES
+from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.mainloop import TOKEN_MASK, row_bias
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import row_scales, store_four, token_scale
-from mixmoe.backends.cdna.plain.place import stand, work_of
+from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
+
+
+@dataclass(frozen=True, slots=True)
+class Stage2:
+    """What a kernel is compiled for."""
+
+    cfg: Gemm
+    out: type[fx.Numeric]
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return f"gemm2_{self.cfg.name}_{self.out.__name__}_{self.bias:d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A launch's tensors and scalars."""
+
+    rows: fx.Tensor
+    sources: mainloop.Sources
+    of_rows: fx.Tensor
+    bias_rows: fx.Tensor
+    sorted_ids: fx.Tensor
+    expert_ids: fx.Tensor
+    tokens: fx.Int32
+    topk: fx.Int32
+    token_tiles: fx.Int32
+
+
+@flyc.jit
+def compute(spec: Stage2, args: Arguments, lds, number) -> None:
+    """One piece of work."""
+    cfg, tokens = spec.cfg, args.tokens
+    work = scaled.work_of(cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens)
+    if work.used:
+        place = scaled.stand(cfg, work)
+        rows = scaled.Rows(args.sorted_ids, work.routes, tokens, args.topk)
+        first = scaled.first_block(cfg, place, work)
+        totals = mainloop.multiply_all(cfg, place, lds, args.sources, rows, first)
+        if fx.const_expr(cfg.k_waves > 1):
+            if place.part == 0:
+                store(spec, args, work, place, rows, totals, first)
+        else:
+            store(spec, args, work, place, rows, totals, first)
+
+
+@flyc.jit
+def store(spec: Stage2, args: Arguments, work, place, rows, totals, first) -> None:
+    """Scale, bias, store four columns of one route at a time."""
+    cfg, out = spec.cfg, spec.out
+    ids = scaled.of_groups(cfg, work, place, args.sorted_ids)
+    of_tokens = [token_scale(cfg, args.sources.token_scales, rows.row(i)) for i in ids]
+    for group in fx.range_constexpr(cfg.groups):
+        packed = fx.Int32(ids[group])
+        token = packed & TOKEN_MASK
+        route = fx.Int64(token * args.topk + (packed >> 24))
+        for block in fx.range_constexpr(cfg.blocks):
+            column = (first + block) * MFMA_ROWS + place.g * 4
+            if (token < args.tokens) & (column < cfg.rows):
+                row = place.expert * cfg.rows + column
+                factors = (row_scales(cfg, args.of_rows, row), of_tokens[group])
+                value = mainloop.results(cfg, totals, 0, block, group, factors)
+                if fx.const_expr(spec.bias):
+                    value = value + row_bias(args.bias_rows, row)
+                store_four(args.rows, route * cfg.rows + column, value.to(out), out)
 
 
 @cache
 def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
     """The launcher for one GEMM shape, output type, with or without a bias."""
-    variant = f"gemm2_{cfg.name}_{out.__name__}_{bias:d}"
+    spec = Stage2(cfg, out, bias)
+    variant = spec.name
 
     @flyc.kernel(name=variant)
     def gemm2_kernel(
@@ -33,41 +104,15 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
         expert_ids: fx.Tensor,
         tokens: fx.Int32,
         topk: fx.Int32,
+        token_tiles: fx.Int32,
     ):
-        work = work_of(cfg, sorted_ids, expert_ids, tokens)
-        if work.used:
-            place = stand(work)
-            lds = fx.SharedAllocator().allocate(mainloop.shared_storage(cfg)).peek()
-
-            # 1. Which routes: padding reads row 0 and writes nothing
-            def route_of(t):
-                packed = fx.Int32(sorted_ids[work.routes + t])
-                token = packed & TOKEN_MASK
-                return (token < tokens).select(token * topk + (packed >> 24), 0)
-
-            # 2. Multiply
-            first = (work.rows * WAVES + place.wave) * cfg.blocks
-            sources = mainloop.Sources(codes, scales, h, h_scales)
-            loads = mainloop.Loads(cfg, place, sources, route_of, first, lds)
-            sums = mainloop.Sums(cfg, loads.keys)
-            mainloop.run(cfg, loads, sums)
-
-            # 3. Scale, bias, store four columns of one route
-            for group in fx.range_constexpr(cfg.tokens // MFMA_ROWS):
-                at = work.routes + group * MFMA_ROWS + place.r
-                packed = fx.Int32(sorted_ids[at])
-                token = packed & TOKEN_MASK
-                of_token = token_scale(cfg, h_scales, route_of(group * MFMA_ROWS + place.r))
-                route = fx.Int64(token * topk + (packed >> 24))
-                for block in fx.range_constexpr(cfg.blocks):
-                    column = (first + block) * MFMA_ROWS + place.g * 4
-                    if (token < tokens) & (column < cfg.rows):
-                        row = place.expert * cfg.rows + column
-                        factors = (row_scales(cfg, of_rows, row), of_token)
-                        value = mainloop.results(cfg, sums, 0, block, group, factors)
-                        if fx.const_expr(bias):
-                            value = value + row_bias(bias_rows, row)
-                        store_four(rows, route * cfg.rows + column, value.to(out), out)
+        lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
+        sources = mainloop.Sources(codes, scales, h, h_scales)
+        args = Arguments(
+            rows, sources, of_rows, bias_rows, sorted_ids, expert_ids, tokens, topk, token_tiles
+        )
+        each = partial(compute, spec, args, lds)
+        grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(
@@ -83,12 +128,13 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
         tokens: fx.Int32,
         topk: fx.Int32,
         token_tiles: fx.Int32,
+        groups: fx.Int32,
         name: fx.Constexpr[str],
         stream: fx.Stream,
     ):
         gemm2_kernel(
             rows, h, h_scales, codes, scales, of_rows, bias_rows, sorted_ids, expert_ids, tokens,
-            topk,
-        ).launch(grid=(cfg.row_tiles * token_tiles, 1, 1), block=(THREADS, 1, 1), stream=stream)
+            topk, token_tiles,
+        ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     return launcher(variant, launch)

@@ -1,15 +1,14 @@
 """The main loop without scaled MFMAs: weights through registers, tokens through two LDS stages.
 
 As the scaled loop (``mixmoe.backends.cdna.mainloop``): a workgroup multiplies ``tokens`` sorted
-routes of one expert by ``4 x blocks x 16`` weight rows of each half, the four waves split the
-rows, and a tile of K is a row of phases, one for 16 tokens of one step.
+routes of one expert by ``4 x blocks x 16`` weight rows of each half (``k_waves`` of its waves may
+share K instead), and every wave reads all tokens of its part of K from LDS.
 
-Decoding. Tokens become operands on their way into LDS, once for the four waves; weights in a
-wave's registers, once for all token groups of a step.
-
-Scales along K. The sum of the steps that share a scale of each operand is kept apart and closed
-onto the float32 total: ``total += sum * (weight scale of the row * token scale)``. Scales of whole
-rows wait for the epilogue.
+Order. A K tile is a row of units, the steps that share a sum; a unit is multiplied 16 tokens after
+16, each a phase. So sums that are scaled along K live for a phase: while the next one is multiplied
+they are closed onto the float32 total, ``total += sum * (weight scale of the row * token scale)``.
+Scales of whole rows wait for the epilogue. All that is not an MFMA is spread between MFMAs: loads
+of the tile ahead, operands of the unit ahead, tokens on their way through LDS.
 
 Tails as in the scaled loop: weights and tokens beyond K are zero codes, blocks beyond the last row
 repeat it and are not stored, no load leaves its tensor.
@@ -17,20 +16,24 @@ repeat it and are not stored, no load leaves its tensor.
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 from flydsl.expr import const_expr
 
-from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, WORD
-from mixmoe.backends.cdna.config import THREADS
-from mixmoe.backends.cdna.plain.config import Gemm
-from mixmoe.backends.cdna.plain.decode import scaled_bf16
-from mixmoe.backends.cdna.plain.factors import RING, Factors, words_of
-from mixmoe.backends.cdna.plain.place import Place
-from mixmoe.backends.cdna.weights import of_expert
+from mixmoe.backends.cdna import mainloop as scaled
+from mixmoe.backends.cdna.mainloop import spread
+from mixmoe.backends.cdna.plain.config import FRAGMENTS, Gemm
+from mixmoe.backends.cdna.plain.factors import TokenFactors, WeightFactors
+from mixmoe.backends.cdna.plain.tokens import Tokens
+from mixmoe.backends.cdna.plain.weights import Weights
 
-AHEAD = 2  # phases between a read of tokens and its use
+# An int32 sum that begins here is, as float32 bits, 1.5 * 2^23 plus the sum, while the sum has
+# fewer than 23 bits: a subtraction makes it a float32, which two of a packed instruction do.
+MAGIC = 0x4B400000
+MAGIC_FLOAT = 12582912.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,282 +47,302 @@ class Sources:
     token_scales: fx.Tensor
 
 
-def shared_storage(cfg: Gemm):
-    """LDS: two stages of token codes, two of their scales."""
-    if not cfg.tile_scales:
-        return fx.Struct["codes" : fx.Array[fx.Int32, 2 * cfg.code_bytes // WORD, PIECE]]
-    return fx.Struct[
-        "codes" : fx.Array[fx.Int32, 2 * cfg.code_bytes // WORD, PIECE],
-        "scales" : fx.Array[fx.Float32, 2 * cfg.tokens * cfg.tile_scales, PIECE],
-    ]
+class Operands:
+    """What the main loop multiplies."""
 
+    def __init__(self, cfg: Gemm, place, lds, sources: Sources, rows, first_block):
+        self.factors = WeightFactors(cfg, place, sources.scales, first_block)
+        self.weights = Weights(cfg, place, sources.codes, self.factors, first_block)
+        self.tokens = Tokens(cfg, place, lds, sources.tokens, rows)
+        self.token_factors = TokenFactors(cfg, place, lds, sources.token_scales, rows)
 
-def shared_codes(cfg: Gemm, lds) -> fx.Tensor:
-    """Token codes in LDS: ``((words of a run, runs of a chunk), chunks, tokens, 2)``, swizzled."""
-    runs = 4 // cfg.run_words
-    plain = fx.make_ordered_layout(
-        (cfg.run_words, runs, cfg.chunks, cfg.tokens, 2), (0, 1, 2, 3, 4)
-    )
-    swizzle = fx.static(fx.SwizzleType.get(*cfg.swizzle))
-    return lds.codes.view(fx.make_composed_layout(swizzle, plain))
+    def decodes(self, slot: int, unit: int, steps: int):
+        """What makes operands and factors of a unit of stored weights."""
+        return [*self.weights.decodes(slot, unit, steps), *self.factors.decodes(slot, unit)]
 
+    def token_loads(self, kt):
+        """Loads of codes and scales of the tokens of K tile ``kt``."""
+        return [*self.tokens.loads(kt), *self.token_factors.loads(kt)]
 
-def shared_chunks(cfg: Gemm, lds) -> fx.Tensor:
-    """The same by chunks: ``(4 words, chunks, tokens, 2)``."""
-    plain = fx.make_ordered_layout((4, cfg.chunks, cfg.tokens, 2), (0, 1, 2, 3))
-    swizzle = fx.static(fx.SwizzleType.get(*cfg.swizzle))
-    return lds.codes.view(fx.make_composed_layout(swizzle, plain))
+    def token_writes(self, kt):
+        """Writes of them to their LDS stage."""
+        return [*self.tokens.writes(kt), *self.token_factors.writes(kt)]
 
-
-def fragment(words: list[fx.Int32]) -> fx.Tensor:
-    """A fragment of these words."""
-    frag = fx.make_rmem_tensor(len(words), fx.Int32)
-    for i, word in enumerate(words):
-        frag[i] = word
-    return frag
-
-
-class Loads:
-    """Fragments of the main loop and the copies that fill them."""
-
-    def __init__(self, cfg: Gemm, place: Place, sources: Sources, row_of, row_block, lds):
-        self.cfg, self.place, self.sources, self.lds = cfg, place, sources, lds
-        end = cfg.rows // MFMA_ROWS
-        self.blocks = [fx.min(row_block + b, end - 1) for b in range(cfg.blocks)]
-        self.codes = of_expert(sources.codes, place.expert, cfg.code_words, cfg.code_modes())
-        self.shared, self.chunks = shared_codes(cfg, lds), shared_chunks(cfg, lds)
-        self.keys = [(h, b) for h in range(cfg.halves) for b in range(cfg.blocks)]
-        self.piece = fx.make_copy_atom(fx.rocdl.BufferCopy128b(), fx.Int32)
-        self.chunk = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Int32)
-        self.run = fx.make_copy_atom(fx.UniversalCopy(32 * cfg.run_words), fx.Int32)
-        self.moved = fx.make_copy_atom(fx.UniversalCopy(32 * cfg.chunk_words), fx.Int32)
-        self.weights = [
-            {key: fx.make_rmem_tensor(4 * cfg.weight_pieces, fx.Int32) for key in self.keys}
-            for _ in range(2)
-        ]
-        self.ring = [
-            fx.make_rmem_tensor(cfg.run_words * cfg.pieces, fx.Int32) for _ in range(RING)
-        ]
-        count = -(-cfg.tokens * cfg.chunks // THREADS)
-        self.moving = [fx.make_rmem_tensor(cfg.chunk_words, fx.Int32) for _ in range(count)]
-        self.rows = []
-        for i in range(count):
-            token, chunk = self.slot(i)
-            row = fx.Int64(row_of(token)) * (cfg.row_chunks * cfg.chunk_words)
-            self.rows.append((fx.get_iter(sources.tokens) + row, chunk))
-        self.operands: dict = {}
-        self.factors = Factors(self, row_of)
-
-    def slot(self, i):
-        """(token, chunk) of LDS that a thread moves in round i."""
-        index = (self.place.tid + i * THREADS) % (self.cfg.tokens * self.cfg.chunks)
-        return index // self.cfg.chunks, index % self.cfg.chunks
-
-    def ring_slot(self, phase: int, stage: int) -> int:
-        """Where the ring holds the tokens of a phase; phases of two tiles follow each other."""
-        return (stage * self.cfg.steps * self.cfg.groups + phase) % RING
-
-    def load_tokens(self, kt) -> None:
-        """Start the tokens of K tile ``kt``, and their scales, towards registers."""
-        for (row, chunk), frag in zip(self.rows, self.moving, strict=True):
-            self._load_chunk(row, kt * self.cfg.chunks + chunk, frag)
-        self.factors.load_tokens(kt)
-
-    def _load_chunk(self, row, chunk, frag) -> None:
-        cfg = self.cfg
-        whole = cfg.k % cfg.tile_k == 0
-        inside = chunk < cfg.row_chunks
-        at = chunk if whole else inside.select(chunk, 0)
-        source = (row + at * cfg.chunk_words).view(fx.make_layout(cfg.chunk_words, 1))
-        fx.copy(self.moved, source, frag)
-        if not whole:
-            zeros = fx.Vector.filled(cfg.chunk_words, 0, fx.Int32)
-            frag.store(inside.select(frag.load(), zeros))
-
-    def weight_loads(self, kt, stage: int, steps: int):
-        """Functions that start one load each: the scales, then the weights, of K tile ``kt``."""
-        starts = self.factors.weight_loads(kt, stage, steps)
-        for piece in range(self.cfg.pieces_of(steps)):
-            starts += [partial(self._load_weight, kt, stage, key, piece) for key in self.keys]
-        return starts
-
-    def _load_weight(self, kt, stage: int, key, piece: int) -> None:
-        half, block = key
-        quarters = fx.logical_divide(self.weights[stage][key], fx.make_layout(4, 1))
-        column = piece * 4 + self.place.g
-        source = self.codes[(self.place.r, self.blocks[block], half), (None, column)]
-        offset = kt * (self.cfg.weight_pieces * 4 * MFMA_ROWS * 4)
-        fx.copy(self.piece, source, quarters[None, piece], soffset=offset)
-
-    def publish(self, stage: int) -> None:
-        """Decode the tokens that :meth:`load_tokens` fetched and write them to an LDS stage."""
-        decode = self.cfg.token_decoder.words
-        for i, frag in enumerate(self.moving):
-            token, chunk = self.slot(i)
-            chunk_frag = fragment(decode(words_of(frag, 0, self.cfg.chunk_words)))
-            target = self.chunks[None, chunk, token, stage]
-            if (i + 1) * THREADS <= self.cfg.tokens * self.cfg.chunks:
-                fx.copy(self.chunk, chunk_frag, target)
-            else:  # a tile of fewer chunks than threads
-                used = self.place.tid + i * THREADS < self.cfg.tokens * self.cfg.chunks
-                copy_if(used, self.chunk, chunk_frag, target)
-        self.factors.publish(stage)
-
-    def read_tokens(self, phase: int, stage: int) -> None:
-        """The 16 tokens of a phase, from LDS into the ring."""
-        cfg, place = self.cfg, self.place
-        step, group = divmod(phase, cfg.groups)
-        parts = fx.logical_divide(
-            self.ring[self.ring_slot(phase, stage)], fx.make_layout(cfg.run_words, 1)
-        )
-        runs = 4 // cfg.run_words
-        for p in range(cfg.pieces):
-            at = (step * cfg.pieces + p) * 4 + place.g
-            token = group * MFMA_ROWS + place.r
-            source = self.shared[None, at % runs, at // runs, token, stage]
-            fx.copy(self.run, source, parts[None, p])
-        self.factors.read_token(phase, stage)
-
-    def decode(self, stage: int, step: int) -> None:
-        """Operands of every block for a step."""
-        cfg = self.cfg
-        for key in self.keys:
-            stored = words_of(self.weights[stage][key], step * cfg.step_words, cfg.step_words)
-            if cfg.folds:
-                column = step * cfg.step_k // cfg.weight_period
-                words = scaled_bf16(stored, self.factors.of_row(stage, key, column))
-            else:
-                words = cfg.weight_decoder.words(stored)
-            self.operands[key] = split(cfg, words)
-
-    def token_operands(self, phase: int, stage: int) -> list[fx.Tensor]:
-        """Operands of a phase's tokens."""
-        cfg, frag = self.cfg, self.ring[self.ring_slot(phase, stage)]
-        return split(cfg, words_of(frag, 0, cfg.run_words * cfg.pieces))
-
-
-def split(cfg: Gemm, words: list[fx.Int32]) -> list[fx.Tensor]:
-    """A step's operands, one fragment for each MFMA."""
-    n = cfg.mma_words
-    return [fragment(words[i * n : (i + 1) * n]) for i in range(cfg.mmas)]
-
-
-@flyc.jit
-def copy_if(used, atom, source, target) -> None:
-    """``fx.copy`` of some threads."""
-    if used:
-        fx.copy(atom, source, target)
+    def read(self, kt, unit: int, group: int, slot: int) -> None:
+        """Tokens of a phase, from LDS."""
+        self.tokens.read(kt, unit, group, slot)
+        self.token_factors.read(kt, unit, group, slot)
 
 
 class Sums:
     """Results of a wave: ``(half, block, group)`` -> four rows of one token."""
 
     def __init__(self, cfg: Gemm, keys):
-        self.cfg = cfg
-        all_keys = [(*key, group) for key in keys for group in range(cfg.groups)]
+        self.cfg, self.keys = cfg, keys
         kind = fx.Float32 if cfg.period else cfg.mma.sum
-        self.total = {key: fx.make_rmem_tensor(4, kind) for key in all_keys}
+        self.total = {
+            (*key, group): fx.make_rmem_tensor(4, kind)
+            for key in keys
+            for group in range(cfg.groups)
+        }
         for frag in self.total.values():
             frag.fill(kind(0))
-        self.open = self.total
-        if cfg.period:
-            self.open = {key: fx.make_rmem_tensor(4, cfg.mma.sum) for key in all_keys}
+        # Two phases: one is closed while the next is multiplied.
+        open_sums = ((key, turn) for key in keys for turn in range(2 if cfg.period else 0))
+        self.open = {key: fx.make_rmem_tensor(4, cfg.mma.sum) for key in open_sums}
 
-    def begin(self, step: int, key) -> None:
+    def of(self, key, group: int, turn: int) -> fx.Tensor:
+        """What the MFMAs of a phase add to."""
+        return self.open[key, turn] if self.cfg.period else self.total[(*key, group)]
+
+    def begin(self, key, turn: int) -> None:
         """A sum that has a scale of its own starts from zero."""
+        if self.cfg.period:
+            kind = self.cfg.mma.sum
+            self.open[key, turn].fill(kind(MAGIC if kind is fx.Int32 else 0))
+
+    def close(self, ops: Operands, key, phase: "Phase") -> None:
+        """Scale the sum of a phase and add it to the total."""
         cfg = self.cfg
-        if cfg.period and step * cfg.step_k % cfg.period == 0:
-            self.open[key].fill(cfg.mma.sum(0))
-
-    def close(self, factors: Factors, phase: int, stage: int, key) -> None:
-        """Scale the sum of a period and add it to the total."""
-        cfg, (half, block, _) = self.cfg, key
-        scale = [fx.Float32(1.0)] * 4
-        if cfg.weight_period and not cfg.folds:
-            scale = factors.decoded[half, block]
+        scale: Any = None
         if cfg.token_period:
-            of_token = factors.ring[factors.loads.ring_slot(phase, stage)].load()[0]
-            scale = [s * of_token for s in scale] if cfg.weight_period else [of_token] * 4
-        part = self.open[key].load().to(fx.Float32)
+            scale = fx.Float32(ops.token_factors.ring[phase.slot].load()[0])
+        if ops.factors.decoded:
+            of_rows = ops.factors.of_unit(key, phase.unit)
+            scale = of_rows if scale is None else of_rows * scale
+        part = self.open[key, phase.turn].load()
+        if cfg.mma.sum is fx.Int32:
+            part = part.bitcast(fx.Float32) - fx.Float32(MAGIC_FLOAT)
+        total = self.total[(*key, phase.group)]
         with fx.fastmath("contract"):
-            total = self.total[key].load() + part * fx.Vector.from_elements(scale)
-        self.total[key].store(total)
+            total.store(total.load() + part * scale)
 
 
-def multiply(cfg: Gemm, loads: Loads, sums: Sums, phase: int, stage: int, last: bool) -> None:
-    """The MFMAs of one phase: every row block times 16 tokens. ``last``: the tile ends here."""
-    step, group = divmod(phase, cfg.groups)
-    closes = cfg.period and (last or (step + 1) * cfg.step_k % cfg.period == 0)
-    if group == 0:
-        loads.decode(stage, step)
-        if closes:
-            loads.factors.decode(stage, step)
-    tokens = loads.token_operands(phase, stage)
-    for key in loads.keys:
-        total = (*key, group)
-        sums.begin(step, total)
-        for weight, token in zip(loads.operands[key], tokens, strict=True):
-            frag = sums.open[total]
-            fx.gemm(cfg.mma.atom(cfg.mma_k), frag, weight, token, frag)
-    if closes:
-        for key in loads.keys:
-            sums.close(loads.factors, phase, stage, (*key, group))
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """16 tokens of a unit of a tile: ``number`` in the tile, ``slot`` of their fragments."""
+
+    cfg: Gemm
+    number: int
+    slot: int
+
+    @property
+    def unit(self) -> int:
+        """Number of the unit."""
+        return self.number // self.cfg.groups
+
+    @property
+    def group(self) -> int:
+        """Number of the 16 tokens."""
+        return self.number % self.cfg.groups
+
+    @property
+    def turn(self) -> int:
+        """Which of the two open sums."""
+        return self.number % 2
 
 
-def hand_over(loads: Loads, stage: int) -> None:
-    """Publish the tokens of the next tile and meet the other waves."""
-    loads.publish(stage)
-    fx.gpu.barrier()
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One K tile of the unrolled loop: ``kt`` is its number, ``slot`` that modulo the ring of
+    weights; ``last`` the number of the last K tile where ``kt`` is known, None inside the loop,
+    where everything ahead exists."""
+
+    cfg: Gemm
+    ops: Operands
+    sums: Sums
+    kt: Any  # int, or Int32 inside the loop
+    slot: int
+    last: int | None
+
+    def steps_of(self, ahead: int) -> int:
+        """Steps of the tile so many on; 0 where there is none."""
+        return self.cfg.steps if self.last is None else self.cfg.steps_of(self.kt + ahead)
+
+    @property
+    def phases(self) -> int:
+        """Phases of the tile."""
+        return self.cfg.units_of(self.steps_of(0)) * self.cfg.groups
+
+    def phase(self, number: int, ahead: int = 0) -> Phase:
+        """A phase of the tile, or of one ahead. Fragments are taken in turn: those of a whole tile
+        come out even."""
+        cfg = self.cfg
+        slot = ((self.slot + ahead) % cfg.ring * cfg.phases + number) % FRAGMENTS
+        return Phase(cfg, number, slot)
+
+    def run(self) -> None:
+        """All phases."""
+        for unit in range(self.cfg.units_of(self.steps_of(0))):
+            self.run_unit(unit)
+        if self.cfg.period:  # the last phase's sums
+            for close in self.closes(self.phases):
+                close()
+
+    def run_unit(self, unit: int) -> None:
+        """The MFMAs of a unit, each followed by its share of all else."""
+        cfg = self.cfg
+        first = unit * cfg.groups
+        phases = [self.phase(first + group) for group in range(cfg.groups)]
+        mfmas = [self.multiplies(phase) for phase in phases]
+        size = len(mfmas[0])
+        loads, decodes = self.weight_loads(unit), self.decodes(unit)
+        count = size * cfg.groups
+        early = spread(loads, max(1, int(cfg.load_share(cfg.ring) * count)))
+        sides = [
+            [*start, *decode] for start, decode in
+            zip_longest(early, spread(decodes, count), fillvalue=[])
+        ]
+        for group, phase in enumerate(phases):
+            own = spread(self.closes(phase.number), size)
+            moves = spread(self.moves(phase.number), size)
+            if phase.number == self.barrier and self.steps_of(1):
+                meet()
+            for i, mfma in enumerate(mfmas[group]):
+                mfma()
+                here = self.reads(phase.number) if i == 0 else []
+                for start in [*here, *moves[i], *own[i], *sides[group * size + i]]:
+                    start()
+                fx.rocdl.sched_barrier(0)
+
+    def weight_loads(self, unit: int):
+        """Loads into what is free in a unit: what belonged to it and is decoded, or to the unit
+        before."""
+        cfg, ops = self.cfg, self.ops
+        args = (self.kt + cfg.ring, self.slot, self.steps_of(cfg.ring))
+        factors = ops.factors.loads(*args, unit)
+        if not cfg.keeps:
+            return factors + ops.weights.loads(*args, unit)
+        if unit == 0:
+            before = (self.slot - 1) % cfg.ring
+            args = (self.kt + cfg.ring - 1, before, self.steps_of(cfg.ring - 1))
+            unit = cfg.units_of(cfg.steps)
+        return factors + ops.weights.loads(*args, unit - 1)
+
+    @property
+    def barrier(self) -> int:
+        """The phase before which all waves meet: its reads are the next tile's first."""
+        return self.phases - self.cfg.ahead
+
+    def multiplies(self, phase: Phase):
+        """The MFMAs of a phase, each to be issued. Those of one sum do not follow each other."""
+        cfg = self.cfg
+        first = phase.unit * cfg.unit
+        steps = range(first, min(first + cfg.unit, self.steps_of(0)))
+        return [
+            partial(self._multiply, phase, step, mma, key)
+            for step in steps
+            for mma in range(cfg.mmas)
+            for key in self.sums.keys
+        ]
+
+    def _multiply(self, phase: Phase, step: int, mma: int, key) -> None:
+        cfg, inside = self.cfg, step - phase.unit * self.cfg.unit
+        if inside == 0 and mma == 0:
+            self.sums.begin(key, phase.turn)
+        frag = self.sums.of(key, phase.group, phase.turn)
+        weight = self.ops.weights.operand(self.slot, key, step, mma)
+        token = self.ops.tokens.operand(phase.slot, inside, mma)
+        fx.gemm(cfg.mma.atom(cfg.mma_k), frag, weight, token, frag)
+
+    def closes(self, number: int):
+        """Functions that close the sums of the phase before."""
+        if not self.cfg.period or number == 0:
+            return []
+        phase = self.phase(number - 1)
+        return [partial(self.sums.close, self.ops, key, phase) for key in self.sums.keys]
+
+    def decodes(self, unit: int):
+        """Operands of the unit after this one, which may be the next tile's first."""
+        steps, following = self.steps_of(0), unit + 1
+        slot = self.slot
+        if following == self.cfg.units_of(steps):
+            steps, following, slot = self.steps_of(1), 0, (slot + 1) % self.cfg.ring
+        return self.ops.decodes(slot, following, steps) if steps else []
+
+    def moves(self, number: int):
+        """Tokens of the next tile: writes to LDS before the barrier. Where a tile takes little
+        more than a load they come early, and the tile after it is loaded behind them; else loads
+        come first."""
+        if not self.steps_of(1):
+            return []
+        ops, early = self.ops, self.cfg.ring > 1
+        first = 0 if early else max(0, min(self.phases * 5 // 8, self.barrier - 1))
+        mine = []
+        if first <= number < self.barrier:
+            pairs = [[write] for write in ops.token_writes(self.kt + 1)]
+            if early and self.steps_of(2):
+                for pair, load in zip(pairs, ops.token_loads(self.kt + 2), strict=True):
+                    pair.append(load)
+            mine = spread(pairs, self.barrier - first)[number - first]
+        loads = ops.token_loads(self.kt + 1) if not early and number == 0 else []
+        return loads + [start for pair in mine for start in pair]
+
+    def reads(self, number: int):
+        """The tokens of a later phase, if there is one."""
+        later = number + self.cfg.ahead
+        if later < self.phases:
+            kt, phase = self.kt, self.phase(later)
+        else:
+            kt, phase = self.kt + 1, self.phase(later - self.phases, 1)
+            if phase.number >= self.cfg.units_of(self.steps_of(1)) * self.cfg.groups:
+                return []
+        return [partial(self.ops.read, kt, phase.unit, phase.group, phase.slot)]
 
 
-def tile(cfg: Gemm, loads: Loads, sums: Sums, kt, steps: int, stage: int, next_steps: int) -> None:
-    """The phases of K tile ``kt``; ``next_steps`` steps follow, none after the last tile."""
-    phases, other = steps * cfg.groups, stage ^ 1
-    starts = loads.weight_loads(kt + 1, other, next_steps) if next_steps else []
-    share = -(-len(starts) // max(1, phases // 2))
-    for phase in range(phases):
-        if next_steps and phase == 0:
-            loads.load_tokens(kt + 1)
-        for start in starts[phase * share : (phase + 1) * share]:
-            start()
-        if next_steps and phase == phases - AHEAD:
-            hand_over(loads, other)
-        ahead = phase + AHEAD
-        if ahead < phases:
-            loads.read_tokens(ahead, stage)
-        elif next_steps:
-            loads.read_tokens(ahead - phases, other)
-        multiply(cfg, loads, sums, phase, stage, phase // cfg.groups == steps - 1)
-        fx.rocdl.sched_barrier(0)
+def trips(cfg: Gemm) -> int:
+    """How often the loop of ``ring`` tiles runs: while all that it loads ahead exists, and is a
+    whole tile."""
+    whole = cfg.k // cfg.tile_k if cfg.parts == 1 else cfg.part_tiles
+    return max(0, (whole - cfg.ring) // cfg.ring)
 
 
 @flyc.jit
-def run(cfg: Gemm, loads: Loads, sums: Sums) -> None:
+def run(cfg: Gemm, ops: Operands, sums: Sums) -> None:
     """All K tiles."""
-    last = cfg.k_tiles - 1
-    # A shorter last tile is loaded by a tile of its own, after the loop.
-    looped = last if cfg.last_steps == cfg.steps else max(0, last - 1)
-    begin(cfg, loads, cfg.steps if last else cfg.last_steps)
-    for pair in range(0, looped // 2, 1):
-        kt = fx.Int32(pair) * 2
-        tile(cfg, loads, sums, kt, cfg.steps, 0, cfg.steps)
-        tile(cfg, loads, sums, kt + 1, cfg.steps, 1, cfg.steps)
-    if const_expr(looped % 2 == 1):
-        tile(cfg, loads, sums, looped - 1, cfg.steps, 0, cfg.steps)
-    if const_expr(looped < last):
-        tile(cfg, loads, sums, last - 1, cfg.steps, (last - 1) % 2, cfg.last_steps)
-    tile(cfg, loads, sums, last, cfg.last_steps, last % 2, 0)
-    hold(sums)
+    begin(cfg, ops)
+    looped = trips(cfg)
+    if const_expr(looped > 0):
+        for i in range(0, looped, 1, unroll=1):  # type: ignore[call-overload]  # FlyDSL reads it
+            for slot in fx.range_constexpr(cfg.ring):
+                Tile(cfg, ops, sums, fx.Int32(i) * cfg.ring + slot, slot, None).run()
+    for kt in fx.range_constexpr(looped * cfg.ring, cfg.part_tiles):
+        Tile(cfg, ops, sums, kt, kt % cfg.ring, cfg.part_tiles - 1).run()
 
 
-def begin(cfg: Gemm, loads: Loads, steps: int) -> None:
-    """Tile 0 into place, its first phases read."""
-    loads.load_tokens(0)
-    for start in loads.weight_loads(0, 0, steps):
+def begin(cfg: Gemm, ops: Operands) -> None:
+    """The ring filled, tile 0 in place, its first unit decoded, its first phases read. Weights
+    need no token's id: they are asked for while the ids are on their way."""
+    fx.rocdl.sched_barrier(0)
+    last = cfg.units_of(cfg.steps) - 1
+    for kt in range(min(cfg.ring, cfg.part_tiles)):
+        starts = ops.factors.loads(kt, kt, cfg.steps_of(kt))
+        for unit in range(last if cfg.keeps and kt == cfg.ring - 1 else last + 1):
+            starts += ops.weights.loads(kt, kt, cfg.steps_of(kt), unit)
+        for start in starts:
+            start()
+    fx.rocdl.sched_barrier(0)
+    ops.tokens.find()
+    ops.token_factors.find()
+    for start in ops.token_loads(0):
         start()
-    hand_over(loads, 0)
-    for phase in range(min(AHEAD, steps * cfg.groups)):
-        loads.read_tokens(phase, 0)
+    fx.rocdl.sched_barrier(0)
+    for write in ops.token_writes(0):
+        write()
+    if cfg.ring > 1 and cfg.part_tiles > 1:
+        for start in ops.token_loads(1):
+            start()
+    fx.gpu.barrier()
+    for number in range(min(cfg.ahead, cfg.units_of(cfg.steps_of(0)) * cfg.groups)):
+        unit, group = divmod(number, cfg.groups)
+        ops.read(0, unit, group, number)
+    for decode in ops.decodes(0, 0, cfg.steps_of(0)):
+        decode()
+
+
+def meet() -> None:
+    """All waves: what they wrote to LDS is there, what they read has arrived."""
+    fx.gpu.barrier()
 
 
 SAME_LANE, ALL = 0xE4, 0xF  # quad_perm [0, 1, 2, 3], every row and bank
@@ -338,14 +361,27 @@ def hold(sums: Sums) -> None:
             frag[i] = fx.Int32(held).bitcast(kind)
 
 
-def results(cfg: Gemm, sums: Sums, half: int, block: int, group: int, scales) -> fx.Vector:
+def multiply_all(cfg: Gemm, place, lds, sources: Sources, rows, first_block) -> dict:
+    """The float32 sums of a piece of work; with K shared out those of part 0 hold them all."""
+    ops = Operands(cfg, place, lds, sources, rows, first_block)
+    sums = Sums(cfg, ops.weights.keys)
+    run(cfg, ops, sums)
+    hold(sums)
+    if cfg.k_waves == 1:
+        return sums.total
+    totals = {key: fx.make_rmem_tensor(4, fx.Float32) for key in sums.total}
+    for key, frag in sums.total.items():
+        totals[key].store(frag.load().to(fx.Float32))
+    scaled.gather(cfg, place, lds, totals)
+    return totals
+
+
+def results(cfg: Gemm, totals: dict, half: int, block: int, group: int, scales) -> fx.Vector:
     """Four rows of one token in float32. ``scales``: the rows' and the token's, or None."""
     of_rows, of_token = scales
-    value = sums.total[half, block, group].load().to(fx.Float32)
+    value = totals[half, block, group].load().to(fx.Float32)
     if cfg.factor != 1:
         value = value * fx.Float32(cfg.factor)
     if const_expr(of_token is not None):
         value = value * of_token
     return value if of_rows is None else value * of_rows
-
-

@@ -1,7 +1,7 @@
 """The stages without scaled MFMAs: choose a tile, allocate, launch. No maths here."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import flydsl.expr as fx
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mixmoe.activations import Activation
+from mixmoe.backends.cdna import choose
 from mixmoe.backends.cdna.atoms import Atoms, Mma
 from mixmoe.backends.cdna.config import THREADS
+from mixmoe.backends.cdna.grid import Walk
 from mixmoe.backends.cdna.plain import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna.plain import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna.plain import quantise as quantise_kernels
@@ -39,7 +41,7 @@ NUMERIC = {
     torch.float16: fx.Float16,
     torch.float32: fx.Float32,
 }
-MIN_BLOCK, TILES = 16, (64, 32, 16)
+MIN_BLOCK, TILES = 16, (128, 64, 32, 16)
 EXPERT_BYTES = (1 << 31) - 1  # offsets inside one expert's codes are 32 bits wide
 INT8_SUM = 1 << 17  # K whose products of int8 fit an int32: 127^2 K < 2^31
 
@@ -80,8 +82,11 @@ def orders(weight: Format) -> tuple[str, str]:
     return f"{name}_gui", name
 
 
-def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
-    """The kernels' records. Raises MixMoEError for what they cannot do."""
+def plan(
+    atoms: Atoms, recipe: Recipe, weights: Weights, block: int, problem: Problem | None = None
+) -> Plan:
+    """The kernels' records; ``problem`` says how many tiles there will be, many if it is None.
+    Raises MixMoEError for what they cannot do."""
     mma, names = operands(atoms, recipe), orders(weights.format)
     if mma.element is int8 and max(weights.H, weights.I) > INT8_SUM:
         raise MixMoEError("K of int8 products, at most", max(weights.H, weights.I), INT8_SUM)
@@ -91,7 +96,10 @@ def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
         raise MixMoEError("w2 has no gate and up to interleave", weights.orders[1], names[1])
     shapes = ((2, weights.I, weights.H), (1, weights.H, weights.I))
     first, second = (
-        cut(partial(Gemm, atoms, mma, stored.format, recipe.activation, order, *shape), block)
+        cut(
+            partial(Gemm, atoms, mma, stored.format, recipe.activation, order, *shape),
+            block, problem,
+        )
         for stored, order, shape in zip(
             (weights.w13, weights.w2), weights.orders, shapes, strict=True
         )
@@ -99,14 +107,38 @@ def plan(atoms: Atoms, recipe: Recipe, weights: Weights, block: int) -> Plan:
     return Plan(first, second)
 
 
-def cut(make: Callable[..., Gemm], block: int) -> Gemm:
-    """The most tokens a tile that divide the sorted block. Where sums are scaled along K, 32: a
-    sum and a total for each result fill the registers at 64 (e4m3 in 128-blocks spills), and where
-    every block of 32 is scaled that is the vector unit's work, the same for each token (simulated
-    cycles a token of w4a8: 1066 at 64, 1153 at 32)."""
-    most = 32 if make(tokens=MIN_BLOCK).period else max(TILES)
-    tokens = next(t for t in TILES if block % t == 0 and t <= most)
-    return make(tokens=tokens, sort_tiles=block // tokens)
+def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
+    """The most tokens a tile that divide the sorted block, fit, and leave registers enough.
+
+    64 keep the matrix cores of gfx942 busy; those of gfx950 are twice as fast, so that 128 pay
+    where weights are operands as they are stored. Sums that are scaled along K beside the operands
+    of K = 128 leave room for 32. As in the scaled loop, what an XCD runs at a time shares an L2,
+    and where tiles are fewer than CUs the waves of a workgroup share K instead of rows.
+    """
+    least = make(tokens=MIN_BLOCK)
+    most = 32 if least.period and least.mma_k == 128 else 64
+    if least.atoms.operands and (least.keeps or least.folds):
+        most = 128
+    legal = [t for t in TILES if block % t == 0 and t <= most]
+    tokens = next((t for t in legal[:-1] if choose.fits(make, t)), legal[-1])
+    few = tokens <= 32
+    out = make(
+        tokens=tokens, sort_tiles=block // tokens, streaming=few and block == tokens,
+        walk=Walk(together=not few),
+    )
+    if problem is not None and few:
+        out = share_k(out, out.row_tiles * min(problem.routes, problem.experts))
+    return out
+
+
+def share_k(gemm: Gemm, tiles: int) -> Gemm:
+    """With fewer tiles than CUs: four or two waves share K, where that leaves few of them idle."""
+    for waves in (4, 2) if tiles < choose.CUS else ():
+        if choose.fits(partial(replace, gemm, k_waves=waves), gemm.tokens):
+            shared = replace(gemm, k_waves=waves)
+            if 8 * gemm.k >= 7 * waves * shared.part_tiles * shared.tile_k:
+                return shared
+    return gemm
 
 
 def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> None:
@@ -215,6 +247,12 @@ def tensors(
     return words(source.codes), scales, words(stored.codes), blocks, rows, bias
 
 
+def grid_of(cfg: Gemm, routed: Routed) -> tuple[int, int]:
+    """Token tiles and workgroups of a launch."""
+    tiles = routed.sorted_token_ids.numel() // cfg.tokens
+    return tiles, cfg.walk.workgroups(tiles * cfg.row_tiles)
+
+
 def scalars(act: Activation) -> tuple[float, float, float, float]:
     """limit, alpha, beta, beta2; no limit is an infinite one."""
     limit = float("inf") if act.limit is None else act.limit
@@ -226,7 +264,7 @@ def gemm1(
 ) -> Quantised:
     """h in the activation format, a row per route; rows of skipped routes are zero."""
     problem, fmt = routed.problem, recipe.activation
-    cfg = plan(atoms, recipe, weights, routed.block).gemm1
+    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
     exact = fmt.scale is ScaleKind.NONE
     kind = fmt.element.storage if exact else torch.float32
     h = torch.zeros((problem.routes, problem.intermediate), dtype=kind, device=x.device)
@@ -242,7 +280,7 @@ def gemm1(
             nothing(x.device) if smooth is None else smooth.view(-1),
             routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
             problem.tokens, problem.topk, *scalars(recipe.act),
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+            *grid_of(cfg, routed), stream=stream(),
         )
     return Quantised(h, None, fmt) if exact else to_format(atoms, h, recipe, routed)
 
@@ -252,7 +290,7 @@ def gemm2(
 ) -> Tensor:
     """A row per route in ``recipe.out_dtype``; rows of skipped routes are zero."""
     problem = routed.problem
-    cfg = plan(atoms, recipe, weights, routed.block).gemm2
+    cfg = plan(atoms, recipe, weights, routed.block, problem).gemm2
     shape = (problem.routes, problem.hidden)
     rows = torch.zeros(shape, dtype=recipe.out_dtype, device=h.device)
     if problem.routes:
@@ -260,6 +298,6 @@ def gemm2(
         launch(
             rows.view(-1), *tensors(h, weights.w2, weights.w2_bias),
             routed.sorted_token_ids, routed.sorted_expert_ids, problem.tokens, problem.topk,
-            routed.sorted_token_ids.numel() // cfg.tokens, stream=stream(),
+            *grid_of(cfg, routed), stream=stream(),
         )
     return rows
