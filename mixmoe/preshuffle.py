@@ -12,7 +12,7 @@ m64k32 A fragment (Hopper); OCP MX v1.0 (E8M0).
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Order:
     ``codes`` orders columns of ``unit`` bits; ``k_step`` is the K that one step of the kernel
     reads, to which K is padded with zero codes. ``word`` moves 4-bit codes inside 32 bits.
     ``scales`` orders block scales by kind (a kind not listed stays as it is), ``fold`` says what
-    an E8M0 byte becomes, ``lane`` how many bytes a lane reads at once. Storage has the dtype of
+    an E8M0 byte becomes, ``lane`` how many bytes a lane reads at once. Without ``signed_zero`` an
+    e4m3fn -0 is stored as +0: the code is then e4m3fnuz of half the value. Storage has the dtype of
     the codes and shape (E, N', K'), or, with ``line``, (E, lines, 32) int32 codes and (E, lines,
     min(128, a tile)) uint8 scales.
     """
@@ -98,6 +99,7 @@ class Order:
     fold: Fold | None = None
     line: bool = False
     lane: int = 16
+    signed_zero: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -162,7 +164,10 @@ class Order:
         per_byte = 8 // self.unit
         rows, cols = self.codes.padded(n, self.columns(k, q.format.element.bits))
         out = q.codes.new_empty((experts, rows, cols // per_byte), dtype=torch.uint8)
-        self.codes.pack((contiguous(x).view(torch.uint8) for x in q.codes), out, per_byte)
+        raw = (contiguous(x).view(torch.uint8) for x in q.codes)
+        if not self.signed_zero:
+            raw = (x.masked_fill(x == 0x80, 0) for x in raw)
+        self.codes.pack(raw, out, per_byte)
         if self.word is not None:
             for storage in out:
                 self.word.apply(storage.view(torch.int32))
@@ -392,13 +397,8 @@ INT4_SIZES = (("gu", 2), ("r", 16), ("e", 16), ("pair", 2))
 
 
 def _cdna(name: str, pattern: str, scales: Arrangement) -> Order:
-    return Order(
-        name,
-        CDNA_ELEMENTS,
-        Arrangement(pattern, CDNA_SIZES),
-        k_step=CDNA_K_STEP,
-        scales=((ScaleKind.E8M0, scales),),
-    )
+    codes, kinds = Arrangement(pattern, CDNA_SIZES), ((ScaleKind.E8M0, scales),)
+    return Order(name, CDNA_ELEMENTS, codes, k_step=CDNA_K_STEP, scales=kinds)
 
 
 def _cdna_int4(name: str, pattern: str, pairs: str, single: str) -> Order:
@@ -452,16 +452,16 @@ CDNA_ORDERS = (
     _cdna("cdna_n16_gui", "(gu nb r) (kb b) -> nb gu kb r b", E8M0_TILE_GU),
     _cdna("cdna_k_major", "(nb r) (kb kl b) -> kb nb kl r b", E8M0_TILE),
     _cdna("cdna_k_major_gui", "(gu nb r) (kb kl b) -> kb nb gu kl r b", E8M0_TILE_GU),
-    _cdna_int4(
-        "cdna_int4", "(nb r) (kb e) -> nb kb r e",
-        "(nb r) (kb pair) -> kb nb r pair", "(nb r) (kb) -> kb nb r",
-    ),
-    _cdna_int4(
-        "cdna_int4_gui", "(gu nb r) (kb e) -> nb gu kb r e",
-        "(gu nb r) (kb pair) -> kb nb gu r pair", "(gu nb r) (kb) -> kb nb gu r",
-    ),
+    _cdna_int4("cdna_int4", "(nb r) (kb e) -> nb kb r e",
+               "(nb r) (kb pair) -> kb nb r pair", "(nb r) (kb) -> kb nb r"),
+    _cdna_int4("cdna_int4_gui", "(gu nb r) (kb e) -> nb gu kb r e",
+               "(gu nb r) (kb pair) -> kb nb gu r pair", "(gu nb r) (kb) -> kb nb gu r"),
 )
 CDNA_RUNS = tuple(_cdna_runs(bits, gate_up) for bits in (4, 8) for gate_up in (False, True))
+CDNA_UZ = tuple(
+    replace(o, name=o.name.replace("cdna", "cdna_uz"), elements=(e4m3fn,), signed_zero=False)
+    for o in (*CDNA_ORDERS[:2], *CDNA_RUNS[2:])
+)
 
 HOPPER_TILES = [
     HopperTile(gate_up, warps, repeat, k_slices, k64)
@@ -479,6 +479,7 @@ ORDERS: dict[str, Order] = {
         ROWS,
         *CDNA_ORDERS,
         *CDNA_RUNS,
+        *CDNA_UZ,
         *(hopper_fp4(tile, fold) for tile in HOPPER_TILES if not tile.k64 for fold in Fold),
         *(hopper_fp8(tile) for tile in HOPPER_TILES),
     )

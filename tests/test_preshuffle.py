@@ -18,9 +18,12 @@ from mixmoe.arrangement import Word
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import fold
 from mixmoe.formats import (
+    SCALE_STORAGE,
     Quantised,
     ScaleKind,
     bf16,
+    e4m3fn,
+    e4m3fnuz,
     format_named,
     fp8_block,
     fp8_channel,
@@ -35,7 +38,8 @@ from mixmoe.preshuffle import ORDERS, HopperTile, Order, hopper_fp4, hopper_fp8,
 HOPPER = [HopperTile(), HopperTile(True), HopperTile(warps=4, repeat=2), HopperTile(warps=1)]
 HOPPER += [HopperTile(True, 8, 1, 8), HopperTile(True, 8, 2, 4, True), HopperTile(True, 1)]
 RUNS = [name for name in ORDERS if name.startswith("cdna_runs")]
-CDNA = [name for name in ORDERS if name.startswith("cdna") and name not in RUNS]
+UZ = [name for name in ORDERS if name.startswith("cdna_uz")]
+CDNA = [name for name in ORDERS if name.startswith("cdna") and name not in RUNS + UZ]
 
 
 def weights(fmt, experts, n, k, seed=0, scales=(122, 134)):
@@ -463,3 +467,21 @@ def test_the_docs_are_true():
         assert picture == order_named(name).picture()
     examples = doctest.DocTestParser().get_doctest(text.replace("```", ""), {}, "docs", None, 0)
     assert doctest.DocTestRunner().run(examples) == (0, 6)
+
+
+@pytest.mark.parametrize("name", UZ)
+def test_orders_without_a_negative_zero(name):
+    """Every value as it was, the code of -0 that of +0; else the bytes of the order beside it."""
+    fmt = mxfp8 if "runs" in name else fp8_channel
+    codes = torch.arange(64 * 128).reshape(1, 64, 128).remainder(256).to(torch.uint8)
+    codes = codes.masked_fill(codes & 0x7F == 0x7F, 0)  # NaN
+    scales = torch.ones(fmt.scale_shape(64, 128))
+    scales = scales[None].to(SCALE_STORAGE[fmt.scale])
+    q = Quantised(codes.view(e4m3fn.storage), scales, fmt)
+    packed, beside = order_named(name).pack(q), order_named(name.replace("_uz", "")).pack(q)
+    raw, other = packed.codes.view(torch.uint8), beside.codes.view(torch.uint8)
+    assert (other == 0x80).sum() > 0 and torch.equal(raw, other.masked_fill(other == 0x80, 0))
+    back = order_named(name).unpack(packed).codes.view(torch.uint8)
+    assert torch.equal(back, codes.masked_fill(codes == 0x80, 0))
+    halves = e4m3fnuz.decode(back.view(e4m3fnuz.storage), torch.float32)
+    assert torch.equal(2 * halves, e4m3fn.decode(q.codes, torch.float32))

@@ -88,7 +88,7 @@ def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> N
 def prepare(atoms: Atoms, weights: Weights, recipe: Recipe) -> Weights:
     """Gate and up interleaved every 16 rows, w2 plain; what is in an order already stays."""
     if not scaled(atoms, recipe):
-        return plain.prepare(weights, recipe)
+        return plain.prepare(atoms, weights, recipe)
     w13, w2 = (
         w if isinstance(w, Packed) and w.order in LOADED_ORDERS
         else order_named(name).pack(weights.rows(stage))

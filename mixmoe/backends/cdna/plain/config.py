@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, PIECE, SCALE_BLOCK, WAVE, WORD, Atoms, Mma
 from mixmoe.backends.cdna.config import WAVES, Modes
 from mixmoe.backends.cdna.grid import Walk
-from mixmoe.backends.cdna.plain.decode import Decoder, keep, token_decoder, weight_decoder
+from mixmoe.backends.cdna.plain.decode import UNSIGNED, Decoder, keep, token_decoder, weight_decoder
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, ScaleKind, bfloat16, e2m1
 from mixmoe.layout import Layout
-from mixmoe.preshuffle import CDNA_RUNS, Order, order_named
+from mixmoe.preshuffle import Order, order_named
 
 TOKENS = (16, 32, 64, 128)
 STAGES_BYTES = 32 << 10  # LDS of token codes that two workgroups of gfx942 have room for
@@ -85,7 +85,7 @@ class Gemm:
     @property
     def runs(self) -> bool:
         """Whether a lane's weights are runs of 8 codes of several blocks of 32."""
-        return order_named(self.order) in CDNA_RUNS
+        return "_runs" in self.order
 
     @property
     def run(self) -> int:
@@ -170,7 +170,7 @@ class Gemm:
     def ring(self) -> int:
         """K tiles of weights in registers: a place is filled again as soon as it is decoded, so
         one is enough where the rest of the tile takes longer than a load."""
-        enough = self.weight_pieces > 1 and self.load_share(1) >= 1 / 3
+        enough = self.weight_pieces > 1 and self.load_share(1) >= 0.5
         return 1 if enough and self.phases % FRAGMENTS == 0 else 2
 
     def load_share(self, ring: int) -> float:
@@ -223,6 +223,8 @@ class Gemm:
     @property
     def weight_decoder(self) -> Decoder:
         """From stored weights to operands."""
+        if not order_named(self.order).signed_zero:
+            return UNSIGNED
         decoder = weight_decoder(self.weight.element, self.mma.element)
         assert decoder is not None, (self.weight, self.mma)
         return decoder

@@ -143,6 +143,9 @@ def in_order(source: Element, target: Element) -> Callable[[fx.Int32], Words]:
     return lambda word: interleave(*(look_up(word, plane, upper) for upper in (False, True)))
 
 
+UNSIGNED = Decoder((keep,), 2.0)  # of e4m3fn as e4m3fnuz, where no -0 is stored
+
+
 @cache
 def weight_decoder(stored: Element, operand: Element) -> Decoder | None:
     """From weights to the MFMA's element; None where there is no exact way."""

@@ -16,7 +16,6 @@ repeat it and are not stored, no load leaves its tensor.
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import flydsl.compiler as flyc
@@ -188,11 +187,10 @@ class Tile:
         size = len(mfmas[0])
         loads, decodes = self.weight_loads(unit), self.decodes(unit)
         count = size * cfg.groups
-        early = spread(loads, max(1, int(cfg.load_share(cfg.ring) * count)))
-        sides = [
-            [*start, *decode] for start, decode in
-            zip_longest(early, spread(decodes, count), fillvalue=[])
-        ]
+        sides = spread(decodes, count)
+        early = max(1, int(cfg.load_share(cfg.ring) * count))
+        for place, starts in enumerate(spread(loads, early)):
+            sides[place] = [*starts, *sides[place]]
         for group, phase in enumerate(phases):
             own = spread(self.closes(phase.number), size)
             moves = spread(self.moves(phase.number), size)

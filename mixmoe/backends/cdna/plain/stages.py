@@ -75,11 +75,20 @@ def operands(atoms: Atoms, recipe: Recipe) -> Mma:
     return mma
 
 
-def orders(weight: Format) -> tuple[str, str]:
-    """Weight orders of w13 and w2: runs where blocks of K have scales of their own."""
+def orders(weight: Format, mma: Element | None = None) -> tuple[str, str]:
+    """Weight orders of w13 and w2: runs where blocks of K have scales of their own; without -0,
+    that nobody has to clear it, where the MFMA takes e4m3fnuz."""
     blocked = weight.scale is not ScaleKind.NONE and weight.cols and weight.rows == 1
-    name = f"cdna_runs{weight.element.bits}" if blocked else "cdna_n16"
+    name = f"runs{weight.element.bits}" if blocked else "n16"
+    cleared = weight.element is e4m3fn and mma is e4m3fnuz
+    name = f"cdna_uz_{name}" if cleared else f"cdna_{name}"
     return f"{name}_gui", name
+
+
+def loaded(weight: Format, mma: Mma) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Orders that a GEMM reads of w13 and of w2, the best first."""
+    pairs = dict.fromkeys((orders(weight, mma.element), orders(weight)))
+    return tuple(name for pair in pairs for name in pair), tuple(pair[1] for pair in pairs)
 
 
 def plan(
@@ -87,13 +96,15 @@ def plan(
 ) -> Plan:
     """The kernels' records; ``problem`` says how many tiles there will be, many if it is None.
     Raises MixMoEError for what they cannot do."""
-    mma, names = operands(atoms, recipe), orders(weights.format)
+    mma = operands(atoms, recipe)
     if mma.element is int8 and max(weights.H, weights.I) > INT8_SUM:
         raise MixMoEError("K of int8 products, at most", max(weights.H, weights.I), INT8_SUM)
-    for stored, name, order in zip((weights.w13, weights.w2), ("w13", "w2"), names, strict=True):
-        require(stored, (order_named(order), order_named(names[1])), name)
-    if weights.orders[1] != names[1]:
-        raise MixMoEError("w2 has no gate and up to interleave", weights.orders[1], names[1])
+    first_names, second_names = loaded(weights.format, mma)
+    require(weights.w13, tuple(map(order_named, first_names)), "w13")
+    require(weights.w2, tuple(map(order_named, first_names)), "w2")
+    if weights.orders[1] not in second_names:
+        rule = "w2 has no gate and up to interleave"
+        raise MixMoEError(rule, weights.orders[1], second_names[0])
     shapes = ((2, weights.I, weights.H), (1, weights.H, weights.I))
     first, second = (
         cut(
@@ -150,10 +161,11 @@ def check(atoms: Atoms, recipe: Recipe, weights: Weights, problem: Problem) -> N
             raise MixMoEError(rule, 4 * gemm.code_words, EXPERT_BYTES)
 
 
-def prepare(weights: Weights, recipe: Recipe) -> Weights:
-    """The orders of :func:`orders`; what is in one of them already stays."""
-    names = orders(weights.format)
-    known = tuple(order_named(name) for name in names)
+def prepare(atoms: Atoms, weights: Weights, recipe: Recipe) -> Weights:
+    """The orders of :func:`orders`; what is in one that is read already stays."""
+    mma = operands(atoms, recipe)
+    names = orders(weights.format, mma.element)
+    known = tuple(map(order_named, loaded(weights.format, mma)[0]))
     w13, w2 = (
         w if isinstance(w, Packed) and w.order in known
         else order_named(name).pack(weights.rows(stage))
