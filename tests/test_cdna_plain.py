@@ -4,6 +4,8 @@ Hazards and races are checked in every launch; the wave schedule changes from ca
 results are simulated.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from test_cdna import layer_parts, staged
 
 from mixmoe import verify
 from mixmoe.backends.cdna import cdna
+from mixmoe.backends.cdna import stages as all_stages
 from mixmoe.backends.cdna.atoms import GFX942, GFX950
 from mixmoe.backends.cdna.plain import stages
 from mixmoe.backends.cdna.plain.config import SCALE_WORDS, Gemm
@@ -82,6 +85,35 @@ def test_the_whole_matrix(arch, recipe, case):
     """Every recipe with two cases, and the cases shared out among the recipes."""
     seed = len(recipe + case)
     check(arch, recipe, case, schedule=SCHEDULES[seed % 4], seed=seed)
+
+
+# Loops of several rounds and a short last tile: (architecture, recipe, tokens of a tile).
+LOOPS = (("gfx942", "a8w8_block", 64), ("gfx950", "a16w16", 128))
+MORE_LOOPS = (
+    ("gfx942", "a4w4", 64), ("gfx942", "a8w8", 64), ("gfx942", "a8w8_mx", 32),
+    ("gfx942", "a16w4", 64), ("gfx942", "a16w16", 64), ("gfx942", "w4a8", 64),
+    ("gfx942", "a8w8_block", 32), ("gfx942", "bf16 x int4_group128", 64),
+    ("gfx950", "a8w8", 128), ("gfx950", "a8w8_block", 32), ("gfx950", "a16w4", 128),
+    ("gfx950", "a16i4", 64), ("gfx950", "a8i4", 64), ("gfx950", "w8a8", 128),
+)
+
+
+def loops(arch, recipe, tokens, monkeypatch):
+    """A layer with tiles of so many tokens, 1,408 + 96 values of K in stage 1."""
+    monkeypatch.setattr(all_stages, "sort_block", lambda problem, block: tokens)
+    monkeypatch.setitem(CASES, "loops", replace(CASES["plain"], tokens=24, hidden=1504))
+    check(arch, recipe, "loops", schedule="random", seed=tokens)
+
+
+@pytest.mark.parametrize(("arch", "recipe", "tokens"), LOOPS)
+def test_loops(arch, recipe, tokens, monkeypatch):
+    loops(arch, recipe, tokens, monkeypatch)
+
+
+@pytest.mark.sim_long
+@pytest.mark.parametrize(("arch", "recipe", "tokens"), MORE_LOOPS)
+def test_loops_of_other_recipes(arch, recipe, tokens, monkeypatch):
+    loops(arch, recipe, tokens, monkeypatch)
 
 
 def same(a, b):

@@ -20,6 +20,7 @@ from mixmoe.backends.cdna.plain import (
     gemm1,
     mainloop,
     quantise,
+    requantise,
     weights,
 )
 from mixmoe.cli.compiled import forget
@@ -149,3 +150,9 @@ def test_weights_of_the_place_before(fresh, monkeypatch):
         weights.Weights, "operand", lambda self, slot, key, step, mma: real(self, slot, key, 0, mma)
     )
     assert fail("a16w16")[0] >= {"gemm1", "gemm2"}
+
+
+def test_scale_of_one_waves_columns(fresh, monkeypatch):
+    """A block of 128 columns of h whose waves do not meet."""
+    monkeypatch.setattr(requantise, "tops_of_tile", lambda cfg, place, lds, tops: tops)
+    assert "gemm1" in fail("a8w8_block", "tail 96 x 288")[0]

@@ -1,11 +1,13 @@
 """Stage 1 without scaled MFMAs: ``h[route] = act(x Wg^T + bg, x Wu^T + bu)``, a row per route.
 
-h is written in its 16-bit format, or in float32 where ``quantise`` makes its codes from it: the
-scale of a whole row is known only when every workgroup of the row is done.
+h is written in its 16-bit format, or as codes where a block of its scales lies in a workgroup's
+tile, else in float32, of which ``quantise`` makes codes: the scale of a whole row is known only
+when every workgroup of the row is done.
 """
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import flydsl.compiler as flyc
 import flydsl.expr as fx
@@ -20,6 +22,7 @@ from mixmoe.backends.cdna.mainloop import TOKEN_MASK, row_bias
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import Extras, row_scales, store_four, token_scale
+from mixmoe.backends.cdna.plain.requantise import Target, store_codes
 from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
 
@@ -35,17 +38,19 @@ def gate_up(cfg: Gemm, totals, block: int, group: int, scales) -> list[fx.Vector
 
 @dataclass(frozen=True, slots=True)
 class Stage1:
-    """What a kernel is compiled for: the GEMM, activation, type of h, what is added on the way."""
+    """What a kernel is compiled for: the GEMM, activation, type or codes of h, what is added on the
+    way."""
 
     cfg: Gemm
     kind: ActivationKind
-    out: type[fx.Numeric]
+    out: type[fx.Numeric] | Target
     extras: Extras
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        act, out = self.kind.value, self.out.__name__
+        act = self.kind.value
+        out = self.out.name if isinstance(self.out, Target) else self.out.__name__
         return f"gemm1_{self.cfg.name}_{act}_{out}_{self.extras.name}"
 
 
@@ -54,6 +59,7 @@ class Arguments:
     """A launch's tensors and scalars."""
 
     h: fx.Tensor
+    h_scales: fx.Tensor
     sources: mainloop.Sources
     of_rows: fx.Tensor
     bias_rows: fx.Tensor
@@ -86,52 +92,82 @@ def compute(spec: Stage1, args: Arguments, lds, number) -> None:
         # 3. Scale, activate, store
         if fx.const_expr(cfg.k_waves > 1):
             if place.part == 0:
-                store(spec, args, work, place, rows, totals, first)
+                store(spec, args, lds, work, place, rows, totals, first)
         else:
-            store(spec, args, work, place, rows, totals, first)
+            store(spec, args, lds, work, place, rows, totals, first)
 
 
 @flyc.jit
-def store(spec: Stage1, args: Arguments, work, place, rows, totals, first) -> None:
-    """Four columns of one route at a time."""
-    cfg, extras, out = spec.cfg, spec.extras, spec.out
+def store(spec: Stage1, args: Arguments, lds, work, place, rows, totals, first) -> None:
+    """In the way that the kernel is compiled for."""
+    cfg = spec.cfg
+    kind: Any = spec.out
     ids = scaled.of_groups(cfg, work, place, args.sorted_ids)
     of_tokens = [token_scale(cfg, args.sources.token_scales, rows.row(i)) for i in ids]
-    if fx.const_expr(extras.weighted):
+    weights = [None] * cfg.groups
+    if fx.const_expr(spec.extras.weighted):
         weights = scaled.of_groups(cfg, work, place, args.sorted_weights)
-    for group in fx.range_constexpr(cfg.groups):
-        packed = fx.Int32(ids[group])
-        token, slot = packed & TOKEN_MASK, packed >> 24
-        route = fx.Int64(token * args.topk + slot)
-        for block in fx.range_constexpr(cfg.blocks):
-            column = (first + block) * MFMA_ROWS + place.g * 4
-            if (token < args.tokens) & (column < cfg.rows):
-                row = place.expert * 2 * cfg.rows + column
-                both = [row_scales(cfg, args.of_rows, row + i * cfg.rows) for i in range(2)]
-                values = gate_up(cfg, totals, block, group, (both, of_tokens[group]))
-                if fx.const_expr(extras.bias):
-                    values = [
-                        v + row_bias(args.bias_rows, row + i * cfg.rows)
-                        for i, v in enumerate(values)
-                    ]
-                value = activate(spec.kind, args.scalars, *values)
-                if fx.const_expr(extras.weighted):
-                    value = value * fx.Float32(weights[group])
-                if fx.const_expr(extras.smooth):
-                    row = place.expert * cfg.rows + column
-                    value = value * row_bias(args.smooth, row)
-                store_four(args.h, route * cfg.rows + column, value.to(out), out)
+    four = partial(four_columns, spec, args, place, totals, first)
+    if fx.const_expr(isinstance(kind, Target)):
+        routes, blocks = [], []
+        for group in fx.range_constexpr(cfg.groups):
+            routes.append(route_of(args, ids[group]))
+            blocks.append([
+                inside(cfg, first + b, four(b, group, of_tokens[group], weights[group]))
+                for b in range(2)
+            ])
+        out = (args.h, args.h_scales)
+        store_codes(kind, cfg, place, lds, out, routes, blocks, first)
+    else:
+        for group in fx.range_constexpr(cfg.groups):
+            route, used = route_of(args, ids[group])
+            for block in fx.range_constexpr(cfg.blocks):
+                column = (first + block) * MFMA_ROWS + place.g * 4
+                if used & (column < cfg.rows):
+                    value = four(block, group, of_tokens[group], weights[group]).to(kind)
+                    store_four(args.h, route * cfg.rows + column, value, kind)
+
+
+def route_of(args: Arguments, packed) -> tuple:
+    """(route, whether it is one) of what is sorted at a place."""
+    token = fx.Int32(packed) & TOKEN_MASK
+    return fx.Int64(token * args.topk + (fx.Int32(packed) >> 24)), token < args.tokens
+
+
+def inside(cfg: Gemm, block, values: fx.Vector) -> fx.Vector:
+    """Zeros for a block beyond the last row."""
+    return (block * MFMA_ROWS < cfg.rows).select(values, fx.Vector.filled(4, 0.0, fx.Float32))
+
+
+def four_columns(
+    spec: Stage1, args: Arguments, place, totals, first, block: int, group: int, of_token, weight
+) -> fx.Vector:
+    """Four columns of h of one token in float32; of the last rows where there are no others."""
+    cfg, extras = spec.cfg, spec.extras
+    column = fx.min((first + block) * MFMA_ROWS, cfg.rows - MFMA_ROWS) + place.g * 4
+    row = place.expert * 2 * cfg.rows + column
+    both = [row_scales(cfg, args.of_rows, row + i * cfg.rows) for i in range(2)]
+    values = gate_up(cfg, totals, block, group, (both, of_token))
+    if extras.bias:
+        values = [v + row_bias(args.bias_rows, row + i * cfg.rows) for i, v in enumerate(values)]
+    value = activate(spec.kind, args.scalars, *values)
+    if extras.weighted:
+        value = value * fx.Float32(weight)
+    if extras.smooth:
+        value = value * row_bias(args.smooth, place.expert * cfg.rows + column)
+    return value
 
 
 @cache
-def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras):
-    """The launcher for one GEMM shape, activation, type of h, and what is added on the way."""
+def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric] | Target, extras: Extras):
+    """The launcher for one GEMM shape, activation, h, and what is added on the way."""
     spec = Stage1(cfg, kind, out, extras)
     variant = spec.name
 
     @flyc.kernel(name=variant)
     def gemm1_kernel(
-        h: fx.Tensor,  # (R, I)
+        h: fx.Tensor,  # (R, I), or codes, four an item
+        h_scales: fx.Tensor,  # of codes
         x: fx.Tensor,  # (T or R, H) codes as words
         x_scales: fx.Tensor,
         codes: fx.Tensor,  # (E, ...) words
@@ -153,8 +189,8 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras
         lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
         sources = mainloop.Sources(codes, scales, x, x_scales)
         args = Arguments(
-            h, sources, of_rows, bias_rows, smooth, sorted_ids, sorted_weights, expert_ids,
-            tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
+            h, h_scales, sources, of_rows, bias_rows, smooth, sorted_ids, sorted_weights,
+            expert_ids, tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
         )
         each = partial(compute, spec, args, lds)
         grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
@@ -162,6 +198,7 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras
     @flyc.jit
     def launch(
         h: fx.Tensor,
+        h_scales: fx.Tensor,
         x: fx.Tensor,
         x_scales: fx.Tensor,
         codes: fx.Tensor,
@@ -184,8 +221,8 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric], extras: Extras
         stream: fx.Stream,
     ):
         gemm1_kernel(
-            h, x, x_scales, codes, scales, of_rows, bias_rows, smooth, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, limit, alpha, beta, beta2, token_tiles,
+            h, h_scales, x, x_scales, codes, scales, of_rows, bias_rows, smooth, sorted_ids,
+            sorted_weights, expert_ids, tokens, topk, limit, alpha, beta, beta2, token_tiles,
         ).launch(grid=(groups, 1, 1), block=(THREADS, 1, 1), stream=stream)
 
     return launcher(variant, launch)

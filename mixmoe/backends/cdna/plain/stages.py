@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import flydsl.expr as fx
 import torch
@@ -16,6 +17,7 @@ from mixmoe.backends.cdna.grid import Walk
 from mixmoe.backends.cdna.plain import gemm1 as gemm1_kernels
 from mixmoe.backends.cdna.plain import gemm2 as gemm2_kernels
 from mixmoe.backends.cdna.plain import quantise as quantise_kernels
+from mixmoe.backends.cdna.plain import requantise
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.decode import token_decoder, weight_decoder
 from mixmoe.backends.cdna.plain.epilogue import Extras
@@ -206,13 +208,7 @@ def to_format(
     if fmt.scale is ScaleKind.NONE:
         return Quantised(x.to(fmt.element.storage).contiguous(), None, fmt)
     rows = count if smooth is None else routed.problem.routes
-    codes = torch.zeros(
-        (rows, columns // fmt.element.per_byte), dtype=torch.uint8, device=x.device
-    )
-    scales = torch.full(
-        fmt.scale_shape(rows, columns), 0 if fmt.scale is ScaleKind.E8M0 else F32_TINY,
-        dtype=SCALE_STORAGE[fmt.scale], device=x.device,
-    )
+    out = empty_codes(fmt, rows, columns, x.device)
     if rows:
         # The kernels load 16 bytes at a time, from row starts that are multiples of that.
         aligned = x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
@@ -221,16 +217,17 @@ def to_format(
         cfg = quantise_kernels.Rows(
             atoms, fmt, NUMERIC[x.dtype], columns, recipe.rounding, smooth is not None
         )
-        launch_quantise(cfg, codes, scales, flat, x.stride(0), count, routed, smooth)
-    return Quantised(codes.view(fmt.element.storage), scales, fmt)
+        launch_quantise(cfg, out, flat, x.stride(0), count, routed, smooth)
+    return out
 
 
 def launch_quantise(
-    cfg: quantise_kernels.Rows, codes: Tensor, scales: Tensor, x: Tensor, row_stride: int,
-    rows: int, routed: Routed, smooth: Tensor | None,
+    cfg: quantise_kernels.Rows, target: Quantised, x: Tensor, row_stride: int, rows: int,
+    routed: Routed, smooth: Tensor | None,
 ) -> None:
     """The kernel for a scale a row, or for a scale a block."""
-    out = (words(codes), scales.view(-1), x)
+    assert target.scales is not None
+    out = (words(target.codes), target.scales.view(-1), x)
     if cfg.fmt.cols:
         threads = rows * cfg.blocks * cfg.per_block
         launch = quantise_kernels.build_blocks(cfg)
@@ -277,24 +274,52 @@ def gemm1(
     """h in the activation format, a row per route; rows of skipped routes are zero."""
     problem, fmt = routed.problem, recipe.activation
     cfg = plan(atoms, recipe, weights, routed.block, problem).gemm1
-    exact = fmt.scale is ScaleKind.NONE
-    kind = fmt.element.storage if exact else torch.float32
-    h = torch.zeros((problem.routes, problem.intermediate), dtype=kind, device=x.device)
-    smoothed = fmt.name == "int8_smooth"
-    smooth = weights.w2_smooth if smoothed else None
-    extras = Extras(
-        weights.w13_bias is not None, recipe.weight_on == 1, smooth is not None, smoothed
-    )
+    extras = extras_of(weights, recipe)
+    smooth = weights.w2_smooth if extras.smooth else None
+    held = nothing(x.device)
+    codes = empty_codes(fmt, problem.routes, problem.intermediate, x.device)
+    out: Any  # type or codes of h
+    if fmt.scale is not ScaleKind.NONE and requantise.fits(cfg, fmt):
+        out = requantise.Target(fmt, recipe.rounding)
+        h, h_scales = codes.codes.view(torch.uint8).view(-1), codes.scales
+        h = h.view(torch.int16 if fmt.element.bits == 4 else torch.int32)
+    else:
+        exact = fmt.scale is ScaleKind.NONE
+        kind = fmt.element.storage if exact else torch.float32
+        h = torch.zeros((problem.routes, problem.intermediate), dtype=kind, device=x.device)
+        out, h_scales = NUMERIC[kind], None
     if problem.routes:
-        launch = gemm1_kernels.build(cfg, recipe.act.kind, NUMERIC[kind], extras)
-        launch(
-            h.view(-1), *tensors(x, weights.w13, weights.w13_bias),
-            nothing(x.device) if smooth is None else smooth.view(-1),
+        gemm1_kernels.build(cfg, recipe.act.kind, out, extras)(
+            h.view(-1), held if h_scales is None else h_scales.view(-1),
+            *tensors(x, weights.w13, weights.w13_bias),
+            held if smooth is None else smooth.view(-1),
             routed.sorted_token_ids, routed.sorted_weights, routed.sorted_expert_ids,
             problem.tokens, problem.topk, *scalars(recipe.act),
             *grid_of(cfg, routed), stream=stream(),
         )
-    return Quantised(h, None, fmt) if exact else to_format(atoms, h, recipe, routed)
+    if h_scales is not None:
+        return codes
+    if fmt.scale is ScaleKind.NONE:
+        return Quantised(h, None, fmt)
+    return to_format(atoms, h, recipe, routed)
+
+
+def extras_of(weights: Weights, recipe: Recipe) -> Extras:
+    """What stage 1 adds on its way."""
+    smoothed = recipe.activation.name == "int8_smooth"
+    smooth = smoothed and weights.w2_smooth is not None
+    return Extras(weights.w13_bias is not None, recipe.weight_on == 1, smooth, smoothed)
+
+
+def empty_codes(fmt: Format, rows: int, columns: int, device: torch.device) -> Quantised:
+    """Room for codes and scales; rows that nobody writes are zeros, with the scales of zeros."""
+    codes = torch.zeros((rows, columns // fmt.element.per_byte), dtype=torch.uint8, device=device)
+    scales = None
+    if fmt.scale is not ScaleKind.NONE:
+        least = 0 if fmt.scale is ScaleKind.E8M0 else F32_TINY
+        shape, kind = fmt.scale_shape(rows, columns), SCALE_STORAGE[fmt.scale]
+        scales = torch.full(shape, least, dtype=kind, device=device)
+    return Quantised(codes.view(fmt.element.storage), scales, fmt)
 
 
 def gemm2(
