@@ -126,12 +126,12 @@ OPTIONS = (
 
 
 def recipes() -> Iterator[Option]:
-    """Every cell of the matrix that an architecture has kernels for."""
+    """Every cell of the matrix that an architecture has kernels for, in tiles of 64 tokens."""
     for target in TARGETS:
         for name, refused in refusals(target, list(CELLS)).items():
             if refused is None:
                 label = f"{target}, {name}"
-                yield Option(label, name, SHORT, tokens=128, block=32, target=target)
+                yield Option(label, name, SHORT, tokens=256, block=64, target=target)
 
 
 def options() -> list[Option]:

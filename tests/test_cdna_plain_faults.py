@@ -154,5 +154,7 @@ def test_weights_of_the_place_before(fresh, monkeypatch):
 
 def test_scale_of_one_waves_columns(fresh, monkeypatch):
     """A block of 128 columns of h whose waves do not meet."""
-    monkeypatch.setattr(requantise, "tops_of_tile", lambda cfg, place, lds, tops: tops)
+    monkeypatch.setattr(
+        requantise, "top_of_waves", lambda cfg, place, lds, group, top: top
+    )
     assert "gemm1" in fail("a8w8_block", "tail 96 x 288")[0]

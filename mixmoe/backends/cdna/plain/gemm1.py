@@ -109,15 +109,16 @@ def store(spec: Stage1, args: Arguments, lds, work, place, rows, totals, first) 
         weights = scaled.of_groups(cfg, work, place, args.sorted_weights)
     four = partial(four_columns, spec, args, place, totals, first)
     if fx.const_expr(isinstance(kind, Target)):
-        routes, blocks = [], []
+        out = (args.h, args.h_scales)
+        if fx.const_expr(kind.meets):
+            fx.gpu.barrier()  # the last tokens are read
         for group in fx.range_constexpr(cfg.groups):
-            routes.append(route_of(args, ids[group]))
-            blocks.append([
+            both = [
                 inside(cfg, first + b, four(b, group, of_tokens[group], weights[group]))
                 for b in range(2)
-            ])
-        out = (args.h, args.h_scales)
-        store_codes(kind, cfg, place, lds, out, routes, blocks, first)
+            ]
+            at = (*route_of(args, ids[group]), first)
+            store_codes(kind, cfg, place, lds, out, at, group, both)
     else:
         for group in fx.range_constexpr(cfg.groups):
             route, used = route_of(args, ids[group])

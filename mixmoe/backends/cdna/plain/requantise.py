@@ -31,6 +31,11 @@ class Target:
         """As part of a kernel's name."""
         return f"{self.fmt}_{self.rounding.value}"
 
+    @property
+    def meets(self) -> bool:
+        """Whether four waves share a block."""
+        return self.fmt.scale is ScaleKind.F32
+
 
 def fits(cfg: Gemm, fmt: Format) -> bool:
     """Whether every block of a format's scales lies in one tile of the GEMM that makes h."""
@@ -39,21 +44,16 @@ def fits(cfg: Gemm, fmt: Format) -> bool:
     return fmt.scale is ScaleKind.F32 and fmt.cols == cfg.tile_rows and cfg.team == WAVES
 
 
-def tops_of_tile(cfg: Gemm, place, lds, tops: list) -> list:
-    """The largest of the four waves' maxima of each token, through LDS where the codes were."""
+def top_of_waves(cfg: Gemm, place, lds, group: int, top) -> fx.Float32:
+    """The largest of the four waves' maxima of a token, through LDS where the codes were: a place
+    for each token of the tile, so that the waves meet once."""
     shared = fx.recast_iter(fx.Float32, lds.codes.ptr)
     shared = shared.view(fx.make_layout((cfg.tokens, WAVES), (1, cfg.tokens)))
-    fx.gpu.barrier()  # the last tokens are read
-    for group, top in enumerate(tops):
-        # The four lanes of a token write the same.
-        shared[group * MFMA_ROWS + place.r, place.wave] = top
+    token = group * MFMA_ROWS + place.r
+    shared[token, place.wave] = top  # the four lanes of a token write the same
     fx.gpu.barrier()
-    out = []
-    for group in range(cfg.groups):
-        token = group * MFMA_ROWS + place.r
-        waves = [fx.Float32(shared[token, wave]) for wave in range(WAVES)]
-        out.append(fx.max(fx.max(waves[0], waves[1]), fx.max(waves[2], waves[3])))
-    return out
+    waves = [fx.Float32(shared[token, wave]) for wave in range(WAVES)]
+    return fx.max(fx.max(waves[0], waves[1]), fx.max(waves[2], waves[3]))
 
 
 def scaled(target: Target, top, both: list[fx.Vector]) -> tuple:
@@ -70,28 +70,24 @@ def scaled(target: Target, top, both: list[fx.Vector]) -> tuple:
 
 
 @flyc.jit
-def store_codes(target: Target, cfg: Gemm, place, lds, out, routes, blocks, first) -> None:
-    """Codes and scales of a tile. ``out``: h, its scales; ``routes``: (route, used) of each group;
-    ``blocks``: two vectors of four columns each, zeros beyond the last row."""
-    (h, h_scales), fmt = out, target.fmt
-    encode = encoder(cfg.atoms, fmt.element)
+def store_codes(target: Target, cfg: Gemm, place, lds, out, at, group: int, both) -> None:
+    """Codes and a scale of 16 tokens. ``out``: h, its scales; ``at``: route, whether it is one, the
+    wave's first block; ``both``: two vectors of four columns, zeros beyond the last row."""
+    (h, h_scales), (route, used, first), fmt = out, at, target.fmt
     code = fx.Int16 if fx.const_expr(fmt.element.bits == 4) else fx.Int32  # four codes
-    tops = [block_max(both) for both in blocks]
-    if fx.const_expr(fmt.scale is ScaleKind.F32):
-        tops = tops_of_tile(cfg, place, lds, tops)
-    per_row = -(-cfg.rows // fmt.cols)
-    column = first * MFMA_ROWS
-    owner = place.g == 0
-    if fx.const_expr(fmt.scale is ScaleKind.F32):
+    top, owner = block_max(both), place.g == 0
+    if fx.const_expr(target.meets):
+        top = top_of_waves(cfg, place, lds, group, top)
         owner = owner & (place.wave == 0)
-    for group in fx.range_constexpr(cfg.groups):
-        scale, both = scaled(target, tops[group], blocks[group])
-        route, used = routes[group]
-        if used & (column < cfg.rows):
-            for b in fx.range_constexpr(2):
-                if column + b * MFMA_ROWS < cfg.rows:
-                    four = (column + b * MFMA_ROWS) // 4 + place.g
-                    word = encode([both[b][i] for i in range(4)]).to(code)
-                    (fx.get_iter(h) + (route * (cfg.rows // 4) + four)).store(word)
-            if owner:
-                (fx.get_iter(h_scales) + (route * per_row + column // fmt.cols)).store(scale)
+    scale, both = scaled(target, top, both)
+    encode = encoder(cfg.atoms, fmt.element)
+    column = first * MFMA_ROWS
+    if used & (column < cfg.rows):
+        for b in fx.range_constexpr(2):
+            if column + b * MFMA_ROWS < cfg.rows:
+                four = (column + b * MFMA_ROWS) // 4 + place.g
+                word = encode([both[b][i] for i in range(4)]).to(code)
+                (fx.get_iter(h) + (route * (cfg.rows // 4) + four)).store(word)
+        if owner:
+            per_row = -(-cfg.rows // fmt.cols)
+            (fx.get_iter(h_scales) + (route * per_row + column // fmt.cols)).store(scale)
