@@ -18,13 +18,14 @@ from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK, row_bias
+from mixmoe.backends.cdna.mainloop import row_bias
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import Extras, row_scales, store_four, token_scale
 from mixmoe.backends.cdna.plain.requantise import Target, store_codes
 from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
+from mixmoe.backends.cdna.tokens import TOKEN_MASK, Rows
 
 
 def gate_up(cfg: Gemm, totals, block: int, group: int, scales) -> list[fx.Vector]:
@@ -83,7 +84,7 @@ def compute(spec: Stage1, args: Arguments, lds, number) -> None:
 
         # 1. Which rows of x: padding reads row 0 and writes nothing
         topk = args.topk if spec.extras.per_route else None
-        rows = scaled.Rows(args.sorted_ids, work.routes, tokens, topk)
+        rows = Rows(args.sorted_ids, work.routes, tokens, topk)
 
         # 2. Multiply
         first = scaled.first_block(cfg, place, work)

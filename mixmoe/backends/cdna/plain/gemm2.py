@@ -10,12 +10,13 @@ from mixmoe.backends.cdna import grid
 from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK, row_bias
+from mixmoe.backends.cdna.mainloop import row_bias
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import row_scales, store_four, token_scale
 from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
+from mixmoe.backends.cdna.tokens import TOKEN_MASK, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     work = scaled.work_of(cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens)
     if work.used:
         place = scaled.stand(cfg, work)
-        rows = scaled.Rows(args.sorted_ids, work.routes, tokens, args.topk)
+        rows = Rows(args.sorted_ids, work.routes, tokens, args.topk)
         first = scaled.first_block(cfg, place, work)
         totals = mainloop.multiply_all(cfg, place, lds, args.sources, rows, first)
         if fx.const_expr(cfg.k_waves > 1):

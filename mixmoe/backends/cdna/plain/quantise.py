@@ -12,10 +12,10 @@ import flydsl.expr as fx
 
 from mixmoe.backends.cdna.atoms import PIECE, WAVE, Atoms, Operand
 from mixmoe.backends.cdna.config import THREADS, WAVES
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.plain.codes import encoder
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import MANTISSA, scale_byte
+from mixmoe.backends.cdna.tokens import TOKEN_MASK
 from mixmoe.formats import F32_TINY, Format, Rounding, ScaleKind
 
 VALUES = 8  # of a thread at a time

@@ -38,10 +38,12 @@ class Target:
 
 
 def fits(cfg: Gemm, fmt: Format) -> bool:
-    """Whether every block of a format's scales lies in one tile of the GEMM that makes h."""
+    """Whether every block of a format's scales lies in one tile of the GEMM that makes h. Blocks
+    of four waves in tiles of 64 tokens would spill registers on gfx942."""
     if fmt.scale is ScaleKind.E8M0:
         return fmt.cols == cfg.blocks * MFMA_ROWS == SCALE_BLOCK
-    return fmt.scale is ScaleKind.F32 and fmt.cols == cfg.tile_rows and cfg.team == WAVES
+    whole = fmt.cols == cfg.tile_rows and cfg.team == WAVES and cfg.tokens <= 32
+    return fmt.scale is ScaleKind.F32 and whole
 
 
 def top_of_waves(cfg: Gemm, place, lds, group: int, top) -> fx.Float32:
