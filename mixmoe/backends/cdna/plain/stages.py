@@ -129,9 +129,9 @@ def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
     and where tiles are fewer than CUs the waves of a workgroup share K instead of rows.
     """
     least = make(tokens=MIN_BLOCK)
-    most = 32 if least.period and least.mma_k == 128 else 64
-    if least.atoms.operands and (least.keeps or least.folds):
-        most = 128
+    most = 128 if least.atoms.operands and (least.keeps or least.folds) else 64
+    if least.period and least.mma_k == 128:
+        most = 32
     legal = [t for t in TILES if block % t == 0 and t <= most]
     tokens = next((t for t in legal[:-1] if choose.fits(make, t)), legal[-1])
     few = tokens <= 32
