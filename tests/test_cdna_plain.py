@@ -88,11 +88,11 @@ def test_the_whole_matrix(arch, recipe, case):
 
 
 # Loops of several rounds and a short last tile: (architecture, recipe, tokens of a tile).
-LOOPS = (("gfx942", "a8w8_block", 64), ("gfx950", "a16w16", 128))
+LOOPS = (("gfx942", "a8w8_block", 32), ("gfx950", "a16w16", 128))
 MORE_LOOPS = (
     ("gfx942", "a4w4", 64), ("gfx942", "a8w8", 64), ("gfx942", "a8w8_mx", 32),
     ("gfx942", "a16w4", 64), ("gfx942", "a16w16", 64), ("gfx942", "w4a8", 64),
-    ("gfx942", "a8w8_block", 32), ("gfx942", "fp8_token x int4_group128", 64),
+    ("gfx942", "a8w8_block", 64), ("gfx942", "fp8_token x int4_group128", 64),
     ("gfx950", "a8w8", 128), ("gfx950", "a8w8_block", 32), ("gfx950", "a16w4", 128),
     ("gfx950", "a16i4", 64), ("gfx950", "a8i4", 64), ("gfx950", "w8a8", 128),
 )

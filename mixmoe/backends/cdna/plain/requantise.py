@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, Operand
+from mixmoe.backends.cdna.atoms import MFMA_ROWS, SCALE_BLOCK, WAVE, Operand
 from mixmoe.backends.cdna.config import WAVES
 from mixmoe.backends.cdna.plain.codes import encoder
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.quantise import float_scale
-from mixmoe.backends.cdna.quantise import MANTISSA, block_max, scale_byte
+from mixmoe.backends.cdna.quantise import MANTISSA, scale_byte
 from mixmoe.formats import Format, Rounding, ScaleKind
 
 
@@ -38,12 +38,20 @@ class Target:
 
 
 def fits(cfg: Gemm, fmt: Format) -> bool:
-    """Whether every block of a format's scales lies in one tile of the GEMM that makes h. Blocks
-    of four waves in tiles of 64 tokens would spill registers on gfx942."""
+    """Whether every block of a format's scales lies in one tile of the GEMM that makes h."""
     if fmt.scale is ScaleKind.E8M0:
         return fmt.cols == cfg.blocks * MFMA_ROWS == SCALE_BLOCK
-    whole = fmt.cols == cfg.tile_rows and cfg.team == WAVES and cfg.tokens <= 32
-    return fmt.scale is ScaleKind.F32 and whole
+    return fmt.scale is ScaleKind.F32 and fmt.cols == cfg.tile_rows and cfg.team == WAVES
+
+
+def top_of_wave(both: list[fx.Vector]) -> fx.Float32:
+    """Largest magnitude of a token's 32 columns: a lane's eight, then the lanes 16 and 32 on."""
+    top = fx.Float32(0.0)
+    for values in both:
+        top = fx.max(top, abs(values).reduce(fx.ReductionOp.MAX))
+    for distance in (16, 32):
+        top = fx.max(top, fx.gpu.shuffle_xor(top, distance, WAVE))
+    return top
 
 
 def top_of_waves(cfg: Gemm, place, lds, group: int, top) -> fx.Float32:
@@ -77,7 +85,7 @@ def store_codes(target: Target, cfg: Gemm, place, lds, out, at, group: int, both
     wave's first block; ``both``: two vectors of four columns, zeros beyond the last row."""
     (h, h_scales), (route, used, first), fmt = out, at, target.fmt
     code = fx.Int16 if fx.const_expr(fmt.element.bits == 4) else fx.Int32  # four codes
-    top, owner = block_max(both), place.g == 0
+    top, owner = top_of_wave(both), place.g == 0
     if fx.const_expr(target.meets):
         top = top_of_waves(cfg, place, lds, group, top)
         owner = owner & (place.wave == 0)

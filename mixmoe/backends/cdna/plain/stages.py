@@ -124,13 +124,13 @@ def cut(make: Callable[..., Gemm], block: int, problem: Problem | None) -> Gemm:
     """The most tokens a tile that divide the sorted block, fit, and leave registers enough.
 
     64 keep the matrix cores of gfx942 busy; those of gfx950 are twice as fast, so that 128 pay
-    where weights are operands as they are stored. Sums that are scaled along K beside the operands
-    of K = 128 leave room for 32. As in the scaled loop, what an XCD runs at a time shares an L2,
-    and where tiles are fewer than CUs the waves of a workgroup share K instead of rows.
+    where weights are operands as they are stored. Sums of 128-blocks leave registers for 32. As in
+    the scaled loop, what an XCD runs at a time shares an L2, and where tiles are fewer than CUs
+    the waves of a workgroup share K instead of rows.
     """
     least = make(tokens=MIN_BLOCK)
     most = 128 if least.atoms.operands and (least.keeps or least.folds) else 64
-    if least.period and least.mma_k == 128:
+    if least.weight.rows > 1:
         most = 32
     legal = [t for t in TILES if block % t == 0 and t <= most]
     tokens = next((t for t in legal[:-1] if choose.fits(make, t)), legal[-1])
