@@ -124,7 +124,7 @@ def test_codes_that_saturate_too_soon(fresh, monkeypatch):
 def test_missing_barrier(fresh, monkeypatch):
     """The stage that a slower wave still reads is overwritten: a race, whatever the numbers."""
     monkeypatch.setattr(mainloop, "meet", lambda: None)
-    _, found = fail("a16w4", "plain", hidden=1056)
+    _, found = fail("a16w4", "plain", tokens=4, hidden=544)
     assert any("race" in line for line in found)
 
 
@@ -136,11 +136,11 @@ def test_sums_that_begin_elsewhere(fresh, monkeypatch):
 
 def test_sums_of_the_first_wave_alone(fresh, monkeypatch):
     """Where waves share K."""
-    sizes = {"tokens": 4, "hidden": 2048, "intermediate": 32, "experts": 1, "topk": 1}
-    assert fail("a8w8", "plain", **sizes) == (set(), [])
+    sizes = {"tokens": 4, "hidden": 1024, "intermediate": 32, "experts": 1, "topk": 1}
+    assert fail("a16w16", "plain", **sizes) == (set(), [])
     forget()
     monkeypatch.setattr(scaled, "add_sums", lambda cfg, place, lds, acc: None)
-    assert "gemm1" in fail("a8w8", "plain", **sizes)[0]
+    assert "gemm1" in fail("a16w16", "plain", **sizes)[0]
 
 
 def test_weights_of_the_place_before(fresh, monkeypatch):
