@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -68,6 +69,8 @@ from mixmoe.fold import Fold
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe
 
+# From Triton 3.9 on a view of shared memory cannot be cast to a longer one, as `piece` does.
+COMPILES = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
 # Steps of K -> room, stages, registers; the first that holds the routes. Nine blocks a CTA: an
 # expert of ten is split over CTAs that have none (H200, T 8192: 613 us against 630).

@@ -18,7 +18,7 @@ from torch import Tensor
 from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_red, gemm2_rows
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
-from mixmoe.backends.hopper.gemm2_prefill import Ring
+from mixmoe.backends.hopper.gemm2_prefill import COMPILES, Ring
 from mixmoe.backends.hopper.gemm2_red import Red
 from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.quantise import slot_rows
@@ -53,8 +53,9 @@ def suits(problem: Problem) -> bool:
 
 
 def ring_of(problem: Problem, device: torch.device) -> Ring | None:
-    """How the ring is cut; None where it does not fit, or where rows and their sum are faster."""
-    return Ring.of(problem, device) if problem.tokens >= RING_FROM else None
+    """How the ring is cut; None where it does not fit or compile, and where stored rows and their
+    sum are faster."""
+    return Ring.of(problem, device) if COMPILES and problem.tokens >= RING_FROM else None
 
 
 def rows_of(problem: Problem) -> Red | None:
