@@ -82,7 +82,7 @@ def test_grouped_compiles(name: str) -> None:
     # The gated precise form keeps a few values of a tile in local memory; no inner loop does.
     inner = min(made.loops(), key=lambda loop: loop[0])[1]
     assert sum(n for op, n in inner.items() if op.startswith(("STL", "LDL"))) <= 1
-    assert made.spills <= (64 if TUNED_FOR else 4000), made.spills
+    assert made.spills <= (64 if TUNED_FOR else 6000), made.spills
 
 
 def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resources:
