@@ -91,6 +91,12 @@ class Vectors(NamedTuple):
 
 
 @gluon.jit
+def vector_ring(desc, STAGES: gl.constexpr):
+    """Shared memory for a ring of these boxes of float32."""
+    return gl.allocate_shared_memory(gl.float32, [STAGES] + desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
 def share_of_blocks(blocks, sizes, TOKENS: gl.constexpr):
     """This CTA's tiles [first, last)."""
     return share(gl.load(blocks.total) // TOKENS * sizes.row_tiles)
@@ -369,15 +375,8 @@ def gemm2_rows(
     )
     bias = None
     if b_desc is not None:
-        bias = gl.allocate_shared_memory(
-            gl.float32, [STAGES] + b_desc.block_type.shape, b_desc.layout
-        )
-    vectors = Vectors(
-        gl.allocate_shared_memory(
-            gl.float32, [STAGES] + r_desc.block_type.shape, r_desc.layout
-        ),
-        bias,
-    )
+        bias = vector_ring(b_desc, STAGES)
+    vectors = Vectors(vector_ring(r_desc, STAGES), bias)
     prepared = Prepared(
         gl.allocate_shared_memory(
             gl.float8e4nv, [BUFFERS * GROUPS, N, 128], gl.NVMMASharedLayout(128, 8, 2)

@@ -50,7 +50,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import barriers, multiprocessors
-from mixmoe.backends.hopper.gemm2_decode import Vectors, row_box, vector
+from mixmoe.backends.hopper.gemm2_decode import Vectors, row_box, vector, vector_ring
 from mixmoe.backends.hopper.gemm2_prefill_sum import reduce, watch
 from mixmoe.backends.hopper.mainloop import (
     advance,
@@ -58,6 +58,7 @@ from mixmoe.backends.hopper.mainloop import (
     half_fragment,
     halves,
     load_units,
+    read_record,
     smem_cast,
     tma_load,
 )
@@ -96,13 +97,8 @@ def keep_list(list_ptr, ROOM: gl.constexpr):
 @gluon.jit
 def segment(records, i):
     """A record of the work list: expert (-1 ends the list), first sorted block, blocks."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    field = gl.arange(0, 4, layout=L)
-    record = records.index(i).load(L)
-    return (
-        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
-        gl.sum(gl.where(field == 2, record, 0), 0),
-    )  # fmt: skip
+    expert, block, blocks, _ = read_record(records, i)
+    return expert, block, blocks
 
 
 @gluon.jit
@@ -315,15 +311,8 @@ def gemm2_ring(
     w_empty = barriers(STAGES, 1)
     bias = None
     if b_desc is not None:
-        bias = gl.allocate_shared_memory(
-            gl.float32, [STAGES] + b_desc.block_type.shape, b_desc.layout
-        )
-    vectors = Vectors(
-        gl.allocate_shared_memory(
-            gl.float32, [STAGES] + r_desc.block_type.shape, r_desc.layout
-        ),
-        bias,
-    )
+        bias = vector_ring(b_desc, STAGES)
+    vectors = Vectors(vector_ring(r_desc, STAGES), bias)
     h_full = barriers(1, ROOM).index(0)
     granted, done, ready = barriers(RING, 1), barriers(RING, 1), barriers(RING, 1)
     fence_async_shared()

@@ -33,6 +33,7 @@ from mixmoe.backends.hopper.mainloop import (
     half_fragment,
     halves,
     load_units,
+    read_record,
     tma_load,
 )
 from mixmoe.backends.hopper.route import Placed
@@ -48,24 +49,12 @@ RECORDS = gl.constexpr(4)  # adders lag behind the producer by two items at most
 
 @gluon.jit
 def announce(records, slot, expert, first, routes, count):
-    """Write an item's record; expert -1 ends the work."""
+    """Write an item's record: expert (-1: no more), first column tile, routes, column tiles."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 4, layout=L)
     low = gl.where(field == 0, expert, first)
     high = gl.where(field == 2, routes, count)
     records.index(slot).store(gl.where(field < 2, low, high))
-
-
-@gluon.jit
-def observe(records, slot):
-    """A record: expert, first column tile, routes, column tiles."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    field = gl.arange(0, 4, layout=L)
-    record = records.index(slot).load(L)
-    return (
-        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
-        gl.sum(gl.where(field == 2, record, 0), 0), gl.sum(gl.where(field == 3, record, 0), 0),
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -225,7 +214,7 @@ def multiply(
     MAIN: gl.constexpr = rows.shape[1]
     stage, phase, put, put_phase, hold, h_phase, slot = 0, 0, 0, 1, 0, 0, 0
     mbarrier.wait(h_full.index(hold), h_phase)
-    expert, first, routes, count = observe(records, slot)
+    expert, first, routes, count = read_record(records, slot)
     while expert >= 0:
         row = expert.to(gl.int64) * H
         if routes > SMALL:
@@ -244,7 +233,7 @@ def multiply(
         hold, h_phase = advance(hold, h_phase, HOLDS)
         slot = (slot + 1) % RECORDS
         mbarrier.wait(h_full.index(hold), h_phase)
-        expert, first, routes, count = observe(records, slot)
+        expert, first, routes, count = read_record(records, slot)
     mbarrier.wait(out_empty.index(put), put_phase)
     mbarrier.arrive(out_full.index(put), count=1)  # nothing in it: the record says the end
 
@@ -273,7 +262,7 @@ def add(
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
     stage, phase, slot = 0, 0, 0
     mbarrier.wait(out_full.index(stage), phase)
-    expert, first, routes, count = observe(records, slot)
+    expert, first, routes, count = read_record(records, slot)
     while expert >= 0:
         mine = targets.index(slot)
         low = mine.slice(0, HALF).load(gl.SliceLayout(1, L))
@@ -290,7 +279,7 @@ def add(
             stage, phase = advance(stage, phase, OUTS)
         slot = (slot + 1) % RECORDS
         mbarrier.wait(out_full.index(stage), phase)
-        expert, first, routes, count = observe(records, slot)
+        expert, first, routes, count = read_record(records, slot)
 
 
 @gluon.jit

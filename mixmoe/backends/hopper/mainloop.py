@@ -136,6 +136,18 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def read_record(records, i):
+    """The four int32 of the i-th record in shared memory, for every thread."""
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    field = gl.arange(0, 4, layout=L)
+    record = records.index(i).load(L)
+    return (
+        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
+        gl.sum(gl.where(field == 2, record, 0), 0), gl.sum(gl.where(field == 3, record, 0), 0),
+    )  # fmt: skip
+
+
+@gluon.jit
 def column_of(slot):
     """The column of a row of x or h that wgmma takes at `slot` (`mixmoe.preshuffle.HOPPER_SLOTS`).
 

@@ -40,7 +40,7 @@ def multiply(
 ):
     """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
 
-    The second half of a step is dequantised while the first multiplies; then the team waits.
+    The second half of a step is dequantised while the first multiplies.
     """
     WARPS: gl.constexpr = gl.num_warps()
     L: gl.constexpr = gl.NVMMADistributedLayout(
