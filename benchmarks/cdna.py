@@ -72,7 +72,7 @@ OPTIONS = (
     # Tiles, of each pair of formats that the scaled MFMA takes.
     *(
         Option(f"{recipe}, tile of {block}", recipe, tokens=4 * block, block=block)
-        for recipe in ("a4w4", "a8w4", "a8w4_mx", "a8w8_mx")
+        for recipe in ("a4w4", "a8w4", "a8w4_mx", "a8w8_mx", "a8w8")
         for block in (16, 32, 64, 128)
     ),
     Option("sort block of several tiles", tokens=1024, block=256),

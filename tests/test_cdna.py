@@ -30,9 +30,10 @@ REPEATED = {"T=3", "E=7", "duplicate ids", "swiglu alpha 1 limit 2", "situv2 bet
 EVERY = [("a4w4", name) for name in CASES if name not in REPEATED]
 TOUCHED = ("tail 288 x 96", "tail 96 x 288", "tail 32 x 320", "swiglu", "rounding EVEN")
 OTHERS = [(r, name) for r in RECIPES[1:] for name in TOUCHED] + [("a8w4_mx", "weight on 1")]
-# Tokens with one scale a row: the sums take it.
+# Tokens with one scale a row, and weights: the sums take them.
 ROWS = [("a8w4", name) for name in ("tail 288 x 96", "bias", "weight on 1")]
 ROWS += [("a8w8_mxw", "tail 96 x 288")]
+ROWS += [("a8w8", name) for name in ("tail 288 x 96", "tail 96 x 288", "bias")]
 SCHEDULES = ("serial", "reverse", "random", "lockstep")
 
 
@@ -113,7 +114,7 @@ def test_every_weight_order_gives_the_same_bits(recipe, orders):
 
 @pytest.mark.parametrize(("recipe", "block"), [
     ("a4w4", 16), ("a4w4", 64), ("a4w4", 96), ("a4w4", 128), ("a8w8_mx", 64), ("a8w8_mx", 256),
-    ("a8w4", 64),
+    ("a8w4", 64), ("a8w8", 128),
 ])
 def test_every_token_tile_gives_the_same_bits(recipe, block):
     """Tiles of 16 to 128 tokens; 96 and 256 are sort blocks of several tiles."""
@@ -121,6 +122,15 @@ def test_every_token_tile_gives_the_same_bits(recipe, block):
     parts = layer_parts(recipe, tokens=70)
     with simulate("reverse") as session:
         assert same(staged(recipe, parts, 32), staged(recipe, parts, block))
+    assert findings(session) == []
+
+
+def test_rows_with_a_scale_each_in_every_weight_order():
+    recipe = Recipe.named("a8w8")
+    parts = layer_parts(recipe, tokens=9, hidden=320)
+    with simulate() as session:
+        orders = ("cdna_k_major_gui", "cdna_k_major")
+        assert same(staged(recipe, parts, 32), staged(recipe, parts, 32, orders))
     assert findings(session) == []
 
 

@@ -1,5 +1,7 @@
 """Faults planted in the CDNA kernels: each must turn the checks of test_cdna.py red."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("flydsl")
@@ -16,6 +18,7 @@ from mixmoe.backends.cdna import (
     quantise,
     results,
     tokens,
+    weights,
 )
 from mixmoe.formats import Rounding
 
@@ -81,6 +84,33 @@ def test_scales_that_are_not_written(fresh, monkeypatch):
 def test_products_that_are_scaled_as_well(fresh, monkeypatch):
     monkeypatch.setattr(tokens, "ONES", 0x80808080)
     assert stages_that_fail("a8w4")[0] >= {"gemm1", "gemm2"}
+
+
+def test_scales_of_another_row(fresh, monkeypatch):
+    """Of the wave's first rows of gate, for all its rows."""
+    real = weights.ChannelScales.factors
+    monkeypatch.setattr(
+        weights.ChannelScales, "factors", lambda self: dict.fromkeys(real(self), self._of(0, 0))
+    )
+    assert stages_that_fail("a8w8")[0] >= {"gemm1", "gemm2"}
+
+
+def test_scales_of_another_experts_rows(fresh, monkeypatch):
+    real = weights.ChannelScales.start
+
+    def start(self):
+        place = self.place
+        self.place = replace(place, expert=place.expert * 0)
+        real(self)
+        self.place = place
+
+    monkeypatch.setattr(weights.ChannelScales, "start", start)
+    assert stages_that_fail("a8w8")[0] >= {"gemm1", "gemm2"}
+
+
+def test_scales_of_rows_that_are_not_written(fresh, monkeypatch):
+    monkeypatch.setattr(weights.ChannelScales, "publish", lambda scales: None)
+    assert stages_that_fail("a8w8")[0] >= {"gemm1", "gemm2"}
 
 
 def test_places_that_are_not_written(fresh, monkeypatch):

@@ -94,7 +94,7 @@ def test_negative_zero_left_as_it_is(fresh, monkeypatch):
 def test_row_scales_of_the_first_expert(fresh, monkeypatch):
     real = epilogue.row_bias
     monkeypatch.setattr(epilogue, "row_bias", lambda bias, at: real(bias, at * 0))
-    assert fail("a8w8")[0] >= {"gemm1", "gemm2"}
+    assert fail("a8w8", arch="gfx942")[0] >= {"gemm1", "gemm2"}
 
 
 def test_smooth_factors_of_the_first_expert(fresh, monkeypatch):

@@ -49,9 +49,11 @@ def change(monkeypatch, **fields):
     monkeypatch.setattr(choose, "cut", cut)
 
 
-@pytest.mark.parametrize("name", MOVES)
-def test_moves_change_no_bit(monkeypatch, name):
-    recipe = Recipe.named("a4w4")
+@pytest.mark.parametrize(("name", "recipe"), [
+    *((name, "a4w4") for name in MOVES), ("persistent", "a8w8"),
+])
+def test_moves_change_no_bit(monkeypatch, name, recipe):
+    recipe = Recipe.named(recipe)
     parts = layer_parts(recipe, tokens=40, hidden=320, inter=160, experts=3)
     with simulate("random", seed=1) as session:
         plain = staged(recipe, parts, 16)
@@ -63,6 +65,7 @@ def test_moves_change_no_bit(monkeypatch, name):
 @pytest.mark.parametrize(("name", "recipe", "case"), [
     ("two waves", "a4w4", "tail 288 x 96"), ("four waves", "a8w4_mx", "plain"),
     ("three workgroups", "a4w4", "weight on 1"), ("both", "a8w8_mx", "bias"),
+    ("two waves", "a8w8", "bias"),
 ])
 def test_shared_k_against_float64(monkeypatch, name, recipe, case):
     """K of five K tiles, the last one short: parts that end inside K and parts beyond it."""

@@ -136,7 +136,8 @@ E4M3_ROW = replace(E4M3, name="e4m3r", block=0)
 # 16x16x64 of int8 has no atom in FlyDSL 0.4.2, and its operation takes an attribute that only
 # the IR below the DSL can make.
 GFX950 = Atoms(
-    "gfx950", 160 << 10, 128, (("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW)),
+    "gfx950", 160 << 10, 128,
+    (("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW), ("fp8_channel", E4M3_ROW)),
     (
         Mma(bfloat16, fx.BFloat16, fx.Float32, (32,)),
         Mma(float16, fx.Float16, fx.Float32, (32,)),

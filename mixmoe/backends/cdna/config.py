@@ -113,6 +113,11 @@ class Gemm:
         return f"{formats}_{self.order}_{shape}_{tile}{split}{place}{self.walk.name}"
 
     @property
+    def scaled(self) -> bool:
+        """Whether the MFMA applies a scale: of either operand, the other's may be 2^0."""
+        return self.weight.block > 0 or self.token.block > 0
+
+    @property
     def groups(self) -> int:
         """MFMA columns of a tile: groups of 16 tokens."""
         return self.tokens // MFMA_ROWS
@@ -237,6 +242,11 @@ class Gemm:
         return self.scale_dwords * self.scale_stride * WORD
 
     @property
+    def channel_bytes(self) -> int:
+        """LDS of the scales of the tile's weight rows, where each row has one."""
+        return 0 if self.weight.block else self.halves * self.tile_rows * WORD
+
+    @property
     def place_bytes(self) -> int:
         """LDS of the rows of memory that the tile's results go to."""
         return self.tokens * WORD
@@ -257,15 +267,18 @@ class Gemm:
     def stages(self) -> int:
         """K tiles of token codes in LDS: as many as fit, of at most four."""
         room = self.atoms.lds_bytes // self.waves_per_eu // LDS_GRANULE * LDS_GRANULE
-        fixed = self.scale_room + self.place_bytes + self.block_bytes
-        fit = (room - fixed) // (self.k_waves * self.code_bytes)
+        fit = (room - self.fixed_bytes) // (self.k_waves * self.code_bytes)
         return max(2, min(MOST_STAGES, fit))
 
     @property
+    def fixed_bytes(self) -> int:
+        """LDS of all but the codes: every scale, where results go, scales of them."""
+        return self.scale_room + self.channel_bytes + self.place_bytes + self.block_bytes
+
+    @property
     def lds_bytes(self) -> int:
-        """LDS of a workgroup: the stages of codes, every scale, where results go."""
-        fixed = self.scale_room + self.place_bytes + self.block_bytes
-        return self.k_waves * self.stages * self.code_bytes + fixed
+        """LDS of a workgroup: the stages of codes, and the rest."""
+        return self.k_waves * self.stages * self.code_bytes + self.fixed_bytes
 
     def stages_rows(self, item: int) -> bool:
         """Whether rows of results, items of so many bytes, go through LDS, to be stored in whole

@@ -197,7 +197,7 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         x: fx.Tensor,  # (T, H) codes as words
         x_scales: fx.Tensor,  # (T, H / 32), or (T) f32
         codes: fx.Tensor,  # (E, ...) words
-        scales: fx.Tensor,  # (E, ...) words
+        scales: fx.Tensor,  # (E, ...) words, or (E, 2 I) f32
         bias_rows: fx.Tensor,  # (E, 2 I) f32, gate then up
         sorted_ids: fx.Tensor,
         sorted_weights: fx.Tensor,

@@ -255,7 +255,7 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted:
         h: fx.Tensor,  # (R, I) codes as words
         h_scales: fx.Tensor,  # (R, I / 32), or (R) f32
         codes: fx.Tensor,  # (E, ...) words
-        scales: fx.Tensor,  # (E, ...) words
+        scales: fx.Tensor,  # (E, ...) words, or (E, H) f32
         bias_rows: fx.Tensor,  # (E, H) f32
         sorted_ids: fx.Tensor,
         sorted_weights: fx.Tensor,

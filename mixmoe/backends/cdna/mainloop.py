@@ -39,7 +39,7 @@ from mixmoe.backends.cdna.tokens import (
     Tokens,
     scales_of,
 )
-from mixmoe.backends.cdna.weights import Weights
+from mixmoe.backends.cdna.weights import ChannelScales, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What the main loop multiplies: weights, tokens, and what brings the tokens' scales; where
-    results go."""
+    """What the main loop multiplies: weights, tokens, and what brings the scales of tokens and of
+    weight rows; where results go."""
 
     weights: Weights
     tokens: Tokens
     fill: ScaleFill | RowScales
+    channels: ChannelScales
     places: Places
 
 
@@ -97,15 +98,17 @@ def multiply(cfg: Gemm, ops: Operands, acc, at: "Step", group: int, key) -> None
     weights, tokens, (half, block) = ops.weights, ops.tokens, key
     slot = at.tile * cfg.steps + at.step
     bytes_of = (cfg.scale_byte(half, block, at.step), slot % STEPS_OF_DWORD)
-    scales = weights.scales[at.tile % len(weights.scales)]
+    scales = {}
+    if cfg.scaled:
+        scales["scale_a"] = weights.scale(at.tile, half, block)
+        scales["scale_b"] = tokens.scales[group].load()[0]
     fx.gemm(
         cfg.atoms.mma(cfg.weight, cfg.token, bytes_of),
         acc[half, block, group],
         weights.codes[slot % cfg.ring][half, block],
         tokens.ring[(slot * cfg.groups + group) % len(tokens.ring)],
         acc[half, block, group],
-        scale_a=scales[weights.scale_key(half, block)].load()[0],
-        scale_b=tokens.scales[group].load()[0],
+        **scales,
     )
 
 
@@ -284,18 +287,20 @@ def run(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids, acc) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Results of a piece of work: accumulators, and what those of each group still lack. It is
-    applied where a result is used: accumulators may lie where only the MFMA reads and writes.
-    ``places``: the rows that they go to."""
+    """Results of a piece of work: accumulators, and what those of each group of tokens and of each
+    block of weight rows still lack. It is applied where a result is used: accumulators may lie
+    where only the MFMA reads and writes. ``places``: the rows that they go to."""
 
     acc: dict
     factors: list
+    channels: dict
     places: Places
 
     def of(self, half: int, block: int, group: int) -> fx.Vector:
         """Four rows of a lane's token."""
         value = self.acc[half, block, group].load()
-        return value * self.factors[group] if self.factors else value
+        value = value * self.factors[group] if self.factors else value
+        return value * self.channels[half, block] if self.channels else value
 
 
 def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
@@ -309,12 +314,13 @@ def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
         Weights(cfg, place, codes, scales, first),
         Tokens(cfg, place, lds, tokens),
         scales_of(cfg, place, lds, token_scales),
+        ChannelScales(cfg, place, lds, scales, first),
         Places(cfg, lds),
     )
     acc = make_accumulators(cfg)
     run(cfg, ops, rows, ids, acc)
     gather(cfg, place, lds, acc)
-    return Sums(acc, ops.fill.factors(), ops.places)
+    return Sums(acc, ops.fill.factors(), ops.channels.factors(), ops.places)
 
 
 def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
@@ -326,6 +332,7 @@ def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
     start_all(weights[0])
     ops.tokens.find(ids, rows)
     ops.fill.start(ids, rows)
+    ops.channels.start()
     fx.rocdl.sched_barrier(0)
     for kt in range(filled):
         start_all(ops.tokens.copies(kt))
@@ -334,6 +341,7 @@ def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
         start_all([start for step in weights[1:] for start in step] if kt == 0 else [])
     ops.places.publish(ids, rows)
     ops.fill.publish()
+    ops.channels.publish()
     fx.rocdl.wait_asyncmark(filled - 1)
     fx.gpu.barrier()
     for group in range(cfg.groups):

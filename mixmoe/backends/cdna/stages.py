@@ -27,7 +27,7 @@ from mixmoe.spec import Problem, Recipe, Routed, Weights
 ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950, GFX942)}
 PAIRS = (
     ("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"),
-    ("fp8_token", "mxfp4"), ("fp8_token", "mxfp8"),
+    ("fp8_token", "mxfp4"), ("fp8_token", "mxfp8"), ("fp8_token", "fp8_channel"),
 )  # fmt: skip
 NUMERIC = {
     torch.bfloat16: fx.BFloat16,
@@ -171,12 +171,17 @@ def operands(
     cfg: Gemm, source: Quantised, stored: Packed | Quantised, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Tensors both GEMMs take: tokens' codes and scales, weights', bias (or anything f32)."""
-    assert source.scales is not None and stored.scales is not None
+    assert source.scales is not None and isinstance(stored, Packed), "checked by plan"
     scales = source.scales.contiguous().view(-1)
     if cfg.token.block:
         scales = scales.view(SCALE_VIEWS[cfg.scale_unit])
     held = nothing(source.device) if bias is None else bias.flatten()
-    return words(source.codes), scales, words(stored.codes), words(stored.scales), held
+    if stored.scales is None:
+        assert stored.row_scale is not None
+        of_weights = stored.row_scale.view(-1)
+    else:
+        of_weights = words(stored.scales)
+    return words(source.codes), scales, words(stored.codes), of_weights, held
 
 
 def grid_of(cfg: Gemm, routed: Routed) -> tuple[int, int]:

@@ -27,10 +27,11 @@ LOW, HIGH = (0x05040100, 0x07060302)  # perm: lower halves, upper halves of two 
 
 
 def shared_storage(cfg: Gemm):
-    """LDS: the stages of token codes; the scales of all K; where results go, and scales of them."""
+    """LDS: the stages of token codes; the tokens' scales of all K, the weight rows' after them;
+    where results go, and scales of them."""
     return fx.Struct[
         "codes" : fx.Array[fx.Int32, cfg.k_waves * cfg.stages * cfg.code_bytes // WORD, PIECE],
-        "scales" : fx.Array[fx.Int32, cfg.scale_room // WORD, PIECE],
+        "scales" : fx.Array[fx.Int32, (cfg.scale_room + cfg.channel_bytes) // WORD, PIECE],
         "places" : fx.Array[fx.Int32, cfg.place_bytes // WORD, PIECE],
         "blocks" : fx.Array[fx.Uint8, max(1, cfg.block_bytes), PIECE],
     ]
