@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,13 +27,15 @@ T = TypeVar("T")
 @dataclass(slots=True, eq=False)
 class Memo:
     """Builds what is asked for once. Dropped with its owner, so that a shape's packed weights go
-    when the next shape comes."""
+    go with the shape. Building goes on inside `watch()`."""
 
     made: dict[Hashable, Any] = field(default_factory=dict)
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def once(self, key: Hashable, build: Callable[[], T]) -> T:
         if key not in self.made:
-            self.made[key] = build()
+            with self.watch():
+                self.made[key] = build()
         value: T = self.made[key]
         return value
 

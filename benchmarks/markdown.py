@@ -40,8 +40,10 @@ def tables(about: dict[str, Any], rows: Sequence[Row]) -> str:
 def heading(about: dict[str, Any]) -> str:
     """Device, versions, commit, date."""
     rivals = ", ".join(f"{name} {version}" for name, version in about.get("rivals", {}).items())
+    runs = len(about.get("parts", []))
+    device = about["device"] + (f" ({runs} runs, each of its own shapes)" if runs else "")
     return (
-        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {rivals}; "
+        f"{device}, torch {about['torch']}, triton {about['triton']}, {rivals}; "
         f"commit `{about['commit'][:12]}`, {about['date']}."
     )
 

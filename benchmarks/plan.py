@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixmoe.timing import Flush
 
@@ -14,9 +14,23 @@ from .routing import Skew
 from .shapes import SHAPES, TABLE_TOKENS, TOKENS
 
 
+class Spot(NamedTuple):
+    """Where a case lies: all providers, stages and flushes are measured there together."""
+
+    shape: str
+    skew: Skew
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.shape} T {self.tokens} {self.skew.value}"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Names as the command line gives them; `seconds` bounds the whole run, set-up included."""
+    """Names as the command line gives them; `seconds` bounds the whole run, set-up included.
+
+    `part` names a share of a larger plan, and the files that it writes.
+    """
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     tokens: tuple[int, ...] = TOKENS
@@ -31,6 +45,7 @@ class Plan:
     commit: str = ""
     resume: bool = False
     warm: bool = False
+    part: str = ""
 
     def __post_init__(self) -> None:
         if unknown := set(self.shapes) - set(SHAPES):
@@ -49,17 +64,40 @@ class Plan:
     def folder(self) -> Path:
         return Path(self.out)
 
-    def cases(self) -> list[tuple[Skew, int]]:
-        """(skew, tokens) of every shape: the counts with a goal first, so that a run cut short
-        still has them under both routings."""
+    @property
+    def journal(self) -> Path:
+        """Where the measuring process notes what it has done."""
+        return self.folder / f"journal{self.suffix}.jsonl"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of a part's files end in."""
+        return f"-{self.part}" if self.part else ""
+
+    def spots(self) -> list[Spot]:
+        """In the order of their worth, for a run that is cut short: the counts with a goal in every
+        shape, then the other counts, then the same under the next routing."""
         goals = [tokens for tokens in self.tokens if tokens in TABLE_TOKENS]
         others = [tokens for tokens in self.tokens if tokens not in TABLE_TOKENS]
         return [
-            (Skew(skew), tokens)
-            for counts in (goals, others)
+            Spot(shape, Skew(skew), tokens)
             for skew in self.skews
+            for counts in (goals, others)
+            for shape in self.shapes
             for tokens in sorted(counts)
         ]
+
+    def share(self, name: str) -> Plan:
+        """Part "0/2" takes every second shape from the first on: whole shapes, because their
+        weights are made and packed once. ValueError for a part without a shape."""
+        number, _, parts = name.partition("/")
+        if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise ValueError(f"a share is like 0/2, the first of two: got {name!r}")
+        shapes = self.shapes[int(number) :: int(parts)]
+        if not shapes:
+            rule = f"a share is of whole shapes, and there are {len(self.shapes)}"
+            raise ValueError(f"{rule}: got {name}")
+        return replace(self, shapes=shapes, part=f"{number}of{parts}")
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -73,7 +111,3 @@ class Plan:
         }
         return Plan(**fields)
 
-
-def shares(seconds: float, parts: int) -> float:
-    """What the next of `parts` parts may take of the seconds that are left."""
-    return max(seconds, 0.0) / max(parts, 1)

@@ -119,6 +119,7 @@ class Journal:
         self.left_out: list[LeftOut] = []
         self.measured: set[tuple[str, str, int, str, str, str]] = set()
         self.roofs: dict[str, Any] = {}
+        self.spent: dict[str, float] = {}
         if path.exists():
             self._read()
 
@@ -136,6 +137,8 @@ class Journal:
                 self.left_out.append(LeftOut(**body))
             elif kind == "roofs":
                 self.roofs = body
+            elif kind == "spent":
+                self._charge(body)
         if trying:  # the last thing that the last process wrote
             self.add(LeftOut(**trying))
 
@@ -152,10 +155,19 @@ class Journal:
         self.roofs = roofs
         self._write("roofs", roofs, "")
 
+    def note_spent(self, seconds: dict[str, float]) -> None:
+        """Records where the time since the last record went; `spent` sums them up."""
+        self._charge(seconds)
+        self._write("spent", {name: round(took, 3) for name, took in seconds.items()}, "")
+
     def trying(self, item: LeftOut | None) -> None:
         """Notes what is about to be tried, None for nothing: if the process ends in it, the next
         one reads it as a failure."""
         self._write("trying", asdict(item) if item else {}, "")
+
+    def _charge(self, seconds: dict[str, float]) -> None:
+        for name, took in seconds.items():
+            self.spent[name] = self.spent.get(name, 0.0) + took
 
     def _keep(self, row: Row, label: str) -> None:
         self.rows.append(row)

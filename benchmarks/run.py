@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import markdown as tables
-from . import plots, report, results
+from . import merged, plots, report, results, warm
 from .plan import Plan
 
 MOST_STARTS = 25
@@ -19,28 +19,39 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def execute(plan: Plan) -> Path:
-    """Measures and writes <out>/<device>.json; gives its path. Raises RuntimeError with no GPU."""
+def execute(plan: Plan, jobs: int = 0) -> Path:
+    """Measures and writes <out>/<device>.json; gives its path. A warm plan compiles in `jobs`
+    processes (0: one a core) instead, and gives the folder. Raises RuntimeError with no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         raise RuntimeError("the benchmark needs a CUDA device, and torch sees none")
+    if plan.warm:
+        warm.run(plan, jobs or os.cpu_count() or 1, gpus(torch.cuda.device_count()), environment())
+        return plan.folder
     device = torch.cuda.get_device_name(0)
-    end = time.monotonic() + plan.seconds
-    attempt, status, journal = plan, 0, plan.folder / "journal.jsonl"
+    begin = time.monotonic()
+    attempt, status, journal = plan, 0, plan.journal
     for _ in range(MOST_STARTS):
         size = journal.stat().st_size if journal.exists() and attempt.resume else 0
         command = [sys.executable, "-m", "benchmarks.worker"]
         status = subprocess.run(
             command, input=attempt.dump(), text=True, env=environment()
         ).returncode
-        left = end - time.monotonic()
+        spent = time.monotonic() - begin
         stuck = not journal.exists() or journal.stat().st_size == size
-        if status == 0 or stuck or left <= 0:
+        if status == 0 or stuck or spent >= plan.seconds:
             break
         print(f"the worker ended with status {status}; starting the next", flush=True)
-        attempt = dataclasses.replace(attempt, resume=True, seconds=left)
+        attempt = dataclasses.replace(attempt, resume=True, seconds=plan.seconds - spent)
+    print(f"measured for {time.monotonic() - begin:.0f} s, starts included", flush=True)
     return collect(plan, device, status)
+
+
+def gpus(count: int) -> list[str]:
+    """The names of the devices that torch counts, for CUDA_VISIBLE_DEVICES."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(number) for number in range(count)]
 
 
 def environment() -> dict[str, str]:
@@ -51,12 +62,23 @@ def environment() -> dict[str, str]:
 
 def collect(plan: Plan, device: str, status: int = 0) -> Path:
     """The results file from the journal."""
-    journal = results.Journal(plan.folder / "journal.jsonl", resume=True)
-    path = plan.folder / f"{file_name(device)}.json"
+    journal = results.Journal(plan.journal, resume=True)
+    path = plan.folder / f"{file_name(device)}{plan.suffix}.json"
     left_out = [dataclasses.asdict(item) for item in journal.left_out]
     about = results.meta(device, plan.commit or None)
     more = {"left_out": left_out, "roofs": journal.roofs, "worker_status": status}
+    more |= {"spent": {name: round(took, 1) for name, took in journal.spent.items()}}
     results.save(path, about, journal.rows, not_reached=not_reached(plan, journal.rows), **more)
+    return path
+
+
+def merge(paths: Sequence[Path], folder: Path) -> Path:
+    """One results file of several runs' (`merged.merged`), <folder>/<device>.json."""
+    about, rows = merged.merged([(path.name, *results.load(path)) for path in paths])
+    path = folder / f"{file_name(about['device'])}.json"
+    if path.resolve() in [source.resolve() for source in paths]:
+        raise ValueError(f"{path} would be written over: give another --out")
+    results.save(path, about, rows)
     return path
 
 

@@ -1,6 +1,7 @@
 """`mixmoe bench`: ours beside the rivals on this machine's GPU."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,12 @@ def bench(
     commit: Annotated[str, typer.Option(help="name the commit, where there is no checkout")] = "",
     resume: Annotated[bool, typer.Option(help="keep what the last run measured")] = False,
     warm: Annotated[bool, typer.Option(help="only compile, time nothing")] = False,
+    jobs: Annotated[int, typer.Option(help="with --warm: processes, 0: one a core")] = 0,
+    shard: Annotated[str, typer.Option(help="0/2: every second shape from the first on")] = "",
+    merge: Annotated[str, typer.Option(help="files of shards, a.json,b.json, into one")] = "",
     detail: Annotated[bool, typer.Option(help="print every provider's times")] = False,
     show: Annotated[Path | None, typer.Option(help="print a results file, run nothing")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="with --show: tables go here")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="document for the tables shown")] = None,
 ) -> None:
     """Measure stage 1, stage 2 and the layer, cold L2, CUDA graphs, rivals interleaved.
 
@@ -40,6 +44,12 @@ def bench(
     if show is not None:
         run.show(show, detail=detail, markdown=markdown)
         return
+    folder = out or run.RESULTS
+    if merge:
+        merged = _refusing(lambda: run.merge([Path(name) for name in _names(merge)], folder))
+        run.show(merged, detail=detail, markdown=markdown)
+        typer.echo(f"wrote {merged}")
+        return
     from benchmarks.plan import Plan
     from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
 
@@ -47,7 +57,7 @@ def bench(
         named = {"all": TOKENS, "table": TABLE_TOKENS}
         return named[text] if text in named else tuple(map(int, _names(text)))
 
-    try:
+    def planned() -> Plan:
         plan = Plan(
             shapes=tuple(SHAPES) if shape == "all" else _names(shape),
             tokens=numbers(tokens),
@@ -58,17 +68,25 @@ def bench(
             rivals=rivals,
             recipes=_names(recipes),
             seconds=seconds,
-            out=str(out or run.RESULTS),
+            out=str(folder),
             commit=commit,
             resume=resume,
             warm=warm,
         )
-        path = run.execute(plan)
-    except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from error
-    if not warm:
+        return plan.share(shard) if shard else plan
+
+    path = _refusing(lambda: run.execute(planned(), jobs))
+    if not warm and not shard:  # a shard's tables and plots are the merged file's
         run.show(path, detail=detail)
     typer.echo(f"wrote {path}")
+
+
+def _refusing(work: Callable[[], Path]) -> Path:
+    """What `work` gives; what it refuses is told as a wrong option."""
+    try:
+        return work()
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_toys import TINY, entry_of, plain_gate_up
+from benchmark_toys import TINY, entry_of, plain_gate_up, row
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -17,9 +17,9 @@ from benchmarks import counts, markdown, plots, registry, report, results, run
 from benchmarks import worker as worker_module
 from benchmarks.case import Case, Model
 from benchmarks.counts import Stage
-from benchmarks.plan import Plan
+from benchmarks.plan import Plan, Spot
 from benchmarks.registry import Run, Shows, Unsupported
-from benchmarks.results import Journal, LeftOut, Row
+from benchmarks.results import Journal, LeftOut
 from benchmarks.roofs import near
 from benchmarks.routing import Skew
 from benchmarks.shapes import SHAPES
@@ -175,9 +175,9 @@ def test_a_rival_far_behind_is_left_out_between_the_goals(tmp_path, monkeypatch)
         (8, Skew.ZIPF, True),
         (128, Skew.UNIFORM, False),
     ):
-        made = Case.random(Model.random(TINY, "cpu"), tokens, skew)
-        assert worker._beaten(slow, made, skew) is beaten, (tokens, skew)
-        assert not worker._beaten(quick, made, skew)
+        spot = Spot("tiny", skew, tokens)
+        assert worker._beaten(slow, spot) is beaten, spot
+        assert not worker._beaten(quick, spot)
     worker.plan = dataclasses.replace(worker.plan, tokens=(4,), skews=("uniform",))
     worker.run()
     assert {r.provider for r in worker.journal.rows if r.tokens == 4} == {"right"}
@@ -309,31 +309,6 @@ def test_a_warm_run_times_nothing(tmp_path, monkeypatch):
 
 
 # --- results, report, plots
-
-
-def row(provider="mixmoe", us=20.0, tokens=8, stage="stage1", **changes):
-    fields = {
-        "provider": provider,
-        "shape": "dsv3_tp8",
-        "recipe": "a8w4",
-        "tokens": tokens,
-        "stage": stage,
-        "flush": "clean",
-        "deterministic": True,
-        "us": us,
-        "spread": 0.4,
-        "roof_us": 10.0,
-        "worst_row_error": 2e-3,
-        "routing": "uniform",
-        "accumulate": "precise",
-        "active_experts": 57,
-        "nbytes": 44_800_000,
-        "flops": 10**9,
-        "roof_by": "read",
-        "compared": "x",
-        "leaves_out": "",
-    }
-    return Row(**fields | changes)
 
 
 PUBLISHED = (
