@@ -120,6 +120,9 @@ def test_kernels_are_compiled_by_one_process_and_not_launched(tmp_path, monkeypa
         store_ones[(1,)](out, 16)
         store_ones[(1,)](out, 16)
     assert cubins() == 1 and not out.any()
+    store_ones.warmup(out, 16, grid=(1,))
+    assert cubins() == 1, "what a launch would have looked for"
+    store_ones.device_caches.clear()
     (tmp_path / "taken").mkdir()
     for claim in (tmp_path / "claims").iterdir():
         (tmp_path / "taken" / claim.name).touch()
