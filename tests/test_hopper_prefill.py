@@ -16,10 +16,20 @@ pytest.importorskip("triton")
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from mixmoe.backends.hopper import gemm2_prefill, gemm2_red  # noqa: E402
+from mixmoe.backends.hopper import gemm2_prefill, gemm2_prefill_sum, gemm2_red  # noqa: E402
+from mixmoe.backends.hopper.decode import Columns  # noqa: E402
+from mixmoe.backends.hopper.gemm1_decode import Act  # noqa: E402
 from mixmoe.backends.hopper.gemm2_decode import row_box  # noqa: E402
+from mixmoe.backends.hopper.gemm2_prefill_sum import Counters, Routes  # noqa: E402
 from mixmoe.backends.hopper.mainloop import weight_descriptors  # noqa: E402
-from mixmoe.backends.hopper.prefill import grouped_prefill  # noqa: E402
+from mixmoe.backends.hopper.prefill import (  # noqa: E402
+    Clear,
+    Result,
+    Rows,
+    Sizes,
+    Work,
+    grouped_prefill,
+)
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_schedule import ring_of, rows_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
@@ -47,11 +57,13 @@ def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: b
     cut = Cut.of(Problem(tokens, H, 256, 256, 8), precise)
     units = Fake(torch.int32, (8192, 56, 256)), Fake(torch.int32, (8192, 896))
     words = weight_descriptors(*units, 4, 1)
-    scalars = (float("inf"), 1.702, 4.0, 25.0)
+    gated = kind is not None
+    x = Rows(Fake(torch.float8_e4m3fn), padded(H), F32, I32 if gated else None)
+    act = Act(float("inf"), 1.702, 4.0, 25.0) if gated else None
     return compile_gluon(
-        grouped_prefill, *words, Fake(torch.float8_e4m3fn), I32, F32, I32, I32, BF16, 256, F32,
-        F32 if bias else None, F32 if bias and kind is not None else None, BF16 if clear else None,
-        8192 * H, 256, 0, *scalars, 32, 4, H, padded(H), KIND=kind, WIDE=wide, **cut.options(H),
+        grouped_prefill, *words, x, F32 if bias and gated else None, Work(I32, I32),
+        Sizes(32, 4, 0), Result(BF16, 256, 256), Columns(F32, F32 if bias else None), act,
+        Clear(BF16, 8192 * H) if clear else None, H, KIND=kind, WIDE=wide, **cut.options(H),
     )  # fmt: skip
 
 
@@ -98,9 +110,10 @@ def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resourc
     )
     vectors = row_box(Fake(torch.float32, (256, 7168)))
     return compile_gluon(
-        gemm2_prefill.gemm2_ring, *words, vectors, vectors if bias else None, h, BF16, BF16, I32,
-        F32, F32, I32, I32, I32, tokens, 7168, 7168, 448, 112, 40704, TOPK=8, WIDE=wide,
-        **cut.options(tokens),
+        gemm2_prefill.gemm2_ring, *words, vectors, vectors if bias else None, h, BF16, I32,
+        Routes(I32, F32, F32), Counters(I32, I32),
+        gemm2_prefill_sum.Result(BF16, 7168, tokens, 7168), gemm2_prefill.Sizes(448, 112, 40704),
+        TOPK=8, WIDE=wide, **cut.options(tokens),
     )  # fmt: skip
 
 
@@ -140,8 +153,9 @@ def red(I: int, tokens: int, adds: bool, bias: bool, wide: bool) -> Resources:
         Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
     return compile_gluon(
-        gemm2_red.gemm2_red, *words, h, I32, I32, I32, F32, F32, F32, F32 if bias else None, BF16,
-        7168, 7168, 448, cut.span, 112, ADDS=adds, WIDE=wide, **cut.options(),
+        gemm2_red.gemm2_red, *words, h, Work(I32, I32), gemm2_red.Routes(I32, F32, F32),
+        Columns(F32, F32 if bias else None), gemm2_red.Result(BF16, 7168, 7168),
+        gemm2_red.Sizes(448, cut.span, 112), ADDS=adds, WIDE=wide, **cut.options(),
     )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ share, so a pass of its own quantises h (33 MB at T 8192, topk 8, I 256; it stay
 
 from torch import Tensor
 
+from mixmoe.backends.hopper.decode import Columns
+from mixmoe.backends.hopper.gemm1_decode import Act
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
-from mixmoe.backends.hopper.prefill import grouped_prefill
+from mixmoe.backends.hopper.prefill import Clear, Result, Rows, Sizes, Work, grouped_prefill
 from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
@@ -33,11 +35,11 @@ def launch(
     row_tiles = -(-p.intermediate // 64)
     weight = routed.sorted_weights if recipe.weight_on == 1 else None
     grouped_prefill[(cut.grid(out.device, tiles.room * row_tiles),)](
-        words, scales, x.codes, routed.sorted_token_ids, x.scales, tiles.records, tiles.count,
-        out, out.stride(0), weights.row_scale, bias, weight, clear,
-        0 if clear is None else clear.numel(), p.intermediate, 0,
-        *activation_scalars(recipe.act), -(-p.intermediate // 8), row_tiles, p.hidden,
-        x.codes.stride(0), KIND=KINDS[recipe.act.kind], WIDE=weights.order.fold is Fold.WIDE,
-        **cut.options(p.hidden),
-    )  # fmt: skip
+        words, scales, Rows(x.codes, x.codes.stride(0), x.scales, routed.sorted_token_ids), weight,
+        Work(tiles.records, tiles.count), Sizes(-(-p.intermediate // 8), row_tiles, 0),
+        Result(out, out.stride(0), p.intermediate), Columns(weights.row_scale, bias),
+        Act(*activation_scalars(recipe.act)),
+        None if clear is None else Clear(clear, clear.numel()), p.hidden,
+        KIND=KINDS[recipe.act.kind], WIDE=weights.order.fold is Fold.WIDE, **cut.options(p.hidden),
+    )
     return out

@@ -33,7 +33,7 @@ eight bytes at once and four lanes a sector of 32.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,19 +51,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import barriers, multiprocessors
 from mixmoe.backends.hopper.gemm2_decode import Vectors, row_box, vector, vector_ring
-from mixmoe.backends.hopper.gemm2_prefill_sum import reduce, watch
+from mixmoe.backends.hopper.gemm2_prefill_load import (
+    Boxes,
+    Held,
+    Sizes,
+    Weights,
+    count_of,
+    keep_list,
+    produce,
+    segment,
+)
+from mixmoe.backends.hopper.gemm2_prefill_sum import (
+    Counters,
+    Places,
+    Result,
+    Routes,
+    Slots,
+    reduce,
+    watch,
+)
 from mixmoe.backends.hopper.mainloop import (
     advance,
     cta_barrier,
     half_fragment,
     halves,
     load_units,
-    read_record,
     smem_cast,
-    tma_load,
 )
 from mixmoe.backends.hopper.route import Placed
-from mixmoe.backends.hopper.signals import LINE, PITCH
+from mixmoe.backends.hopper.signals import LINE
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import Segments, Split, segments, weight_boxes
 from mixmoe.fold import Fold
@@ -80,100 +96,13 @@ SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
 BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it has three
 
 
-@gluon.jit
-def keep_list(list_ptr, ROOM: gl.constexpr):
-    """This CTA's work list in shared memory, where a record is near: in every slice a load of one
-    from global memory would be waited for."""
-    N: gl.constexpr = 4 * (ROOM + 1)
-    FIELDS: gl.constexpr = 64 if N <= 64 else 128
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    i = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    fields = gl.load(list_ptr + gl.program_id(0) * N + i, mask=i < N, other=-1)
-    memory = gl.allocate_shared_memory(gl.int32, [FIELDS], flat)
-    memory.store(fields)
-    return smem_cast(memory, gl.int32, [FIELDS // 4, 4], flat)
+class Slice(NamedTuple):
+    """64 weight rows, decoded: (lo, hi) of each step of K, scales and biases (or None)."""
 
-
-@gluon.jit
-def segment(records, i):
-    """A record of the work list: expert (-1 ends the list), first sorted block, blocks."""
-    expert, block, blocks, _ = read_record(records, i)
-    return expert, block, blocks
-
-
-@gluon.jit
-def count_of(records):
-    """How many segments a list has."""
-    count = gl.program_id(0) * 0
-    expert, block, blocks = segment(records, count)
-    while expert >= 0:
-        count += 1
-        expert, block, blocks = segment(records, count)
-    return count
-
-
-@gluon.jit
-def load_rows(h_desc, records, count, rows, h_full, STEPS: gl.constexpr, ROOM: gl.constexpr):
-    """The rows of h of all segments, which stay."""
-    used = count * 0
-    for i in range(count):
-        expert, block, blocks = segment(records, i)
-        for b in range(blocks):
-            mbarrier.expect(h_full, STEPS * h_desc.block_type.nbytes)
-            for k in gl.static_range(STEPS):
-                tma_load(h_desc, [(block + b) * 32, k * 128], h_full, rows.index(k * ROOM + used))
-            used += 1
-    for _ in range(used, ROOM):
-        mbarrier.arrive(h_full, count=1)
-
-
-@gluon.jit
-def announce(written_ptr, done, group, RING: gl.constexpr):
-    """Count this CTA for a group when all of its stores are issued. The matrix warps' stores happen
-    before their arrival, so the one release orders them all before the count."""
-    mbarrier.wait(done.index(group % RING), (group // RING) & 1)
-    gl.atomic_add(written_ptr + group * PITCH, 1, sem="release")
-
-
-@gluon.jit
-def produce(
-    w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales, vectors,
-    rows, w_full, w_empty, h_full, done, units, slices, groups,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """Role of the loading warp: rows of h once, then the weights of every slice with their scales
-    and biases; and the groups that are done. A group is waited for when all weights that the matrix
-    warps can ask for before its end are under way: STAGES segments beyond its last."""
-    VECTORS: gl.constexpr = r_desc.block_type.nbytes * (1 if b_desc is None else 2)
-    count = count_of(records)
-    load_rows(h_desc, records, count, rows, h_full, STEPS, ROOM)
-    stage, phase = 0, 1
-    item, announced = 0, 0
-    due = GROUP * count - 1 + STAGES
-    for s in range(slices):
-        for i in range(count):
-            expert, block, blocks = segment(records, i)
-            unit = expert * units + s * 4
-            full = w_full.index(stage)
-            mbarrier.wait(w_empty.index(stage), phase)
-            mbarrier.expect(
-                full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes) + VECTORS
-            )
-            tma_load(r_desc, [expert, s * 64], full, vectors.scale.index(stage))
-            if b_desc is not None:
-                tma_load(b_desc, [expert, s * 64], full, vectors.bias.index(stage))
-            for k in gl.static_range(STEPS):
-                tma_load(w_desc, [unit, k, 0], full, words.index(stage * STEPS + k))
-                tma_load(s_desc, [unit, 16 * k], full, scales.index(stage * STEPS + k))
-            stage, phase = advance(stage, phase, STAGES)
-            if item == due:
-                announce(written_ptr, done, announced, RING)
-                announced += 1
-                due += GROUP * count
-            item += 1
-    for group in range(announced, groups):
-        announce(written_ptr, done, group, RING)
+    low: Any
+    high: Any
+    scale: Any
+    bias: Any
 
 
 @gluon.jit
@@ -194,12 +123,23 @@ def transposed(value):
 
 
 @gluon.jit
-def piece(
-    low, high, rows, first, left, scale, bias, h_scale_ptr, target,
-    N: gl.constexpr, STEPS: gl.constexpr, ROOM: gl.constexpr,
-):
+def fragments(weights, stage, WIDE: gl.constexpr):
+    """A stage's weights, decoded: for each step of K (lo, hi) of `load_units`."""
+    STEPS: gl.constexpr = weights.words.shape[0] // weights.full.shape[0]
+    low, high = (), ()
+    for k in gl.static_range(STEPS):
+        at = stage * STEPS + k
+        lo, hi = load_units(weights.words.index(at), weights.scales.index(at), 1, 4, WIDE)
+        low = low + (lo,)  # type: ignore[assignment]
+        high = high + (hi,)  # type: ignore[assignment]
+    return low, high
+
+
+@gluon.jit
+def piece(w, rows, first, left, h_scale_ptr, target, N: gl.constexpr, STEPS: gl.constexpr):
     """64 columns x N rows from block `first` on: the product over all of K, scaled, as bf16 rows at
     `target`; of the rows `left` blocks of 32 exist."""
+    ROOM: gl.constexpr = rows.shape[0] // STEPS
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
@@ -209,18 +149,18 @@ def piece(
         x = smem_cast(
             rows.index(k * ROOM + first), gl.float8e4nv, [N, 128], gl.NVMMASharedLayout(128, 8, 2)
         )
-        lows, highs = halves(low[k]), halves(high[k])
+        lows, highs = halves(w.low[k]), halves(w.high[k])
         for h in gl.static_range(2):
             acc = warpgroup_mma(
                 half_fragment(lows[h], highs[h], A, 1, 4),
                 x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=k + h > 0, is_async=True,
             )  # fmt: skip
     acc = warpgroup_mma_wait(0, deps=[acc])
-    value = acc * gl.convert_layout(scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
-    if bias is not None:
+    value = acc * gl.convert_layout(w.scale, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
+    if w.bias is not None:
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
         value *= gl.load(h_scale_ptr + n)[None, :]
-        value += gl.convert_layout(bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
+        value += gl.convert_layout(w.bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
     value = transposed(value.to(gl.bfloat16))
     n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
@@ -229,68 +169,62 @@ def piece(
 
 @gluon.jit
 def multiply(
-    words, scales, vectors, rows, w_full, w_empty, h_full, granted, done, ring_ptr, records,
-    h_scale_ptr, slices, groups, slot_rows,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr, RING: gl.constexpr,
-    GROUP: gl.constexpr, WIDE: gl.constexpr,
+    weights, held, slots, ring_ptr, records, h_scale_ptr, sizes, groups, GROUP: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32]
     )
+    STAGES: gl.constexpr = weights.full.shape[0]
+    STEPS: gl.constexpr = weights.words.shape[0] // STAGES
     count = count_of(records)
     stage, phase, slot, turn = 0, 0, 0, 1
-    mbarrier.wait(h_full, 0)
+    mbarrier.wait(held.full, 0)
     for group in range(groups):
-        for s in range(group * GROUP, gl.minimum(group * GROUP + GROUP, slices)):
-            place = (slot * GROUP + s - group * GROUP) * slot_rows
+        for s in range(group * GROUP, gl.minimum(group * GROUP + GROUP, sizes.slices)):
+            place = (slot * GROUP + s - group * GROUP) * sizes.slot_rows
             first = 0
             for i in range(count):
                 expert, block, blocks = segment(records, i)
-                mbarrier.wait(w_full.index(stage), phase)
-                scale = vector(vectors.scale, stage, L)
+                mbarrier.wait(weights.full.index(stage), phase)
+                scale = vector(weights.vectors.scale, stage, L)
                 bias = None
-                if vectors.bias is not None:
-                    bias = vector(vectors.bias, stage, L)
-                low, high = (), ()
-                for k in gl.static_range(STEPS):
-                    at = stage * STEPS + k
-                    lo, hi = load_units(words.index(at), scales.index(at), 1, 4, WIDE)
-                    low = low + (lo,)  # type: ignore[assignment]
-                    high = high + (hi,)  # type: ignore[assignment]
-                mbarrier.wait(granted.index(slot), turn)
+                if weights.vectors.bias is not None:
+                    bias = vector(weights.vectors.bias, stage, L)
+                low, high = fragments(weights, stage, WIDE)
+                w = Slice(low, high, scale, bias)
+                mbarrier.wait(slots.granted.index(slot), turn)
                 target = ring_ptr + (place + block * 32).to(gl.int64) * 64
                 factor_ptr = h_scale_ptr + block * 32
                 b = 0
                 while blocks - b > 1:
                     piece(
-                        low, high, rows, first + b, blocks - b, scale, bias, factor_ptr + b * 32,
-                        target + b * (32 * 64), 64, STEPS, ROOM,
+                        w, held.rows, first + b, blocks - b, factor_ptr + b * 32,
+                        target + b * (32 * 64), 64, STEPS,
                     )  # fmt: skip
                     b += 2
                 if blocks - b == 1:
                     piece(
-                        low, high, rows, first + b, 1, scale, bias, factor_ptr + b * 32,
-                        target + b * (32 * 64), 32, STEPS, ROOM,
+                        w, held.rows, first + b, 1, factor_ptr + b * 32, target + b * (32 * 64),
+                        32, STEPS,
                     )  # fmt: skip
                 # Only now: a barrier does not wait for a warp's loads from shared memory, and
                 # behind the reducing warps' loads they can take longer than the refill (H200,
                 # 2026-11-24: a stale 16 bytes of scales in 3 of 120,000 tiles). Products do.
-                mbarrier.arrive(w_empty.index(stage), count=1)
+                mbarrier.arrive(weights.empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
                 first += blocks
-        mbarrier.wait(granted.index(slot), turn)  # for a CTA without segments, too
+        mbarrier.wait(slots.granted.index(slot), turn)  # for a CTA without segments, too
         cta_barrier()  # every warp's stores before one thread's arrival
-        mbarrier.arrive(done.index(slot), count=1)
-        slot, turn = advance(slot, turn, RING)
+        mbarrier.arrive(slots.done.index(slot), count=1)
+        slot, turn = advance(slot, turn, slots.granted.shape[0])
 
 
 @gluon.jit
 def gemm2_ring(
-    w_desc, s_desc, r_desc, b_desc, h_desc, ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr,
-    list_ptr, written_ptr, reduced_ptr,
-    T, H, y_stride, units, slices, slot_rows,
+    w_desc, s_desc, r_desc, b_desc, h_desc, ring_ptr, list_ptr, routes, counters, out, sizes,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
     AHEAD: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
@@ -305,34 +239,33 @@ def gemm2_ring(
         gl.float8e4nv, [STEPS * ROOM, 32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    positions = gl.allocate_shared_memory(gl.int32, [TURNS * TOPK, SPAN], flat)
-    factors = gl.allocate_shared_memory(gl.float32, [TURNS * TOPK, SPAN], flat)
-    w_full = barriers(STAGES, 1)
-    w_empty = barriers(STAGES, 1)
+    places = Places(
+        gl.allocate_shared_memory(gl.int32, [TURNS * TOPK, SPAN], flat),
+        gl.allocate_shared_memory(gl.float32, [TURNS * TOPK, SPAN], flat),
+    )
+    full, empty = barriers(STAGES, 1), barriers(STAGES, 1)
     bias = None
     if b_desc is not None:
         bias = vector_ring(b_desc, STAGES)
-    vectors = Vectors(vector_ring(r_desc, STAGES), bias)
-    h_full = barriers(1, ROOM).index(0)
-    granted, done, ready = barriers(RING, 1), barriers(RING, 1), barriers(RING, 1)
+    weights = Weights(words, scales, Vectors(vector_ring(r_desc, STAGES), bias), full, empty)
+    held = Held(rows, barriers(1, ROOM).index(0))
+    slots = Slots(barriers(RING, 1), barriers(RING, 1), barriers(RING, 1))
+    boxes = Boxes(w_desc, s_desc, r_desc, b_desc, h_desc)
     fence_async_shared()
-    groups = (slices + GROUP - 1) // GROUP
+    groups = (sizes.slices + GROUP - 1) // GROUP
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     records = keep_list(list_ptr, ROOM)
     gl.warp_specialize(
         [
-            (multiply, (words, scales, vectors, rows, w_full, w_empty, h_full, granted, done,
-                        ring_ptr, records, h_scale_ptr, slices, groups, slot_rows,
-                        STEPS, STAGES, ROOM, RING, GROUP, WIDE)),
-            (reduce, (ring_ptr, y_ptr, position_ptr, h_scale_ptr, weight_ptr, positions, factors,
-                      ready, reduced_ptr, slot_rows, T, H, y_stride, groups,
-                      TOPK, RING, GROUP, TURNS, AHEAD, b_desc is None)),
-            (produce, (w_desc, s_desc, r_desc, b_desc, h_desc, records, written_ptr, words, scales,
-                       vectors, rows, w_full, w_empty, h_full, done, units, slices,
-                       groups, STEPS, STAGES, ROOM, RING, GROUP)),
-            (watch, (written_ptr, reduced_ptr, ready, granted, groups, RING)),
+            (multiply, (weights, held, slots, ring_ptr, records, routes.scales, sizes, groups,
+                        GROUP, WIDE)),
+            (reduce, (ring_ptr, out, routes, places, slots.ready, counters.reduced,
+                      sizes.slot_rows, groups, TOPK, GROUP, AHEAD, b_desc is None)),
+            (produce, (boxes, records, counters.written, weights, held, slots.done, sizes, groups,
+                       GROUP)),
+            (watch, (counters, slots, groups)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -424,9 +357,10 @@ def launch(
         words, scales, row_box(weights.row_scale),  # type: ignore[arg-type]
         None if bias is None else row_box(bias),
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
-        scratch, out, routed.position, h.scales, weight,
-        work.records, counters, counters[slices * LINE :],
-        p.tokens, p.hidden, out.stride(0), -(-p.hidden // 16), slices, slot_rows,
+        scratch, work.records, Routes(routed.position, h.scales, weight),
+        Counters(counters, counters[slices * LINE :]),
+        Result(out, out.stride(0), p.tokens, p.hidden),
+        Sizes(-(-p.hidden // 16), slices, slot_rows),
         TOPK=p.topk, WIDE=weights.order.fold is Fold.WIDE, **ring.options(p.tokens),
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ item from a ring of records in shared memory, so no other warp waits for global 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,7 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers, multiprocessors
+from mixmoe.backends.hopper.decode import (
+    SENTINEL_MASK,
+    Columns,
+    barriers,
+    multiprocessors,
+)
 from mixmoe.backends.hopper.mainloop import (
     advance,
     half_fragment,
@@ -36,6 +41,7 @@ from mixmoe.backends.hopper.mainloop import (
     read_record,
     tma_load,
 )
+from mixmoe.backends.hopper.prefill import Work
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import Tiles, weight_boxes
@@ -45,6 +51,72 @@ from mixmoe.spec import Problem, Recipe
 
 COLUMNS = 64  # weight rows of a column tile
 RECORDS = gl.constexpr(4)  # adders lag behind the producer by two items at most
+
+
+class Boxes(NamedTuple):
+    """TMA descriptors: words and scales of weights, rows of h."""
+
+    words: Any
+    scales: Any
+    rows: Any
+
+
+class Routes(NamedTuple):
+    """By sorted position: token | slot << 24, scales of h, routing weights or None."""
+
+    ids: Any
+    scales: Any
+    weights: Any
+
+
+class Sizes(NamedTuple):
+    """Weight units of an expert; column tiles of an item, of H."""
+
+    units: Any
+    span: Any
+    columns: Any
+
+
+class Result(NamedTuple):
+    """y, its row pitch, H."""
+
+    rows: Any
+    pitch: Any
+    columns: Any
+
+
+class Weights(NamedTuple):
+    """Stages of a column tile's weights; `full` and `empty` guard each."""
+
+    words: Any
+    scales: Any
+    full: Any
+    empty: Any
+
+
+class Held(NamedTuple):
+    """Items whose rows of h are resident, with the factors of the product and (every second) of the
+    bias; `full` and `empty` guard each."""
+
+    rows: Any
+    factors: Any
+    full: Any
+    empty: Any
+
+
+class Outs(NamedTuple):
+    """Finished tiles for the adding warps; `full` and `empty` guard each."""
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+class Items(NamedTuple):
+    """What all warps know of an item: its record (`announce`), the rows of y it adds to."""
+
+    records: Any
+    targets: Any
 
 
 @gluon.jit
@@ -58,91 +130,92 @@ def announce(records, slot, expert, first, routes, count):
 
 
 @gluon.jit
-def draw(tiles_ptr, count_ptr, groups, tiles):
+def draw(work, groups, tiles):
     """The next item in the order column group, tile: its record's address, its group, if any."""
-    index = gl.atomic_add(count_ptr + 1, 1, sem="relaxed")
-    return tiles_ptr + index % tiles * 4, index // tiles, index < tiles * groups
+    index = gl.atomic_add(work.count + 1, 1, sem="relaxed")
+    return work.records + index % tiles * 4, index // tiles, index < tiles * groups
 
 
 @gluon.jit
-def load_item(
-    w_desc, s_desc, h_desc, words, scales, rows, w_full, w_empty, h_full, hold, stage, phase,
-    unit, start, blocks, count, STEPS: gl.constexpr, STAGES: gl.constexpr,
-):
-    """Rows of h in boxes of 32, then the weights of `count` column tiles."""
-    ROOM: gl.constexpr = rows.shape[1] // 32
-    for b in gl.static_range(ROOM):
+def load_rows(h_desc, held, hold, start, blocks, STEPS: gl.constexpr):
+    """Rows of h in boxes of 32."""
+    full = held.full.index(hold)
+    for b in gl.static_range(held.rows.shape[1] // 32):
         if b < blocks:
-            mbarrier.expect(h_full, STEPS * h_desc.block_type.nbytes)
+            mbarrier.expect(full, STEPS * h_desc.block_type.nbytes)
             for k in gl.static_range(STEPS):
-                box = rows.index(hold * STEPS + k).slice(b * 32, 32, dim=0)
-                tma_load(h_desc, [start + b * 32, k * 128], h_full, box)
+                box = held.rows.index(hold * STEPS + k).slice(b * 32, 32, dim=0)
+                tma_load(h_desc, [start + b * 32, k * 128], full, box)
         else:
-            mbarrier.arrive(h_full, count=1)
+            mbarrier.arrive(full, count=1)
+
+
+@gluon.jit
+def load_weights(boxes, weights, stage, phase, unit, count):
+    """The weights of `count` column tiles."""
+    STAGES: gl.constexpr = weights.full.shape[0]
+    STEPS: gl.constexpr = weights.words.shape[0] // STAGES
+    BYTES: gl.constexpr = boxes.words.block_type.nbytes + boxes.scales.block_type.nbytes
     for c in range(count):
-        full = w_full.index(stage)
-        mbarrier.wait(w_empty.index(stage), phase)
-        mbarrier.expect(full, STEPS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
+        full = weights.full.index(stage)
+        mbarrier.wait(weights.empty.index(stage), phase)
+        mbarrier.expect(full, STEPS * BYTES)
         for k in gl.static_range(STEPS):
             slot = stage * STEPS + k
-            tma_load(w_desc, [unit + c * 4, k, 0], full, words.index(slot))
-            tma_load(s_desc, [unit + c * 4, 16 * k], full, scales.index(slot))
+            tma_load(boxes.words, [unit + c * 4, k, 0], full, weights.words.index(slot))
+            tma_load(boxes.scales, [unit + c * 4, 16 * k], full, weights.scales.index(slot))
         stage, phase = advance(stage, phase, STAGES)
     return stage, phase
 
 
 @gluon.jit
 def produce(
-    w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr, weight_ptr, words, scales,
-    rows, factors, targets, records, w_full, w_empty, h_full, h_empty, units, span, columns,
-    STEPS: gl.constexpr, STAGES: gl.constexpr, HOLDS: gl.constexpr, BIASED: gl.constexpr,
-    ADDS: gl.constexpr,
+    boxes, work, routes, weights, held, items, sizes, BIASED: gl.constexpr, ADDS: gl.constexpr
 ):
-    """Role of the producer warp. factors: (2 HOLDS, MAIN) of the product and of the bias; targets:
-    rows of the result."""
-    MAIN: gl.constexpr = rows.shape[1]
+    """Role of the producer warp. Targets are the routes' tokens, or their own rows."""
+    STEPS: gl.constexpr = weights.words.shape[0] // weights.full.shape[0]
+    MAIN: gl.constexpr = held.rows.shape[1]
     n = gl.arange(0, MAIN, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    tiles = gl.load(count_ptr)
-    groups = (columns + span - 1) // span
+    tiles = gl.load(work.count)
+    groups = (sizes.columns + sizes.span - 1) // sizes.span
     stage, phase, hold, h_phase, slot = 0, 1, 0, 1, 0
-    at, group, more = draw(tiles_ptr, count_ptr, groups, tiles)
+    at, group, more = draw(work, groups, tiles)
     while more:
-        expert, start, routes = gl.load(at), gl.load(at + 1), gl.load(at + 2)
-        live = n < routes
+        expert, start, count = gl.load(at), gl.load(at + 1), gl.load(at + 2)
+        live = n < count
         target = start + n
         if ADDS:
-            target = gl.load(ids_ptr + start + n, mask=live, other=0) & SENTINEL_MASK
-        factor = gl.load(h_scale_ptr + start + n, mask=live, other=0.0)
+            target = gl.load(routes.ids + start + n, mask=live, other=0) & SENTINEL_MASK
+        factor = gl.load(routes.scales + start + n, mask=live, other=0.0)
         weight = gl.full([MAIN], 1.0, gl.float32, n.type.layout)
-        if weight_ptr is not None:
-            weight = gl.load(weight_ptr + start + n, mask=live, other=0.0)
-        first = group * span
-        count = gl.minimum(span, columns - first)
-        mbarrier.wait(h_empty.index(hold), h_phase)
-        factors.index(2 * hold).store(factor * weight)
+        if routes.weights is not None:
+            weight = gl.load(routes.weights + start + n, mask=live, other=0.0)
+        first = group * sizes.span
+        columns = gl.minimum(sizes.span, sizes.columns - first)
+        mbarrier.wait(held.empty.index(hold), h_phase)
+        held.factors.index(2 * hold).store(factor * weight)
         if BIASED:
-            factors.index(2 * hold + 1).store(weight)
-        targets.index(slot).store(gl.where(live, target, -1))
-        announce(records, slot, expert, first, routes, count)
-        mbarrier.arrive(h_full.index(hold), count=1)
-        stage, phase = load_item(
-            w_desc, s_desc, h_desc, words, scales, rows, w_full, w_empty, h_full.index(hold), hold,
-            stage, phase, expert * units + first * 4, start, (routes + 31) // 32, count,
-            STEPS, STAGES,
-        )  # fmt: skip
-        hold, h_phase = advance(hold, h_phase, HOLDS)
+            held.factors.index(2 * hold + 1).store(weight)
+        items.targets.index(slot).store(gl.where(live, target, -1))
+        announce(items.records, slot, expert, first, count, columns)
+        mbarrier.arrive(held.full.index(hold), count=1)
+        load_rows(boxes.rows, held, hold, start, (count + 31) // 32, STEPS)
+        stage, phase = load_weights(
+            boxes, weights, stage, phase, expert * sizes.units + first * 4, columns
+        )
+        hold, h_phase = advance(hold, h_phase, held.full.shape[0])
         slot = (slot + 1) % RECORDS
-        at, group, more = draw(tiles_ptr, count_ptr, groups, tiles)
-    mbarrier.wait(h_empty.index(hold), h_phase)
-    announce(records, slot, -1, 0, 0, 0)
+        at, group, more = draw(work, groups, tiles)
+    mbarrier.wait(held.empty.index(hold), h_phase)
+    announce(items.records, slot, -1, 0, 0, 0)
     for _ in gl.static_range(MAIN // 32 + 1):
-        mbarrier.arrive(h_full.index(hold), count=1)
+        mbarrier.arrive(held.full.index(hold), count=1)
 
 
 @gluon.jit
-def product(words, scales, rows, hold, stage, N: gl.constexpr, STEPS: gl.constexpr,
-            WIDE: gl.constexpr):  # fmt: skip
+def product(weights, rows, hold, stage, N: gl.constexpr, WIDE: gl.constexpr):
     """64 columns x N rows over all of K, complete."""
+    STEPS: gl.constexpr = weights.words.shape[0] // weights.full.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
@@ -150,7 +223,7 @@ def product(words, scales, rows, hold, stage, N: gl.constexpr, STEPS: gl.constex
     acc = gl.zeros([64, N], gl.float32, L)
     for k in gl.static_range(STEPS):
         slot = stage * STEPS + k
-        lo, hi = load_units(words.index(slot), scales.index(slot), 1, 4, WIDE)
+        lo, hi = load_units(weights.words.index(slot), weights.scales.index(slot), 1, 4, WIDE)
         low, high = halves(lo), halves(hi)
         x = rows.index(hold * STEPS + k).slice(0, N, dim=0)
         for h in gl.static_range(2):
@@ -169,80 +242,73 @@ def scale_of(ptr, row, column, H):
 
 @gluon.jit
 def multiply_item(
-    words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty, row_scale_ptr,
-    bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
-    N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, OUTS: gl.constexpr,
-    WIDE: gl.constexpr,
+    weights, held, outs, of_columns, hold, stage, phase, put, put_phase, row, first, count, H,
+    N: gl.constexpr, WIDE: gl.constexpr,
 ):
     """All column tiles of an item with at most N routes. Row scales are loaded a tile ahead."""
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
     )
     m = first * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, L))
-    ahead = scale_of(row_scale_ptr, row, m, H)
+    ahead = scale_of(of_columns.scale, row, m, H)
     for _ in range(count):
         scale = ahead
-        if bias_ptr is not None:
-            bias = scale_of(bias_ptr, row, m, H)
+        if of_columns.bias is not None:
+            bias = scale_of(of_columns.bias, row, m, H)
         m += 64
-        ahead = scale_of(row_scale_ptr, row, m, H)
-        mbarrier.wait(w_full.index(stage), phase)
-        acc = product(words, scales, rows, hold, stage, N, STEPS, WIDE)
+        ahead = scale_of(of_columns.scale, row, m, H)
+        mbarrier.wait(weights.full.index(stage), phase)
+        acc = product(weights, held.rows, hold, stage, N, WIDE)
         # Only now: a barrier does not wait for loads from shared memory, the product does.
-        mbarrier.arrive(w_empty.index(stage), count=1)
-        stage, phase = advance(stage, phase, STAGES)
-        factor = factors.index(2 * hold).slice(0, N).load(gl.SliceLayout(0, L))
+        mbarrier.arrive(weights.empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, weights.full.shape[0])
+        factor = held.factors.index(2 * hold).slice(0, N).load(gl.SliceLayout(0, L))
         value = acc * scale[:, None] * factor[None, :]
-        if bias_ptr is not None:
-            weight = factors.index(2 * hold + 1).slice(0, N).load(gl.SliceLayout(0, L))
+        if of_columns.bias is not None:
+            weight = held.factors.index(2 * hold + 1).slice(0, N).load(gl.SliceLayout(0, L))
             value += bias[:, None] * weight[None, :]
-        mbarrier.wait(out_empty.index(put), put_phase)
-        out.index(put).slice(0, N, dim=0).permute((1, 0)).store(value.to(out.dtype))
-        mbarrier.arrive(out_full.index(put), count=1)
-        put, put_phase = advance(put, put_phase, OUTS)
+        mbarrier.wait(outs.empty.index(put), put_phase)
+        outs.tiles.index(put).slice(0, N, dim=0).permute((1, 0)).store(value.to(outs.tiles.dtype))
+        mbarrier.arrive(outs.full.index(put), count=1)
+        put, put_phase = advance(put, put_phase, outs.full.shape[0])
     return stage, phase, put, put_phase
 
 
 @gluon.jit
 def multiply(
-    words, scales, rows, out, factors, records, w_full, w_empty, h_full, h_empty, out_full,
-    out_empty, row_scale_ptr, bias_ptr, H,
-    SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, HOLDS: gl.constexpr,
-    OUTS: gl.constexpr, WIDE: gl.constexpr,
+    weights, held, outs, records, of_columns, H, SMALL: gl.constexpr, WIDE: gl.constexpr
 ):
-    """Role of the matrix warps: weights dequantised, times the item's rows, scaled, into `out`."""
-    MAIN: gl.constexpr = rows.shape[1]
+    """Role of the matrix warps: weights dequantised, times the item's rows, scaled, into `outs`."""
+    MAIN: gl.constexpr = held.rows.shape[1]
     stage, phase, put, put_phase, hold, h_phase, slot = 0, 0, 0, 1, 0, 0, 0
-    mbarrier.wait(h_full.index(hold), h_phase)
+    mbarrier.wait(held.full.index(hold), h_phase)
     expert, first, routes, count = read_record(records, slot)
     while expert >= 0:
         row = expert.to(gl.int64) * H
         if routes > SMALL:
             stage, phase, put, put_phase = multiply_item(
-                words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty,
-                row_scale_ptr, bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
-                MAIN, STEPS, STAGES, OUTS, WIDE,
-            )
+                weights, held, outs, of_columns, hold, stage, phase, put, put_phase, row, first,
+                count, H, MAIN, WIDE,
+            )  # fmt: skip
         else:
             stage, phase, put, put_phase = multiply_item(
-                words, scales, rows, out, factors, w_full, w_empty, out_full, out_empty,
-                row_scale_ptr, bias_ptr, hold, stage, phase, put, put_phase, row, first, count, H,
-                SMALL, STEPS, STAGES, OUTS, WIDE,
-            )
-        mbarrier.arrive(h_empty.index(hold), count=1)
-        hold, h_phase = advance(hold, h_phase, HOLDS)
+                weights, held, outs, of_columns, hold, stage, phase, put, put_phase, row, first,
+                count, H, SMALL, WIDE,
+            )  # fmt: skip
+        mbarrier.arrive(held.empty.index(hold), count=1)
+        hold, h_phase = advance(hold, h_phase, held.full.shape[0])
         slot = (slot + 1) % RECORDS
-        mbarrier.wait(h_full.index(hold), h_phase)
+        mbarrier.wait(held.full.index(hold), h_phase)
         expert, first, routes, count = read_record(records, slot)
-    mbarrier.wait(out_empty.index(put), put_phase)
-    mbarrier.arrive(out_full.index(put), count=1)  # nothing in it: the record says the end
+    mbarrier.wait(outs.empty.index(put), put_phase)
+    mbarrier.arrive(outs.full.index(put), count=1)  # nothing in it: the record says the end
 
 
 @gluon.jit
-def put_rows(value, y_ptr, target, m, y_stride, H, ADDS: gl.constexpr):
+def put_rows(value, y, target, m, ADDS: gl.constexpr):
     """y[target] += (or =) value, bf16; targets -1 and columns past H are left out."""
-    at = y_ptr + target.to(gl.int64)[:, None] * y_stride + m[None, :]
-    mask = (target >= 0)[:, None] & (m < H)[None, :]
+    at = y.rows + target.to(gl.int64)[:, None] * y.pitch + m[None, :]
+    mask = (target >= 0)[:, None] & (m < y.columns)[None, :]
     if ADDS:
         gl.atomic_add(at, value, mask=mask, sem="relaxed")
     else:
@@ -250,47 +316,44 @@ def put_rows(value, y_ptr, target, m, y_stride, H, ADDS: gl.constexpr):
 
 
 @gluon.jit
-def add(
-    y_ptr, out, targets, records, out_full, out_empty, H, y_stride, OUTS: gl.constexpr,
-    ADDS: gl.constexpr,
-):
+def add(y, outs, items, ADDS: gl.constexpr):
     """Role of the adding warps. A tile is taken in two halves, for want of registers, and given
     back when both have been added: a barrier does not wait for a warp's loads from shared memory,
     an addition waits for the loads it needs."""
-    HALF: gl.constexpr = out.shape[1] // 2
+    HALF: gl.constexpr = outs.tiles.shape[1] // 2
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
     stage, phase, slot = 0, 0, 0
-    mbarrier.wait(out_full.index(stage), phase)
-    expert, first, routes, count = read_record(records, slot)
+    mbarrier.wait(outs.full.index(stage), phase)
+    expert, first, routes, count = read_record(items.records, slot)
     while expert >= 0:
-        mine = targets.index(slot)
+        mine = items.targets.index(slot)
         low = mine.slice(0, HALF).load(gl.SliceLayout(1, L))
         high = mine.slice(HALF, HALF).load(gl.SliceLayout(1, L))
         m = first * 64 + c
         for _ in range(count):
-            mbarrier.wait(out_full.index(stage), phase)
-            tile = out.index(stage)
-            put_rows(tile.slice(0, HALF, dim=0).load(L), y_ptr, low, m, y_stride, H, ADDS)
+            mbarrier.wait(outs.full.index(stage), phase)
+            tile = outs.tiles.index(stage)
+            put_rows(tile.slice(0, HALF, dim=0).load(L), y, low, m, ADDS)
             if routes > HALF:
-                put_rows(tile.slice(HALF, HALF, dim=0).load(L), y_ptr, high, m, y_stride, H, ADDS)
-            mbarrier.arrive(out_empty.index(stage), count=1)
+                put_rows(tile.slice(HALF, HALF, dim=0).load(L), y, high, m, ADDS)
+            mbarrier.arrive(outs.empty.index(stage), count=1)
             m += 64
-            stage, phase = advance(stage, phase, OUTS)
+            stage, phase = advance(stage, phase, outs.full.shape[0])
         slot = (slot + 1) % RECORDS
-        mbarrier.wait(out_full.index(stage), phase)
-        expert, first, routes, count = read_record(records, slot)
+        mbarrier.wait(outs.full.index(stage), phase)
+        expert, first, routes, count = read_record(items.records, slot)
 
 
 @gluon.jit
 def gemm2_red(
-    w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr, weight_ptr, row_scale_ptr,
-    bias_ptr, y_ptr, H, y_stride, units, span, columns,
+    w_desc, s_desc, h_desc, work, routes, columns, y, sizes,
     MAIN: gl.constexpr, SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     HOLDS: gl.constexpr, OUTS: gl.constexpr, ADDS: gl.constexpr, WIDE: gl.constexpr,
     REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
-    """ADDS: y (T, H) += by token; else y (P, H) = by sorted position."""
+    """ADDS: y (T, H) += by token; else y (P, H) = by sorted position. columns: scales and biases of
+    the weights' rows."""
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
     )
@@ -300,30 +363,27 @@ def gemm2_red(
     rows = gl.allocate_shared_memory(
         gl.float8e4nv, [HOLDS * STEPS, MAIN, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
-    out = gl.allocate_shared_memory(
+    tiles = gl.allocate_shared_memory(
         gl.bfloat16, [OUTS, MAIN, 64], gl.NVMMASharedLayout(128, 16, 2)
     )
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     factors = gl.allocate_shared_memory(gl.float32, [2 * HOLDS, MAIN], flat)
     targets = gl.allocate_shared_memory(gl.int32, [RECORDS, MAIN], flat)
-    records = gl.allocate_shared_memory(gl.int32, [RECORDS, 4], flat)
-    w_full, w_empty = barriers(STAGES, 1), barriers(STAGES, 1)
-    h_full, h_empty = barriers(HOLDS, MAIN // 32 + 1), barriers(HOLDS, 1)
-    out_full, out_empty = barriers(OUTS, 1), barriers(OUTS, 1)
+    items = Items(gl.allocate_shared_memory(gl.int32, [RECORDS, 4], flat), targets)
+    weights = Weights(words, scales, barriers(STAGES, 1), barriers(STAGES, 1))
+    held = Held(rows, factors, barriers(HOLDS, MAIN // 32 + 1), barriers(HOLDS, 1))
+    outs = Outs(tiles, barriers(OUTS, 1), barriers(OUTS, 1))
+    boxes = Boxes(w_desc, s_desc, h_desc)
     fence_async_shared()
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     gl.warp_specialize(
         [
-            (multiply, (words, scales, rows, out, factors, records, w_full, w_empty, h_full,
-                        h_empty, out_full, out_empty, row_scale_ptr, bias_ptr, H,
-                        SMALL, STEPS, STAGES, HOLDS, OUTS, WIDE)),
-            (add, (y_ptr, out, targets, records, out_full, out_empty, H, y_stride, OUTS, ADDS)),
-            (produce, (w_desc, s_desc, h_desc, tiles_ptr, count_ptr, ids_ptr, h_scale_ptr,
-                       weight_ptr, words, scales, rows, factors, targets, records, w_full, w_empty,
-                       h_full, h_empty, units, span, columns,
-                       STEPS, STAGES, HOLDS, bias_ptr is not None, ADDS)),
+            (multiply, (weights, held, outs, items.records, columns, y.columns, SMALL, WIDE)),
+            (add, (y, outs, items, ADDS)),
+            (produce, (boxes, work, routes, weights, held, items, sizes,
+                       columns.bias is not None, ADDS)),
         ],
         [2, 1],
         [REGISTERS, REGISTERS],
@@ -389,8 +449,9 @@ def launch(
     gemm2_red[(2 * multiprocessors(out.device),)](
         words, scales,
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
-        tiles.records, tiles.count, routed.sorted_token_ids, h.scales, weight, weights.row_scale,
-        bias, out, p.hidden, out.stride(0), -(-p.hidden // 16), red.span, -(-p.hidden // COLUMNS),
+        Work(tiles.records, tiles.count), Routes(routed.sorted_token_ids, h.scales, weight),
+        Columns(weights.row_scale, bias), Result(out, out.stride(0), p.hidden),
+        Sizes(-(-p.hidden // 16), red.span, -(-p.hidden // COLUMNS)),
         ADDS=adds, WIDE=weights.order.fold is Fold.WIDE, **red.options(),
     )  # fmt: skip
     return out

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixmoe.backends.hopper.decode import Columns
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
-from mixmoe.backends.hopper.prefill import grouped_prefill
+from mixmoe.backends.hopper.prefill import Result, Rows, Sizes, Work, grouped_prefill
 from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
@@ -53,12 +54,12 @@ def launch_group(
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
     grouped_prefill[(cut.grid(rows.device, tiles.room * count),)](
-        words, scales, h.codes, routed.sorted_token_ids, h.scales, tiles.records, tiles.count,
-        rows, rows.stride(0), weights.row_scale, bias, None, None, 0, p.hidden, base,
-        0.0, 0.0, 0.0, 0.0, -(-p.hidden // 16), count, p.intermediate, h.codes.stride(0),
-        KIND=None, WIDE=weights.order.fold is Fold.WIDE,
+        words, scales, Rows(h.codes, h.codes.stride(0), h.scales, None), None,
+        Work(tiles.records, tiles.count), Sizes(-(-p.hidden // 16), count, base),
+        Result(rows, rows.stride(0), p.hidden), Columns(weights.row_scale, bias), None, None,
+        p.intermediate, KIND=None, WIDE=weights.order.fold is Fold.WIDE,
         **cut.options(p.intermediate),
-    )  # fmt: skip
+    )
 
 
 def product(

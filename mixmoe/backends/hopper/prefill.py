@@ -11,366 +11,422 @@ each) share the ring of x but not their time: while one dequantises or is in its
 has the tensor cores to itself.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers
 from mixmoe.backends.hopper.mainloop import activate, advance, cp_async, smem_cast, tma_load
-from mixmoe.backends.hopper.prefill_products import multiply, multiply_precise
+from mixmoe.backends.hopper.prefill_products import (
+    Ring,
+    multiply,
+    multiply_precise,
+    parts_of,
+)
 
-SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
+
+class Rows(NamedTuple):
+    """The activation: e4m3 slots, their row pitch, float32 scales; ids: the sorted routes, which
+    name the rows, or None where rows lie in sorted order."""
+
+    codes: Any
+    pitch: Any
+    scales: Any
+    ids: Any
+
+
+class Work(NamedTuple):
+    """Pointers of `worklist.Tiles`: records, how many."""
+
+    records: Any
+    count: Any
+
+
+class Items(NamedTuple):
+    """Tiles of routes x tiles of weight rows: the former's records, the latter's number, all."""
+
+    records: Any
+    row_tiles: Any
+    total: Any
+
+
+class Sizes(NamedTuple):
+    """Of the weights: units of an expert, row tiles of this launch and the first of them."""
+
+    units: Any
+    row_tiles: Any
+    base: Any
+
+
+class Result(NamedTuple):
+    """A row per sorted position: bf16, its pitch; columns of the layer (I or H)."""
+
+    rows: Any
+    pitch: Any
+    columns: Any
+
+
+class Clear(NamedTuple):
+    """bf16 to fill with zeros, and how many."""
+
+    memory: Any
+    end: Any
+
+
+class Factors(NamedTuple):
+    """Scales of a tile's rows and routing weights: of two tiles, or of one."""
+
+    scales: Any
+    weights: Any
+
+
+class End(NamedTuple):
+    """What the epilogue makes of a tile, and where it transposes it; weights None: no routing
+    weights; base: the launch's first row tile."""
+
+    staging: Any
+    out: Any
+    columns: Any
+    weights: Any
+    act: Any
+    base: Any
+
+
+class Tile(NamedTuple):
+    """A work item: its expert, its first sorted position, its routes; its team's row block."""
+
+    expert: Any
+    start: Any
+    routes: Any
+    block: Any
 
 
 @gluon.jit
-def item(tiles_ptr, turn, total, row_tiles):
+def all_items(work, sizes):
+    """The items of this launch."""
+    return Items(work.records, sizes.row_tiles, gl.load(work.count) * sizes.row_tiles)
+
+
+@gluon.jit
+def item(items, turn):
     """The turn-th item of this CTA: its tile's record address, its row tile, whether it exists."""
     grid = gl.num_programs(0)
     c = gl.program_id(0)
     index = turn * grid + gl.where(turn % 2 == 0, c, grid - 1 - c)
-    return tiles_ptr + index // row_tiles * 4, index % row_tiles, index < total
+    at = items.records + index // items.row_tiles * 4
+    return at, index % items.row_tiles, index < items.total
 
 
 @gluon.jit
-def addresses(x_ptr, ids_ptr, start, first: gl.constexpr, routes, pitch, N: gl.constexpr,
-              L: gl.constexpr, BY_TOKEN: gl.constexpr):  # fmt: skip
+def addresses(x, start, first: gl.constexpr, routes, N: gl.constexpr, L: gl.constexpr):
     """Pointers (N, 128) to the first 128 columns of rows `first`.. of a tile, their mask, rows."""
     n = gl.arange(0, N, layout=gl.SliceLayout(1, L)) + first
     live = n < routes
-    if BY_TOKEN:
-        row = gl.load(ids_ptr + start + n, mask=live, other=0) & SENTINEL_MASK
-    else:
+    if x.ids is None:
         row = start + n
+    else:
+        row = gl.load(x.ids + start + n, mask=live, other=0) & SENTINEL_MASK
     k = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    return row[:, None] * pitch + k[None, :], live[:, None] & (k >= 0)[None, :], row, live
+    return row[:, None] * x.pitch + k[None, :], live[:, None] & (k >= 0)[None, :], row, live
 
 
 @gluon.jit
-def clear(ptr, at, end):
+def own_share(clear):
+    """What this CTA has to clear."""
+    share = gl.cdiv(gl.cdiv(clear.end, gl.num_programs(0)), 8) * 8
+    first = gl.program_id(0) * share
+    return first, gl.minimum(clear.end, first + share)
+
+
+@gluon.jit
+def clear_some(memory, at, end):
     """2 KB of zeros from bf16 number `at` on, as far as `end`; the next place."""
     SPAN: gl.constexpr = gl.num_warps() * 256
     n = at + gl.arange(0, SPAN, layout=gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
-    gl.store(ptr + n, gl.full([SPAN], 0.0, gl.bfloat16, n.type.layout), mask=n < end)
+    gl.store(memory + n, gl.full([SPAN], 0.0, gl.bfloat16, n.type.layout), mask=n < end)
     return at + SPAN
 
 
 @gluon.jit
-def gather(
-    w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, clear_ptr, clear_end, tiles_ptr,
-    count_ptr, words, scales, xs, extra, x_scales, weights, full, empty, units, row_tiles, base,
-    steps, pitch,
-    MAIN: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr, BY_TOKEN: gl.constexpr,
-):
+def put_values(target, first: gl.constexpr, ptr, at, live):
+    """Values of a tile's rows first .., loaded into shared memory; zeros where there is no row."""
+    N: gl.constexpr = live.shape[0]
+    target.slice(first, N).store(gl.load(ptr + at, mask=live, other=0.0))
+
+
+@gluon.jit
+def load_weights(w_desc, s_desc, ring, unit, k, stage):
+    """Every team's weights of a step of K, by TMA."""
+    TEAMS: gl.constexpr = ring.words.shape[0] // ring.rows.shape[0]
+    ready = ring.full.index(stage)
+    mbarrier.expect(ready, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
+    for t in gl.static_range(TEAMS):
+        slot = stage * TEAMS + t
+        at = unit + t * w_desc.block_type.shape[0]
+        tma_load(w_desc, [at, k, 0], ready, ring.words.index(slot))
+        tma_load(s_desc, [at, 16 * k], ready, ring.scales.index(slot))
+
+
+@gluon.jit
+def gather(w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, steps):
     """Role of the gathering warps: weights by TMA, rows of x by cp.async, scales of the rows.
 
     Beside that they zero their share of what a later kernel adds to, a little in every step: the
     memory is idle enough here to take it.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    EXTRA: gl.constexpr = extra.shape[1]
-    TEAM_UNITS: gl.constexpr = w_desc.block_type.shape[0]
-    total = gl.load(count_ptr) * row_tiles
+    STAGES: gl.constexpr = ring.rows.shape[0]
+    TEAMS: gl.constexpr = ring.words.shape[0] // STAGES
+    MAIN: gl.constexpr = ring.rows.shape[1]
+    EXTRA: gl.constexpr = ring.extra.shape[1]
+    items = all_items(work, sizes)
     turn = 0
-    at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
+    at, row_tile, more = item(items, turn)
     stage, phase = 0, 1
-    if clear_ptr is not None:
-        share = gl.cdiv(gl.cdiv(clear_end, gl.num_programs(0)), 8) * 8
-        clear_at = gl.program_id(0) * share
-        clear_end = gl.minimum(clear_end, clear_at + share)
+    if clear is not None:
+        clear_at, clear_end = own_share(clear)
     while more:
-        unit = gl.load(at) * units + (base + row_tile) * (TEAMS * TEAM_UNITS)
+        unit = gl.load(at) * sizes.units
+        unit += (sizes.base + row_tile) * (TEAMS * w_desc.block_type.shape[0])
         start = gl.load(at + 1)
         routes = gl.load(at + 2)
-        offset, mask, row, live = addresses(
-            x_ptr, ids_ptr, start, 0, routes, pitch, MAIN, L, BY_TOKEN
-        )
-        offset2, mask2, row2, live2 = addresses(
-            x_ptr, ids_ptr, start, MAIN, routes, pitch, EXTRA, L, BY_TOKEN
-        )
+        offset, mask, row, live = addresses(x, start, 0, routes, MAIN, L)
+        offset2, mask2, row2, live2 = addresses(x, start, MAIN, routes, EXTRA, L)
         parity = turn % 2
         # A free stage means that both teams are past the tile that used these scales last: a tile
         # has at least as many steps as the ring has stages.
-        mbarrier.wait(empty.index(stage), phase)
-        x_scales.index(parity).slice(0, MAIN).store(
-            gl.load(x_scale_ptr + row, mask=live, other=0.0)
-        )
-        x_scales.index(parity).slice(MAIN, EXTRA).store(
-            gl.load(x_scale_ptr + row2, mask=live2, other=0.0)
-        )
+        mbarrier.wait(ring.empty.index(stage), phase)
+        put_values(factors.scales.index(parity), 0, x.scales, row, live)
+        put_values(factors.scales.index(parity), MAIN, x.scales, row2, live2)
         if weight_ptr is not None:
             n = gl.arange(0, MAIN, layout=gl.SliceLayout(1, L))
             n2 = gl.arange(0, EXTRA, layout=gl.SliceLayout(1, L)) + MAIN
-            weights.index(parity).slice(0, MAIN).store(
-                gl.load(weight_ptr + start + n, mask=live, other=0.0)
-            )
-            weights.index(parity).slice(MAIN, EXTRA).store(
-                gl.load(weight_ptr + start + n2, mask=live2, other=0.0)
-            )
+            put_values(factors.weights.index(parity), 0, weight_ptr + start, n, live)
+            put_values(factors.weights.index(parity), MAIN, weight_ptr + start, n2, live2)
         for k in range(steps):
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(
-                ready, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes)
-            )
-            for t in gl.static_range(TEAMS):
-                slot = stage * TEAMS + t
-                tma_load(w_desc, [unit + t * TEAM_UNITS, k, 0], ready, words.index(slot))
-                tma_load(s_desc, [unit + t * TEAM_UNITS, 16 * k], ready, scales.index(slot))
-            cp_async(xs.index(stage), x_ptr + k * 128 + offset, mask=mask)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            load_weights(w_desc, s_desc, ring, unit, k, stage)
+            cp_async(ring.rows.index(stage), x.codes + k * 128 + offset, mask=mask)
             if routes > MAIN:
-                cp_async(extra.index(stage), x_ptr + k * 128 + offset2, mask=mask2)
-            async_copy.mbarrier_arrive(ready, increment_count=False)
+                cp_async(ring.extra.index(stage), x.codes + k * 128 + offset2, mask=mask2)
+            async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
-            if clear_ptr is not None:
-                clear_at = clear(clear_ptr, clear_at, clear_end)
+            if clear is not None:
+                clear_at = clear_some(clear.memory, clear_at, clear_end)
         turn += 1
-        at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
-    if clear_ptr is not None:
+        at, row_tile, more = item(items, turn)
+    if clear is not None:
         while clear_at < clear_end:
-            clear_at = clear(clear_ptr, clear_at, clear_end)
+            clear_at = clear_some(clear.memory, clear_at, clear_end)
 
 
 @gluon.jit
-def store_rows(
-    value, out, ptr, pitch, columns, column, start, first, routes, COLUMNS: gl.constexpr
-):
-    """value (COLUMNS, N) -> bf16 rows start + first + n, columns column + m, transposed in smem."""
+def store_rows(value, staging, ptr, pitch, columns, column, first, tile, COLUMNS: gl.constexpr):
+    """value (COLUMNS, N) -> bf16 rows first .. of a tile, columns from `column`, through smem."""
     N: gl.constexpr = value.shape[1]
-    tile = out.slice(0, N, dim=0)
-    tile.permute((1, 0)).store(value.to(gl.bfloat16))
+    memory = staging.slice(0, N, dim=0)
+    memory.permute((1, 0)).store(value.to(gl.bfloat16))
     L: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // COLUMNS, COLUMNS // 8], [gl.num_warps(), 1], [1, 0]
     )
     n = first + gl.arange(0, N, layout=gl.SliceLayout(1, L))
     m = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, L))
     gl.store(
-        ptr + (start + n).to(gl.int64)[:, None] * pitch + m[None, :], tile.load(L),
-        mask=(n < routes)[:, None] & (m < columns)[None, :],
+        ptr + (tile.start + n).to(gl.int64)[:, None] * pitch + m[None, :], memory.load(L),
+        mask=(n < tile.routes)[:, None] & (m < columns)[None, :],
     )
 
 
 @gluon.jit
-def finish_gated(
-    acc, out, x_scales, weights, first: gl.constexpr, record, block, out_ptr, row_scale_ptr,
-    bias_ptr, weight_ptr, columns, limit, alpha, beta, beta2, KIND: gl.constexpr,
-):
-    """Stage 1: scales, bias, activation, routing weight. `block` counts blocks of 8 row pairs
-    times warps; `columns` is I."""
-    expert, start, routes = record
+def finish_gated(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexpr):
+    """Stage 1: scales, bias, activation, routing weight. A block is 8 row pairs times warps."""
     WARPS: gl.constexpr = gl.num_warps()
     N: gl.constexpr = acc.shape[1]
-    acc = acc * x_scales.slice(first, N).load(gl.SliceLayout(0, acc.type.layout))[None, :]
+    acc = acc * factors.scales.slice(first, N).load(gl.SliceLayout(0, acc.type.layout))[None, :]
     gate, up = acc.reshape([WARPS, 2, 8, N]).permute((0, 2, 3, 1)).split()
     gate = gate.reshape([WARPS * 8, N])
     up = up.reshape([WARPS * 8, N])
     L: gl.constexpr = gate.type.layout
-    m = block * (WARPS * 8) + gl.arange(0, WARPS * 8, layout=gl.SliceLayout(1, L))
-    at = expert.to(gl.int64) * (2 * columns) + m
+    columns = end.out.columns
+    m = tile.block * (WARPS * 8) + gl.arange(0, WARPS * 8, layout=gl.SliceLayout(1, L))
+    at = tile.expert.to(gl.int64) * (2 * columns) + m
     live = m < columns
-    gate = gate * gl.load(row_scale_ptr + at, mask=live, other=0.0)[:, None]
-    up = up * gl.load(row_scale_ptr + at + columns, mask=live, other=0.0)[:, None]
-    if bias_ptr is not None:
-        gate += gl.load(bias_ptr + at, mask=live, other=0.0)[:, None]
-        up += gl.load(bias_ptr + at + columns, mask=live, other=0.0)[:, None]
-    h = activate(gate, up, limit, alpha, beta, beta2, KIND)
-    if weight_ptr is not None:
-        h *= weights.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
+    gate = gate * gl.load(end.columns.scale + at, mask=live, other=0.0)[:, None]
+    up = up * gl.load(end.columns.scale + at + columns, mask=live, other=0.0)[:, None]
+    if end.columns.bias is not None:
+        gate += gl.load(end.columns.bias + at, mask=live, other=0.0)[:, None]
+        up += gl.load(end.columns.bias + at + columns, mask=live, other=0.0)[:, None]
+    act = end.act
+    h = activate(gate, up, act.limit, act.alpha, act.beta, act.beta2, KIND)
+    if end.weights is not None:
+        h *= factors.weights.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
     store_rows(
-        h, out, out_ptr, columns, columns, block * (WARPS * 8), start, first, routes, WARPS * 8
-    )
+        h, end.staging, end.out.rows, columns, columns, tile.block * (WARPS * 8), first, tile,
+        WARPS * 8,
+    )  # fmt: skip
 
 
 @gluon.jit
-def finish_plain(
-    acc, out, x_scales, first: gl.constexpr, record, block, base, out_ptr, out_pitch,
-    row_scale_ptr, bias_ptr, columns,
-):
-    """Stage 2: scales and bias. `block` counts blocks of 16 rows times warps, from row tile `base`
-    on; `columns` is H. Long tiles go through the staging buffer in two halves."""
+def finish_plain(acc, factors, first: gl.constexpr, tile, end):
+    """Stage 2: scales and bias. A block is 16 rows times warps, from row tile `base` on. Long tiles
+    go through the staging buffer in two halves."""
     N: gl.constexpr = acc.shape[1]
     M: gl.constexpr = acc.shape[0]
-    ROOM: gl.constexpr = out.shape[0] * out.shape[1]
+    ROOM: gl.constexpr = end.staging.shape[0] * end.staging.shape[1]
     if M * N > ROOM:
         low, high = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
-        finish_plain(
-            low, out, x_scales, first, record, block, base, out_ptr, out_pitch, row_scale_ptr,
-            bias_ptr, columns,
-        )
-        finish_plain(
-            high, out, x_scales, first + N // 2, record, block, base, out_ptr, out_pitch,
-            row_scale_ptr, bias_ptr, columns,
-        )
+        finish_plain(low, factors, first, tile, end)
+        finish_plain(high, factors, first + N // 2, tile, end)
     else:
-        expert, start, routes = record
         L: gl.constexpr = acc.type.layout
-        acc = acc * x_scales.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
-        m = (base * 2 + block) * M + gl.arange(0, M, layout=gl.SliceLayout(1, L))
-        at = expert.to(gl.int64) * columns + m
-        acc = acc * gl.load(row_scale_ptr + at, mask=m < columns, other=0.0)[:, None]
-        if bias_ptr is not None:
-            acc += gl.load(bias_ptr + at, mask=m < columns, other=0.0)[:, None]
+        columns = end.out.columns
+        acc = acc * factors.scales.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
+        m = (end.base * 2 + tile.block) * M + gl.arange(0, M, layout=gl.SliceLayout(1, L))
+        at = tile.expert.to(gl.int64) * columns + m
+        acc = acc * gl.load(end.columns.scale + at, mask=m < columns, other=0.0)[:, None]
+        if end.columns.bias is not None:
+            acc += gl.load(end.columns.bias + at, mask=m < columns, other=0.0)[:, None]
         whole = smem_cast(
-            out, gl.bfloat16, [ROOM // M, M],
-            gl.NVMMASharedLayout(128, 16, 2),
+            end.staging, gl.bfloat16, [ROOM // M, M], gl.NVMMASharedLayout(128, 16, 2)
         )
         store_rows(
-            acc, whole, out_ptr, out_pitch, columns - base * (2 * M), block * M, start, first,
-            routes, M,
-        )
+            acc, whole, end.out.rows, end.out.pitch, columns - end.base * (2 * M),
+            tile.block * M, first, tile, M,
+        )  # fmt: skip
 
 
 @gluon.jit
-def finish(
-    acc, out, x_scales, weights, first: gl.constexpr, record, block, end, KIND: gl.constexpr
-):
-    """The epilogue of rows first .. of a tile; `end` is what the kernel was given for it."""
-    (
-        out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
-        limit, alpha, beta, beta2,
-    ) = end  # fmt: skip
+def finish(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexpr):
+    """The epilogue of rows first .. of a tile."""
     if KIND is None:
-        finish_plain(
-            acc, out, x_scales, first, record, block, base, out_ptr, out_pitch, row_scale_ptr,
-            bias_ptr, columns,
-        )
+        finish_plain(acc, factors, first, tile, end)
     else:
-        finish_gated(
-            acc, out, x_scales, weights, first, record, block, out_ptr, row_scale_ptr, bias_ptr,
-            weight_ptr, columns, limit, alpha, beta, beta2, KIND,
-        )
+        finish_gated(acc, factors, first, tile, end, KIND)
 
 
 @gluon.jit
-def tile(
-    words, scales, xs, extra, x_scales, weights, out, full, empty, stage, phase, tiles_ptr, turn,
-    total, row_tiles, steps, end, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    PRECISE: gl.constexpr, PART: gl.constexpr,
+def own_tile(items, turn, team: gl.constexpr, TEAMS: gl.constexpr):
+    """The record of the turn-th item, as a team needs it."""
+    at, row_tile, more = item(items, turn)
+    return Tile(gl.load(at), gl.load(at + 1), gl.load(at + 2), row_tile * TEAMS + team)
+
+
+@gluon.jit
+def run_tile(
+    ring, factors, items, end, stage, phase, turn, steps, team: gl.constexpr, N: gl.constexpr,
+    N2: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read late: registers are short."""
+    TEAMS: gl.constexpr = ring.words.shape[0] // ring.rows.shape[0]
     if PRECISE:
-        PARTS: gl.constexpr = max(1, N // min(PART, max(32, N // 2)))
+        PARTS: gl.constexpr = parts_of(N, N2)
         totals, acc2, stage, phase = multiply_precise(
-            words, scales, xs, extra, full, empty, stage, phase, steps, team, N, N2, STAGES,
-            TEAMS, WIDE, PARTS,
+            ring, stage, phase, steps, team, N, N2, PARTS, WIDE
         )
-        at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
-        record = (gl.load(at), gl.load(at + 1), gl.load(at + 2))
-        block = row_tile * TEAMS + team
+        tile = own_tile(items, turn, team, TEAMS)
         for i in gl.static_range(PARTS):
-            finish(
-                totals[i], out, x_scales, weights, i * totals[i].shape[1], record, block, end, KIND
-            )
+            finish(totals[i], factors, i * totals[i].shape[1], tile, end, KIND)
     else:
-        acc, acc2, stage, phase = multiply(
-            words, scales, xs, extra, full, empty, stage, phase, steps, team, N, N2, STAGES,
-            TEAMS, WIDE,
-        )
-        at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
-        record = (gl.load(at), gl.load(at + 1), gl.load(at + 2))
-        block = row_tile * TEAMS + team
-        finish(acc, out, x_scales, weights, 0, record, block, end, KIND)
+        acc, acc2, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, WIDE)
+        tile = own_tile(items, turn, team, TEAMS)
+        finish(acc, factors, 0, tile, end, KIND)
     if N2 > 8:
-        finish(acc2, out, x_scales, weights, N, record, block, end, KIND)
+        finish(acc2, factors, N, tile, end, KIND)
     return stage, phase
 
 
 @gluon.jit
 def consume(
-    team: gl.constexpr, words, scales, xs, extra, x_scales, weights, out, full, empty, tiles_ptr,
-    count_ptr, row_tiles, steps, end, MAIN: gl.constexpr, SMALL: gl.constexpr,
-    STAGES: gl.constexpr, TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    PRECISE: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
+    team: gl.constexpr, ring, factors, work, sizes, end, steps, SMALL: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
 ):
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
-    EXTRA: gl.constexpr = extra.shape[1]
-    total = gl.load(count_ptr) * row_tiles
+    MAIN: gl.constexpr = ring.rows.shape[1]
+    EXTRA: gl.constexpr = ring.extra.shape[1]
+    items = all_items(work, sizes)
     turn = 0
-    at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
+    at, row_tile, more = item(items, turn)
     stage, phase = 0, 0
     while more:
         routes = gl.load(at + 2)
-        sx = x_scales.index(turn % 2)
-        sw = weights.index(turn % 2)
+        mine = Factors(factors.scales.index(turn % 2), factors.weights.index(turn % 2))
         if routes > MAIN:
-            stage, phase = tile(
-                words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, EXTRA, STAGES, TEAMS, KIND, WIDE, PRECISE,
-                LONG_PART,
-            )
+            stage, phase = run_tile(
+                ring, mine, items, end, stage, phase, turn, steps, team, MAIN, EXTRA, KIND, WIDE,
+                PRECISE,
+            )  # fmt: skip
         elif routes > SMALL:
-            stage, phase = tile(
-                words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, MAIN, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
-                PART,
-            )
+            stage, phase = run_tile(
+                ring, mine, items, end, stage, phase, turn, steps, team, MAIN, 8, KIND, WIDE,
+                PRECISE,
+            )  # fmt: skip
         else:
-            stage, phase = tile(
-                words, scales, xs, extra, sx, sw, out, full, empty, stage, phase, tiles_ptr, turn,
-                total, row_tiles, steps, end, team, SMALL, 8, STAGES, TEAMS, KIND, WIDE, PRECISE,
-                PART,
-            )
+            stage, phase = run_tile(
+                ring, mine, items, end, stage, phase, turn, steps, team, SMALL, 8, KIND, WIDE,
+                PRECISE,
+            )  # fmt: skip
         turn += 1
-        at, row_tile, more = item(tiles_ptr, turn, total, row_tiles)
+        at, row_tile, more = item(items, turn)
 
 
-@gluon.jit(do_not_specialize=["base", "units", "row_tiles"])
-def grouped_prefill(
-    w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, tiles_ptr, count_ptr,
-    out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, clear_ptr, clear_end, columns, base,
-    limit, alpha, beta, beta2, units, row_tiles, K, pitch,
-    MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
-    TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
-    PRECISE: gl.constexpr, PART: gl.constexpr, LONG_PART: gl.constexpr,
-    TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
-):
-    """KIND None: rows of x lie in sorted order, plain epilogue; else rows by token, gated.
-
-    clear_ptr: clear_end bf16 to fill with zeros, or None.
-    """
-    WARPS: gl.constexpr = gl.num_warps()
+@gluon.jit
+def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
+              TEAMS: gl.constexpr):  # fmt: skip
+    """STAGES of every team's weights and of the rows they share."""
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
     )
     scales = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + s_desc.block_type.shape, s_desc.layout
     )
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, MAIN, 128], swizzled)
+    rows = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, MAIN, 128], swizzled)
     extra = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, EXTRA, 128], swizzled)
+    return Ring(words, scales, rows, extra, barriers(STAGES, 1 + 32 * 4), barriers(STAGES, TEAMS))
+
+
+@gluon.jit(do_not_specialize=["sizes"])
+def grouped_prefill(
+    w_desc, s_desc, x, weight_ptr, work, sizes, out, columns, act, clear, K,
+    MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
+    TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):
+    """out (P, I or H) = epilogue of x times the weights, a row per sorted position.
+
+    columns: scales and biases of the weights' rows (`decode.Columns`); weight_ptr: routing weights
+    by sorted position, or None; clear: a `Clear`, or None.
+    KIND None: the plain epilogue, act None.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES, TEAMS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    x_scales = gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat)
-    weights = gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat)
-    out = gl.allocate_shared_memory(
+    factors = Factors(
+        gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat),
+        gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat),
+    )
+    staging = gl.allocate_shared_memory(
         gl.bfloat16, [TEAMS, MAIN, WARPS * 8], gl.NVMMASharedLayout(WARPS * 16, 16, 2)
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32 * 4)
-        mbarrier.init(empty.index(i), count=TEAMS)
     fence_async_shared()
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     steps = (K + 127) // 128
+    low, high = staging.index(0), staging.index(1)
     gl.warp_specialize(
         [
-            (consume, (0, words, scales, xs, extra, x_scales, weights, out.index(0), full, empty,
-                       tiles_ptr, count_ptr, row_tiles, steps,
-                       (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
-                        limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE, PART, LONG_PART)),
-            (consume, (1, words, scales, xs, extra, x_scales, weights, out.index(1), full, empty,
-                       tiles_ptr, count_ptr, row_tiles, steps,
-                       (out_ptr, out_pitch, row_scale_ptr, bias_ptr, weight_ptr, columns, base,
-                        limit, alpha, beta, beta2),
-                       MAIN, SMALL, STAGES, TEAMS, KIND, WIDE, PRECISE, PART, LONG_PART)),
-            (gather, (w_desc, s_desc, x_ptr, ids_ptr, x_scale_ptr, weight_ptr, clear_ptr, clear_end,
-                      tiles_ptr, count_ptr, words, scales, xs, extra, x_scales, weights, full,
-                      empty, units, row_tiles, base, steps, pitch, MAIN, STAGES, TEAMS,
-                      KIND is not None)),
+            (consume, (0, ring, factors, work, sizes,
+                       End(low, out, columns, weight_ptr, act, sizes.base),
+                       steps, SMALL, KIND, WIDE, PRECISE)),
+            (consume, (1, ring, factors, work, sizes,
+                       End(high, out, columns, weight_ptr, act, sizes.base),
+                       steps, SMALL, KIND, WIDE, PRECISE)),
+            (gather, (w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, steps)),
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],
     )

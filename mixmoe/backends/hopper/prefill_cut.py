@@ -28,22 +28,19 @@ class Cut:
     """A form, and how sums are added.
 
     registers: a thread's, of the second team and of the gathering warps; the first team has the
-    rest of the CTA's. precise: products of 128 of K are added in float32. part: routes of a tile
-    whose product is added at a time, long_part: the same in tiles of more than main routes.
+    rest of the CTA's. precise: products of 128 of K are added in float32.
     """
 
     form: Form
     registers: tuple[int, int]
     precise: bool
-    part: int = 64
-    long_part: int = 32
 
     @classmethod
     def of(cls, problem: Problem, precise: bool) -> "Cut":
         """For an expert's mean share of the routes."""
         form = form_of(problem.routes / problem.experts)
         registers = (96, 48) if form.ctas == 2 else (224, 56) if precise else (208, 88)
-        return cls(form, registers, precise, 64, 32 if form.main == 256 else 64)
+        return cls(form, registers, precise)
 
     @property
     def main(self) -> int:
@@ -67,9 +64,9 @@ class Cut:
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
             "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
-            "TEAMS": 2, "PRECISE": self.precise, "PART": self.part, "LONG_PART": self.long_part,
-            "TEAM_REGISTERS": self.registers[0], "GATHER_REGISTERS": self.registers[1],
-            "PDL": True, "num_warps": 4, "launch_pdl": True, **registers,
+            "TEAMS": 2, "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
+            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
+            "launch_pdl": True, **registers,
         }  # fmt: skip
 
 

@@ -6,6 +6,9 @@ with two teams ptxas would serialise wgmma in flight over a loop edge (C7512). B
 reads the words of the next step, and decodes them behind the wait (before it: C7513).
 """
 
+from typing import Any, NamedTuple
+
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,18 +27,38 @@ from mixmoe.backends.hopper.mainloop import (
 )
 
 
+class Ring(NamedTuple):
+    """Stages of every team's weights, of the rows of a tile's main routes and of its extra ones;
+    `full` and `empty` guard each stage."""
+
+    words: Any
+    scales: Any
+    rows: Any
+    extra: Any
+    full: Any
+    empty: Any
+
+
+@constexpr_function
+def parts_of(n, n2):
+    """Into how many products `multiply_precise` cuts the n routes of a tile: of 64, or of 32 where
+    n is less than 128, or 256 and n2 more."""
+    part = 32 if n < 128 or (n == 256 and n2 > 8) else 64
+    return n // part
+
+
 @gluon.jit
-def next_words(words, scales, full, stage, phase, slot, more):
+def next_words(ring, stage, phase, team: gl.constexpr, more):
     """The words and scale bytes of a stage once it is full; undefined where there is no `more`."""
-    mbarrier.wait(full.index(stage), phase, pred=more)
+    slot = stage * (ring.words.shape[0] // ring.rows.shape[0]) + team
+    mbarrier.wait(ring.full.index(stage), phase, pred=more)
     fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
-    return load_raw(words.index(slot), scales.index(slot), 1, gl.num_warps())
+    return load_raw(ring.words.index(slot), ring.scales.index(slot), 1, gl.num_warps())
 
 
 @gluon.jit
 def multiply(
-    words, scales, xs, extra, full, empty, stage, phase, steps, team: gl.constexpr,
-    N: gl.constexpr, N2: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
+    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
     WIDE: gl.constexpr,
 ):
     """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
@@ -43,6 +66,7 @@ def multiply(
     The second half of a step is dequantised while the first multiplies.
     """
     WARPS: gl.constexpr = gl.num_warps()
+    STAGES: gl.constexpr = ring.rows.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 32]
     )
@@ -53,13 +77,11 @@ def multiply(
     A2: gl.constexpr = gl.DotOperandLayout(0, L2, 4)
     acc = gl.zeros([WARPS * 16, N], gl.float32, L)
     acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    raw, scale = next_words(
-        words, scales, full, stage, phase, stage * TEAMS + team, steps > 0
-    )
+    raw, scale = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
-        x = xs.index(stage)
-        x2 = extra.index(stage)
-        if xs.shape[1] != N:
+        x = ring.rows.index(stage)
+        x2 = ring.extra.index(stage)
+        if ring.rows.shape[1] != N:
             x = x.slice(0, N, dim=0)
         lo, hi = decode(raw, scale, WIDE)
         low, high = halves(lo), halves(hi)
@@ -74,14 +96,12 @@ def multiply(
                     a2, x2.slice(h * 64, 64, dim=1).permute((1, 0)), acc2, is_async=True
                 )
         ahead, ahead_phase = advance(stage, phase, STAGES)
-        raw, scale = next_words(
-            words, scales, full, ahead, ahead_phase, ahead * TEAMS + team, step + 1 < steps
-        )
+        raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
         if N2 > 8:
             acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         stage = ahead
         phase = ahead_phase
     return acc, acc2, stage, phase
@@ -89,9 +109,8 @@ def multiply(
 
 @gluon.jit
 def multiply_precise(
-    words, scales, xs, extra, full, empty, stage, phase, steps, team: gl.constexpr,
-    N: gl.constexpr, N2: gl.constexpr, STAGES: gl.constexpr, TEAMS: gl.constexpr,
-    WIDE: gl.constexpr, PARTS: gl.constexpr,
+    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr,
 ):
     """`multiply` with every 128 of K added in float32: totals (rows, N / PARTS), acc2.
 
@@ -99,6 +118,7 @@ def multiply_precise(
     one is added to its total while the tensor cores have the next.
     """
     WARPS: gl.constexpr = gl.num_warps()
+    STAGES: gl.constexpr = ring.rows.shape[0]
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N // PARTS, 32]
     )
@@ -110,38 +130,31 @@ def multiply_precise(
     for _ in gl.static_range(PARTS):
         totals = totals + (zero,)  # type: ignore[assignment]
     acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    raw, scale = next_words(
-        words, scales, full, stage, phase, stage * TEAMS + team, steps > 0
-    )
+    raw, scale = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
         lo, hi = decode(raw, scale, WIDE)
         low, high = halves(lo), halves(hi)
         sums = ()
-        part = product(low, high, xs.index(stage), 0, zero)
+        part = product(low, high, ring.rows.index(stage), 0, zero)
         ahead, ahead_phase = advance(stage, phase, STAGES)
         for i in gl.static_range(PARTS):
             if i + 1 < PARTS:
-                following = product(low, high, xs.index(stage), i + 1, zero)
+                following = product(low, high, ring.rows.index(stage), i + 1, zero)
                 part = warpgroup_mma_wait(2, deps=[part])
             elif N2 > 8:
-                following = product(low, high, extra.index(stage), 0, acc2)
+                following = product(low, high, ring.extra.index(stage), 0, acc2)
                 part = warpgroup_mma_wait(2, deps=[part])
             else:
-                raw, scale = next_words(
-                    words, scales, full, ahead, ahead_phase, ahead * TEAMS + team,
-                    step + 1 < steps,
-                )
+                raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
                 part = warpgroup_mma_wait(0, deps=[part])
             sums = sums + (totals[i] + part,)  # type: ignore[assignment]
             if i + 1 < PARTS or N2 > 8:
                 part = following
         if N2 > 8:
-            raw, scale = next_words(
-                words, scales, full, ahead, ahead_phase, ahead * TEAMS + team, step + 1 < steps
-            )
+            raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
             acc2 += warpgroup_mma_wait(0, deps=[part])
         totals = sums
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(ring.empty.index(stage), count=1)
         stage = ahead
         phase = ahead_phase
     return totals, acc2, stage, phase
