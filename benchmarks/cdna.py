@@ -228,7 +228,8 @@ instructions for each MFMA of the main loop. *busy*: share of the matrix cores' 
 loop, with as many workgroups on the CU as the grid puts there; a dash: no loop of three rounds.
 *cycles*: of the workgroups on one CU. *lost*: share of LDS cycles that bank conflicts take. *read*:
 from global memory. *IR*: lines before lowering. *instr.*: instructions of the code object. *CPU*:
-seconds of one core to trace and compile, on the machine that wrote this; all else is the kernel's.
+seconds of one core to trace and compile as a user does, without what the simulator has the compiler
+print, on the machine that wrote this; all else is the kernel's.
 No kernel spills a register.
 """
 COLUMNS = ("option", "stage", "VGPR", "AGPR", "SGPR", "LDS, B", "a CU", "MFMA", "VALU", "busy",

@@ -4,6 +4,8 @@ After a change that is meant: ``python -m benchmarks.cdna`` (``--only`` for some
 """
 
 import copy
+import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,6 +14,8 @@ pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 
 from benchmarks import cdna  # noqa: E402
 from mixmoe.backends.cdna import config  # noqa: E402
+from mixmoe.cli import compiled  # noqa: E402
+from mixmoe.cli.survey import survey  # noqa: E402
 
 CHEAP = [option for option in cdna.OPTIONS if option.cheap]
 OTHERS = [option for option in cdna.OPTIONS if not option.cheap]
@@ -89,6 +93,34 @@ def test_what_got_better_is_no_failure():
     kernels = stored(CHEAP[1])
     for name in ("cycles", "vgpr", "lds_conflict_cycles"):
         assert cdna.worse(kernels, change(kernels, "gemm1", (name,), lambda v: v // 2)) == []
+
+
+def test_call_sites_are_asked_once_for_many(monkeypatch):
+    """More than half of the time to compile was FlyDSL's walk over the callers of each operation,
+    7,590 of these kernels. They are compiled twice here."""
+    from flydsl.expr import meta
+
+    real, asked = meta.capture_user_location, []
+    monkeypatch.setattr(meta, "capture_user_location", lambda: asked.append(1) or real())
+    survey(CHEAP[1].target, CHEAP[1].layer, (CHEAP[1].tokens,), simulate=False)
+    assert 500 < len(asked) < 4000
+
+
+def test_seconds_are_those_without_the_dump(monkeypatch):
+    """What the simulator asks of the compiler costs as much again, and is no user's."""
+    seen = []
+    real = compiled.as_a_user_compiles
+
+    @contextmanager
+    def inside():
+        with real():
+            seen.append([name in os.environ for name in (compiled.DUMP, compiled.DEPTH)])
+            yield
+        seen.append([name in os.environ for name in (compiled.DUMP, compiled.DEPTH)])
+
+    monkeypatch.setattr(compiled, "as_a_user_compiles", inside)
+    survey(CHEAP[0].target, CHEAP[0].layer, (CHEAP[0].tokens,), simulate=False)
+    assert len(seen) == 8 and seen == [[False, False], [True, True]] * 4
 
 
 def test_a_worse_kernel_shows(monkeypatch):

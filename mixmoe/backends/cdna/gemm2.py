@@ -14,6 +14,7 @@ from mixmoe.backends.cdna import grid, mainloop, results
 from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, PIECE, WAVE
 from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut, swizzled
 from mixmoe.backends.cdna.mainloop import held, inside
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import MANTISSA, block_max, encode, scale_bits, stagger
 from mixmoe.backends.cdna.results import QUAD, Quads, Target
@@ -182,6 +183,7 @@ class Staging:
         start = self.base + (row + group % 2 * MFMA_ROWS) * self.stride
         return start + swizzled(row, piece, self.pieces) * self.items
 
+    @one_origin
     def write(self, group: int, block: int, values: fx.Vector) -> None:
         """Four columns of a block."""
         frag = fx.make_rmem_tensor(4, self.out)
@@ -200,6 +202,7 @@ class Staging:
         """First column of a lane's piece."""
         return self.lane % self.pieces * self.items
 
+    @one_origin
     def read(self, group: int, turn: int):
         """A piece of a row."""
         frag = fx.make_rmem_tensor(self.items, self.out)

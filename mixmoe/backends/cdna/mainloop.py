@@ -28,6 +28,7 @@ from flydsl.expr import const_expr
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
 from mixmoe.backends.cdna.grid import Cut
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.tokens import (
     AHEAD,
     TOKEN_MASK,
@@ -72,6 +73,7 @@ class Operands:
     places: Places
 
 
+@one_origin
 def make_accumulators(cfg: Gemm):
     """Zeroed results: (half, block, token group) -> 4 rows of one token."""
     acc = {}
@@ -223,10 +225,7 @@ class Tile:
                 mine[0] = self.token_reads(phase) + mine[0]
                 mine[-1] = mine[-1] + self.scale_reads(phase)
                 for mfma, starts in zip(mfmas, mine, strict=True):
-                    mfma()
-                    for start in starts:
-                        start()
-                    fx.rocdl.sched_barrier(0)
+                    start_all([mfma, *starts])
             if step == self.marks_step() and self.exists(self.cfg.stages - 1):
                 fx.rocdl.asyncmark()
 
@@ -323,6 +322,7 @@ def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
     return Sums(acc, ops.fill.factors(), ops.channels.factors(), ops.places)
 
 
+@one_origin
 def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
     """The rings filled, tile 0 in place, its first phases read. The first step's weights need no
     token's id: they are asked for while the ids are on their way. Then what the first MFMA waits
@@ -360,8 +360,9 @@ def first_weights(cfg: Gemm, weights: Weights) -> list[list]:
     return out
 
 
+@one_origin
 def start_all(starts) -> None:
-    """Start loads, in order: the scheduler leaves them where they are."""
+    """Start loads and MFMAs, in order: the scheduler leaves them where they are."""
     for start in starts:
         start()
     fx.rocdl.sched_barrier(0)

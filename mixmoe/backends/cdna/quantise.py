@@ -12,6 +12,7 @@ import flydsl.expr as fx
 
 from mixmoe.backends.cdna.atoms import PIECE, SCALE_BLOCK, WAVE, WORD, Operand
 from mixmoe.backends.cdna.config import THREADS
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.formats import Rounding
 
@@ -92,8 +93,14 @@ def stagger(works) -> None:
     while waiting or running:
         running = waiting[:1] + running
         waiting = waiting[1:]
-        running = [work for work in running if next(work, None) is not None]
+        running = [work for work in running if step(work)]
         fx.rocdl.sched_barrier(0)
+
+
+@one_origin
+def step(work: Iterator) -> bool:
+    """Whether there was one more."""
+    return next(work, None) is not None
 
 
 def other_lane(value: fx.Float32, address) -> fx.Float32:

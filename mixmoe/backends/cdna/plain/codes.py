@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flydsl.expr as fx
 
 from mixmoe.backends.cdna.atoms import Atoms
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.formats import Element, e2m1, e4m3fn, e4m3fnuz, int8
 
 Four = list[fx.Float32]
@@ -16,6 +17,7 @@ def clamp(values: Four, limit: float) -> Four:
     return [fx.max(fx.min(v, limit), -limit) for v in values]
 
 
+@one_origin
 def pack_fp8(v: Four) -> fx.Int32:
     """Four values to the GPU's own e4m3."""
     word = fx.Int32(0)
@@ -31,6 +33,7 @@ def native_fp8(largest: float) -> Encoder:
     return lambda values: pack_fp8(clamp(values, largest))
 
 
+@one_origin
 def fp8_by_fnuz(values: Four) -> fx.Int32:
     """e4m3fn where the GPU converts to e4m3fnuz: the code of half the value, and -0 its sign."""
     word = pack_fp8([v * 0.5 for v in clamp(values, e4m3fn.max)])
@@ -39,6 +42,7 @@ def fp8_by_fnuz(values: Four) -> fx.Int32:
     return word
 
 
+@one_origin
 def to_int8(values: Four) -> fx.Int32:
     """Four bytes of rounded values."""
     word = fx.Int32(0)
@@ -47,6 +51,7 @@ def to_int8(values: Four) -> fx.Int32:
     return word
 
 
+@one_origin
 def to_e2m1(values: Four) -> fx.Int32:
     """16 bits, the first code lowest. The steps 1/2, 1 and 2 of |v| are three lines that cross
     where the step changes: the code is the least of them."""

@@ -19,6 +19,7 @@ from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.mainloop import row_bias
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.plain import mainloop
 from mixmoe.backends.cdna.plain.config import Gemm
 from mixmoe.backends.cdna.plain.epilogue import Extras, row_scales, store_four, token_scale
@@ -141,6 +142,7 @@ def inside(cfg: Gemm, block, values: fx.Vector) -> fx.Vector:
     return (block * MFMA_ROWS < cfg.rows).select(values, fx.Vector.filled(4, 0.0, fx.Float32))
 
 
+@one_origin
 def four_columns(
     spec: Stage1, args: Arguments, place, totals, first, block: int, group: int, of_token, weight
 ) -> fx.Vector:

@@ -23,7 +23,8 @@ import flydsl.expr as fx
 from flydsl.expr import const_expr
 
 from mixmoe.backends.cdna import mainloop as scaled
-from mixmoe.backends.cdna.mainloop import spread
+from mixmoe.backends.cdna.mainloop import spread, start_all
+from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.plain.config import FRAGMENTS, Gemm
 from mixmoe.backends.cdna.plain.factors import TokenFactors, WeightFactors
 from mixmoe.backends.cdna.plain.tokens import Tokens
@@ -197,11 +198,8 @@ class Tile:
             if phase.number == self.barrier and self.steps_of(1):
                 meet()
             for i, mfma in enumerate(mfmas[group]):
-                mfma()
                 here = self.reads(phase.number) if i == 0 else []
-                for start in [*here, *moves[i], *own[i], *sides[group * size + i]]:
-                    start()
-                fx.rocdl.sched_barrier(0)
+                start_all([mfma, *here, *moves[i], *own[i], *sides[group * size + i]])
 
     def weight_loads(self, unit: int):
         """Loads into what is free in a unit: what belonged to it and is decoded, or to the unit
@@ -308,6 +306,7 @@ def run(cfg: Gemm, ops: Operands, sums: Sums) -> None:
         Tile(cfg, ops, sums, kt, kt % cfg.ring, cfg.part_tiles - 1).run()
 
 
+@one_origin
 def begin(cfg: Gemm, ops: Operands) -> None:
     """The ring filled, tile 0 in place, its first unit decoded, its first phases read. Weights
     need no token's id: they are asked for while the ids are on their way."""
@@ -346,6 +345,7 @@ def meet() -> None:
 SAME_LANE, ALL = 0xE4, 0xF  # quad_perm [0, 1, 2, 3], every row and bank
 
 
+@one_origin
 def hold(sums: Sums) -> None:
     """Finish the totals here. What only a branch of the epilogue uses is computed inside it: the
     compiler would keep the last tile's sums and scales until then, beyond the register file. It
