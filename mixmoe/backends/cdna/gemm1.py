@@ -14,8 +14,9 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.activations import ActivationKind
-from mixmoe.backends.cdna import grid, mainloop, results
+from mixmoe.backends.cdna import arguments, grid, mainloop, results
 from mixmoe.backends.cdna.activate import Scalars, activate
+from mixmoe.backends.cdna.arguments import Routes, Sources
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS, Gemm
 from mixmoe.backends.cdna.mainloop import held, inside
@@ -57,43 +58,28 @@ class Stage1:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """A launch's tensors and scalars."""
+class Arguments(arguments.Arguments):
+    """``out`` is h; its scales, and the activation's scalars."""
 
-    h: fx.Tensor
     h_scales: fx.Tensor
-    x: fx.Tensor
-    x_scales: fx.Tensor
-    codes: fx.Tensor
-    scales: fx.Tensor
-    bias_rows: fx.Tensor
-    sorted_ids: fx.Tensor
-    sorted_weights: fx.Tensor
-    expert_ids: fx.Tensor
-    tokens: fx.Int32
-    topk: fx.Int32
-    token_tiles: fx.Int32
     scalars: Scalars
 
 
 @flyc.jit
 def compute(spec: Stage1, args: Arguments, lds, number) -> None:
     """One piece of work."""
-    cfg, tokens = spec.cfg, args.tokens
-    work = mainloop.work_of(
-        cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
-    )
+    cfg, routes = spec.cfg, args.routes
+    work = mainloop.work_of(cfg, number, routes)
     # 1. Which tokens: padding reads row 0 and writes nothing
     bits = cfg.token.bits if fx.const_expr(cfg.token.block) else 32
-    rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, spread=args.topk)
+    rows = mainloop.Rows(routes.ids, work.routes, routes.tokens, spread=routes.topk)
     rows = replace(rows, **results.places(cfg, bits))
     ids = Ids(cfg, rows)
-    if work.used & mainloop.at_hand(args.codes, args.scales, args.x, args.x_scales, args.h):
+    if work.used & mainloop.at_hand(args):
         # 2. Multiply
         place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.x, args.x_scales, rows, ids, first)
-        sums = mainloop.multiply_all(cfg, place, lds, operands)
+        sums = mainloop.multiply_all(cfg, place, lds, args.sources, rows, ids, first)
 
         # 3. What comes of it
         store = store_of(cfg)
@@ -116,7 +102,7 @@ def activated(spec: Stage1, args: Arguments, place, sums, block: int, group: int
     gate, up = gate_up(sums, block, group)
     if spec.bias:
         row = place.expert * 2 * spec.cfg.rows + column
-        gate, up = add_bias([gate, up], args.bias_rows, row + place.g * 4, spec.cfg.rows)
+        gate, up = add_bias([gate, up], args.bias, row + place.g * 4, spec.cfg.rows)
     return activate(spec.kind, args.scalars, gate, up, spec.limited)
 
 
@@ -124,13 +110,13 @@ def shares_of(spec: Stage1, args: Arguments, work, place) -> list | None:
     """Routing weights of a lane's tokens, where h is multiplied by them."""
     if not spec.weighted:
         return None
-    column = mainloop.of_groups(spec.cfg, work, place, args.sorted_weights)
+    column = mainloop.of_groups(spec.cfg, work, place, args.routes.weights)
     return [fx.Float32(share) for share in column]
 
 
 def store_floats(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> None:
     """Activate and store four columns of one route."""
-    cfg, h = spec.cfg, Target(spec.cfg, args.h, columns=1, elements=QUAD)
+    cfg, h = spec.cfg, Target(spec.cfg, args.out, columns=1, elements=QUAD)
     routes, shares = sums.places.of_groups(place), shares_of(spec, args, work, place)
     for group in range(cfg.groups):
         for block in range(cfg.blocks):
@@ -146,7 +132,7 @@ def store_codes(spec: Stage1, args: Arguments, lds, work, place, sums, first) ->
     cfg = spec.cfg
     shares, pairs = shares_of(spec, args, work, place), range(cfg.blocks // 2)
     kind, where = (Lines, lds) if cfg.lines else (Quads, first)
-    out = kind(cfg, place, where, args.h, args.h_scales)
+    out = kind(cfg, place, where, args.out, args.h_scales)
     out.open(sums.places)
 
     def steps(group: int, pair: int):
@@ -170,7 +156,7 @@ def store_sums(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> 
     """float32 sums of gate and up over a part of K: ``h (split_k, P, 2 I)`` by sorted position."""
     cfg = spec.cfg
     quad = fx.make_copy_atom(fx.UniversalCopy128b(), fx.Float32)
-    positions = fx.Int64(args.token_tiles * cfg.tokens)
+    positions = fx.Int64(args.routes.tiles * cfg.tokens)
     for group in fx.range_constexpr(cfg.groups):
         at = work.routes + group * MFMA_ROWS + place.r
         row = (fx.Int64(work.split) * positions + at) * (2 * cfg.rows)
@@ -179,7 +165,7 @@ def store_sums(spec: Stage1, args: Arguments, lds, work, place, sums, first) -> 
             if inside(cfg, column):
                 for half in fx.range_constexpr(2):
                     out = row + (half * cfg.rows + column + place.g * 4)
-                    dest = (fx.get_iter(args.h) + out).view(fx.make_layout(4, 1))
+                    dest = (fx.get_iter(args.out) + out).view(fx.make_layout(4, 1))
                     fx.copy(quad, sums.acc[half, block, group], dest)
 
 
@@ -211,10 +197,10 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         token_tiles: fx.Int32,
     ):
         lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
-        args = Arguments(
-            h, h_scales, x, x_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
-        )
+        sources = Sources(codes, scales, x, x_scales)
+        routes = Routes(sorted_ids, expert_ids, tokens, topk, token_tiles, sorted_weights)
+        scalars = Scalars(limit, alpha, beta, beta2)
+        args = Arguments(h, sources, bias_rows, routes, h_scales, scalars)
         each = partial(compute, spec, args, lds)
         grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)
 

@@ -10,7 +10,8 @@ from functools import cache, partial
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna import grid, mainloop, results
+from mixmoe.backends.cdna import arguments, grid, mainloop, results
+from mixmoe.backends.cdna.arguments import Routes, Sources
 from mixmoe.backends.cdna.atoms import E4M3, MFMA_ROWS, PIECE, WAVE
 from mixmoe.backends.cdna.config import THREADS, Gemm, RowsOut, swizzled
 from mixmoe.backends.cdna.mainloop import held, inside
@@ -40,43 +41,28 @@ class Stage2:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """A launch's tensors and scalars."""
+class Arguments(arguments.Arguments):
+    """``out`` are rows, codes or sums; scales of codes."""
 
-    rows: fx.Tensor
     row_scales: fx.Tensor
-    h: fx.Tensor
-    h_scales: fx.Tensor
-    codes: fx.Tensor
-    scales: fx.Tensor
-    bias_rows: fx.Tensor
-    sorted_ids: fx.Tensor
-    sorted_weights: fx.Tensor
-    expert_ids: fx.Tensor
-    tokens: fx.Int32
-    topk: fx.Int32
-    token_tiles: fx.Int32
 
 
 @flyc.jit
 def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     """One piece of work."""
-    cfg, tokens = spec.cfg, args.tokens
-    work = mainloop.work_of(
-        cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens
-    )
+    cfg, routes = spec.cfg, args.routes
+    work = mainloop.work_of(cfg, number, routes)
     # 1. Which routes: padding reads row 0 and writes nothing
-    rows = mainloop.Rows(args.sorted_ids, work.routes, tokens, args.topk)
+    rows = mainloop.Rows(routes.ids, work.routes, routes.tokens, routes.topk)
     if fx.const_expr(spec.kind is not RowsOut.SUMS):
         bits = spec.out.width if fx.const_expr(spec.kind is RowsOut.ROWS) else E4M3.bits
-        rows = replace(rows, spread=args.topk, **results.places(cfg, bits))
+        rows = replace(rows, spread=routes.topk, **results.places(cfg, bits))
     ids = Ids(cfg, rows)
-    if work.used & mainloop.at_hand(args.codes, args.scales, args.h, args.h_scales, args.rows):
+    if work.used & mainloop.at_hand(args):
         # 2. Multiply
         place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
-        operands = (args.codes, args.scales, args.h, args.h_scales, rows, ids, first)
-        sums = mainloop.multiply_all(cfg, place, lds, operands)
+        sums = mainloop.multiply_all(cfg, place, lds, args.sources, rows, ids, first)
 
         # 3. What comes of it
         if fx.const_expr(cfg.k_waves > 1):
@@ -97,7 +83,7 @@ def columns_of(spec: Stage2, args: Arguments, place, sums, block: int, group: in
     value = sums.of(0, block, group)
     if fx.const_expr(spec.bias):
         at = place.expert * spec.cfg.rows + column
-        value = value + mainloop.row_bias(args.bias_rows, at)
+        value = value + mainloop.row_bias(args.bias, at)
     return value
 
 
@@ -107,10 +93,10 @@ def add_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> No
     cfg = spec.cfg
     rows = sums.places.of_groups(place)
     if fx.const_expr(spec.weighted):
-        weights = mainloop.of_groups(cfg, work, place, args.sorted_weights)
+        weights = mainloop.of_groups(cfg, work, place, args.routes.weights)
     for group in fx.range_constexpr(cfg.groups):
         if rows[group] >= 0:
-            row = fx.get_iter(args.rows) + fx.Int64(rows[group]) * cfg.rows
+            row = fx.get_iter(args.out) + fx.Int64(rows[group]) * cfg.rows
             for b in fx.range_constexpr(cfg.blocks):
                 if inside(cfg, (first + b) * MFMA_ROWS):
                     column = (first + b) * MFMA_ROWS + place.g * 4
@@ -124,7 +110,7 @@ def add_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> No
 
 def store_codes_of_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> None:
     """Blocks of 32 columns of one route as e4m3 codes and a scale."""
-    cfg, out = spec.cfg, Quads(spec.cfg, place, first, args.rows, args.row_scales)
+    cfg, out = spec.cfg, Quads(spec.cfg, place, first, args.out, args.row_scales)
     out.open(sums.places)
 
     def steps(group: int, pair: int):
@@ -153,7 +139,7 @@ def store_rows(spec: Stage2, args: Arguments, lds, work, place, sums, first) -> 
 
 def store_quads(spec: Stage2, args: Arguments, work, place, sums, first) -> None:
     """Four columns of one route at a time, from where the MFMA left them."""
-    cfg, rows = spec.cfg, Target(spec.cfg, args.rows, columns=1, elements=QUAD)
+    cfg, rows = spec.cfg, Target(spec.cfg, args.out, columns=1, elements=QUAD)
     routes = sums.places.of_groups(place)
     for group in range(cfg.groups):
         for b in range(cfg.blocks):
@@ -216,7 +202,7 @@ def store_lines(spec: Stage2, args: Arguments, lds, work, place, sums, first) ->
     """Whole lines of memory: a store takes 16 bytes a lane along the rows. What is read from LDS
     is stored after the next group was written, so that nothing waits for it."""
     cfg, staging = spec.cfg, Staging(spec, place, lds)
-    rows = Target(cfg, args.rows, columns=1, elements=staging.items)
+    rows = Target(cfg, args.out, columns=1, elements=staging.items)
     turns = range(MFMA_ROWS // staging.rows)
     column, lane = first * MFMA_ROWS, staging.column()
     lane = rows.within(column + lane, lane)
@@ -268,9 +254,9 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted:
         token_tiles: fx.Int32,
     ):
         lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
+        routes = Routes(sorted_ids, expert_ids, tokens, topk, token_tiles, sorted_weights)
         args = Arguments(
-            rows, row_scales, h, h_scales, codes, scales, bias_rows, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, token_tiles,
+            rows, Sources(codes, scales, h, h_scales), bias_rows, routes, row_scales
         )
         each = partial(compute, spec, args, lds)
         grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)

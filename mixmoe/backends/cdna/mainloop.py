@@ -25,6 +25,7 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 from flydsl.expr import const_expr
 
+from mixmoe.backends.cdna.arguments import Arguments, Routes, Sources
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
 from mixmoe.backends.cdna.grid import Cut
@@ -302,18 +303,15 @@ class Sums:
         return value * self.channels[half, block] if self.channels else value
 
 
-def multiply_all(cfg: Gemm, place: Place, lds, operands) -> Sums:
-    """The results of a piece of work; with K shared out those of part 0 hold the sum.
-
-    ``operands``: codes and scales of the weights, codes and scales of the tokens, their rows and
-    ids, the wave's first block.
-    """
-    codes, scales, tokens, token_scales, rows, ids, first = operands
+def multiply_all(cfg: Gemm, place: Place, lds, sources: Sources, rows: Rows, ids: Ids,
+                 first) -> Sums:
+    """The results of a piece of work; with K shared out those of part 0 hold the sum. ``first``:
+    the wave's first block."""
     ops = Operands(
-        Weights(cfg, place, codes, scales, first),
-        Tokens(cfg, place, lds, tokens),
-        scales_of(cfg, place, lds, token_scales),
-        ChannelScales(cfg, place, lds, scales, first),
+        Weights(cfg, place, sources.codes, sources.scales, first),
+        Tokens(cfg, place, lds, sources.tokens),
+        scales_of(cfg, place, lds, sources.token_scales),
+        ChannelScales(cfg, place, lds, sources.scales, first),
         Places(cfg, lds),
     )
     acc = make_accumulators(cfg)
@@ -418,29 +416,29 @@ class Work:
     split: Any  # which of split_k
 
 
-def work_of(cfg: Cut, number, token_tiles, sorted_ids, expert_ids, tokens) -> Work:
+def work_of(cfg: Cut, number, routes: Routes) -> Work:
     """The work of a tile's number. Row tiles count fastest, but for a band's token tiles: with
     round-robin dispatch over 8 XCDs an L2 then holds every eighth row tile of an expert and reuses
     it for all of the expert's tokens."""
     split = 0
     if cfg.split_k > 1:
         split, number = number % cfg.split_k, number // cfg.split_k
-    rows, block = cfg.walk.tile(number, cfg.row_tiles, fx.Uint32(token_tiles), fx.min)
-    expert = fx.Int32(expert_ids[fx.Int32(block // cfg.sort_tiles)])
+    rows, block = cfg.walk.tile(number, cfg.row_tiles, fx.Uint32(routes.tiles), fx.min)
+    expert = fx.Int32(routes.experts[fx.Int32(block // cfg.sort_tiles)])
     first = fx.Int32(block * cfg.tokens)
-    opener = fx.Int32(sorted_ids[first])
+    opener = fx.Int32(routes.ids[first])
     fx.rocdl.sched_barrier(0)  # both are on their way before either is waited for
     # Padding closes a sorted block: a tile that begins with it holds nothing else.
-    used = (expert >= 0) & ((opener & TOKEN_MASK) < tokens)
+    used = (expert >= 0) & ((opener & TOKEN_MASK) < routes.tokens)
     return Work(fx.Int32(rows), first, expert, used, fx.Int32(split))
 
 
-def at_hand(*tensors: fx.Tensor) -> fx.Boolean:
+def at_hand(args: Arguments) -> fx.Boolean:
     """True, as no tensor lies at address 0. A branch on it needs every address, so all come with
     one wait at the kernel's start; the compiler else sinks each load to where it is used first,
     and each then costs a wave two hundred cycles of its own."""
-    together = fx.Int64(0)
-    for tensor in tensors:
+    of, together = args.sources, fx.Int64(0)
+    for tensor in (of.codes, of.scales, of.tokens, of.token_scales, args.out):
         together = together | fx.Int64(fx.ptrtoint(fx.get_iter(tensor)))
     return together != 0
 

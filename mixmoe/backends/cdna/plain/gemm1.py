@@ -13,9 +13,10 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 
 from mixmoe.activations import ActivationKind
-from mixmoe.backends.cdna import grid
+from mixmoe.backends.cdna import arguments, grid
 from mixmoe.backends.cdna import mainloop as scaled
 from mixmoe.backends.cdna.activate import Scalars, activate
+from mixmoe.backends.cdna.arguments import Routes, Sources
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.mainloop import row_bias
@@ -57,35 +58,26 @@ class Stage1:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """A launch's tensors and scalars."""
+class Arguments(arguments.Arguments):
+    """``out`` is h; its scales, scales of weight rows, smooth factors, the activation's scalars."""
 
-    h: fx.Tensor
     h_scales: fx.Tensor
-    sources: mainloop.Sources
     of_rows: fx.Tensor
-    bias_rows: fx.Tensor
     smooth: fx.Tensor
-    sorted_ids: fx.Tensor
-    sorted_weights: fx.Tensor
-    expert_ids: fx.Tensor
-    tokens: fx.Int32
-    topk: fx.Int32
-    token_tiles: fx.Int32
     scalars: Scalars
 
 
 @flyc.jit
 def compute(spec: Stage1, args: Arguments, lds, number) -> None:
     """One piece of work."""
-    cfg, tokens = spec.cfg, args.tokens
-    work = scaled.work_of(cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens)
+    cfg, routes = spec.cfg, args.routes
+    work = scaled.work_of(cfg, number, routes)
     if work.used:
         place = scaled.stand(cfg, work)
 
         # 1. Which rows of x: padding reads row 0 and writes nothing
-        topk = args.topk if spec.extras.per_route else None
-        rows = Rows(args.sorted_ids, work.routes, tokens, topk)
+        topk = routes.topk if spec.extras.per_route else None
+        rows = Rows(routes.ids, work.routes, routes.tokens, topk)
 
         # 2. Multiply
         first = scaled.first_block(cfg, place, work)
@@ -104,14 +96,14 @@ def store(spec: Stage1, args: Arguments, lds, work, place, rows, totals, first) 
     """In the way that the kernel is compiled for."""
     cfg = spec.cfg
     kind: Any = spec.out
-    ids = scaled.of_groups(cfg, work, place, args.sorted_ids)
+    ids = scaled.of_groups(cfg, work, place, args.routes.ids)
     of_tokens = [token_scale(cfg, args.sources.token_scales, rows.row(i)) for i in ids]
     weights = [None] * cfg.groups
     if fx.const_expr(spec.extras.weighted):
-        weights = scaled.of_groups(cfg, work, place, args.sorted_weights)
+        weights = scaled.of_groups(cfg, work, place, args.routes.weights)
     four = partial(four_columns, spec, args, place, totals, first)
     if fx.const_expr(isinstance(kind, Target)):
-        out = (args.h, args.h_scales)
+        out = (args.out, args.h_scales)
         if fx.const_expr(kind.meets):
             fx.gpu.barrier()  # the last tokens are read
         for group in fx.range_constexpr(cfg.groups):
@@ -119,22 +111,22 @@ def store(spec: Stage1, args: Arguments, lds, work, place, rows, totals, first) 
                 inside(cfg, first + b, four(b, group, of_tokens[group], weights[group]))
                 for b in range(2)
             ]
-            at = (*route_of(args, ids[group]), first)
+            at = (*route_of(args.routes, ids[group]), first)
             store_codes(kind, cfg, place, lds, out, at, group, both)
     else:
         for group in fx.range_constexpr(cfg.groups):
-            route, used = route_of(args, ids[group])
+            route, used = route_of(args.routes, ids[group])
             for block in fx.range_constexpr(cfg.blocks):
                 column = (first + block) * MFMA_ROWS + place.g * 4
                 if used & (column < cfg.rows):
                     value = four(block, group, of_tokens[group], weights[group]).to(kind)
-                    store_four(args.h, route * cfg.rows + column, value, kind)
+                    store_four(args.out, route * cfg.rows + column, value, kind)
 
 
-def route_of(args: Arguments, packed) -> tuple:
+def route_of(routes: Routes, packed) -> tuple:
     """(route, whether it is one) of what is sorted at a place."""
     token = fx.Int32(packed) & TOKEN_MASK
-    return fx.Int64(token * args.topk + (fx.Int32(packed) >> 24)), token < args.tokens
+    return fx.Int64(token * routes.topk + (fx.Int32(packed) >> 24)), token < routes.tokens
 
 
 def inside(cfg: Gemm, block, values: fx.Vector) -> fx.Vector:
@@ -153,7 +145,7 @@ def four_columns(
     both = [row_scales(cfg, args.of_rows, row + i * cfg.rows) for i in range(2)]
     values = gate_up(cfg, totals, block, group, (both, of_token))
     if extras.bias:
-        values = [v + row_bias(args.bias_rows, row + i * cfg.rows) for i, v in enumerate(values)]
+        values = [v + row_bias(args.bias, row + i * cfg.rows) for i, v in enumerate(values)]
     value = activate(spec.kind, args.scalars, *values)
     if extras.weighted:
         value = value * fx.Float32(weight)
@@ -191,10 +183,10 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric] | Target, extra
         token_tiles: fx.Int32,
     ):
         lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
-        sources = mainloop.Sources(codes, scales, x, x_scales)
+        routes = Routes(sorted_ids, expert_ids, tokens, topk, token_tiles, sorted_weights)
         args = Arguments(
-            h, h_scales, sources, of_rows, bias_rows, smooth, sorted_ids, sorted_weights,
-            expert_ids, tokens, topk, token_tiles, Scalars(limit, alpha, beta, beta2),
+            h, Sources(codes, scales, x, x_scales), bias_rows, routes, h_scales, of_rows, smooth,
+            Scalars(limit, alpha, beta, beta2),
         )
         each = partial(compute, spec, args, lds)
         grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)

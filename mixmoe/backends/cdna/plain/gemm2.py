@@ -6,8 +6,9 @@ from functools import cache, partial
 import flydsl.compiler as flyc
 import flydsl.expr as fx
 
-from mixmoe.backends.cdna import grid
+from mixmoe.backends.cdna import arguments, grid
 from mixmoe.backends.cdna import mainloop as scaled
+from mixmoe.backends.cdna.arguments import Routes, Sources
 from mixmoe.backends.cdna.atoms import MFMA_ROWS
 from mixmoe.backends.cdna.config import THREADS
 from mixmoe.backends.cdna.mainloop import row_bias
@@ -34,28 +35,20 @@ class Stage2:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """A launch's tensors and scalars."""
+class Arguments(arguments.Arguments):
+    """``out`` are rows; scales of weight rows."""
 
-    rows: fx.Tensor
-    sources: mainloop.Sources
     of_rows: fx.Tensor
-    bias_rows: fx.Tensor
-    sorted_ids: fx.Tensor
-    expert_ids: fx.Tensor
-    tokens: fx.Int32
-    topk: fx.Int32
-    token_tiles: fx.Int32
 
 
 @flyc.jit
 def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     """One piece of work."""
-    cfg, tokens = spec.cfg, args.tokens
-    work = scaled.work_of(cfg, number, args.token_tiles, args.sorted_ids, args.expert_ids, tokens)
+    cfg, routes = spec.cfg, args.routes
+    work = scaled.work_of(cfg, number, routes)
     if work.used:
         place = scaled.stand(cfg, work)
-        rows = Rows(args.sorted_ids, work.routes, tokens, args.topk)
+        rows = Rows(routes.ids, work.routes, routes.tokens, routes.topk)
         first = scaled.first_block(cfg, place, work)
         totals = mainloop.multiply_all(cfg, place, lds, args.sources, rows, first)
         if fx.const_expr(cfg.k_waves > 1):
@@ -68,22 +61,22 @@ def compute(spec: Stage2, args: Arguments, lds, number) -> None:
 @flyc.jit
 def store(spec: Stage2, args: Arguments, work, place, rows, totals, first) -> None:
     """Scale, bias, store four columns of one route at a time."""
-    cfg, out = spec.cfg, spec.out
-    ids = scaled.of_groups(cfg, work, place, args.sorted_ids)
+    cfg, out, routes = spec.cfg, spec.out, args.routes
+    ids = scaled.of_groups(cfg, work, place, routes.ids)
     of_tokens = [token_scale(cfg, args.sources.token_scales, rows.row(i)) for i in ids]
     for group in fx.range_constexpr(cfg.groups):
         packed = fx.Int32(ids[group])
         token = packed & TOKEN_MASK
-        route = fx.Int64(token * args.topk + (packed >> 24))
+        route = fx.Int64(token * routes.topk + (packed >> 24))
         for block in fx.range_constexpr(cfg.blocks):
             column = (first + block) * MFMA_ROWS + place.g * 4
-            if (token < args.tokens) & (column < cfg.rows):
+            if (token < routes.tokens) & (column < cfg.rows):
                 row = place.expert * cfg.rows + column
                 factors = (row_scales(cfg, args.of_rows, row), of_tokens[group])
                 value = mainloop.results(cfg, totals, 0, block, group, factors)
                 if fx.const_expr(spec.bias):
-                    value = value + row_bias(args.bias_rows, row)
-                store_four(args.rows, route * cfg.rows + column, value.to(out), out)
+                    value = value + row_bias(args.bias, row)
+                store_four(args.out, route * cfg.rows + column, value.to(out), out)
 
 
 @cache
@@ -108,10 +101,8 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
         token_tiles: fx.Int32,
     ):
         lds = fx.SharedAllocator().allocate(shared_storage(cfg)).peek()
-        sources = mainloop.Sources(codes, scales, h, h_scales)
-        args = Arguments(
-            rows, sources, of_rows, bias_rows, sorted_ids, expert_ids, tokens, topk, token_tiles
-        )
+        routes = Routes(sorted_ids, expert_ids, tokens, topk, token_tiles)
+        args = Arguments(rows, Sources(codes, scales, h, h_scales), bias_rows, routes, of_rows)
         each = partial(compute, spec, args, lds)
         grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
 

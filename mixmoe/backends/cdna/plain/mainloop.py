@@ -23,6 +23,7 @@ import flydsl.expr as fx
 from flydsl.expr import const_expr
 
 from mixmoe.backends.cdna import mainloop as scaled
+from mixmoe.backends.cdna.arguments import Sources
 from mixmoe.backends.cdna.mainloop import spread, start_all
 from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.plain.config import FRAGMENTS, Gemm
@@ -34,17 +35,6 @@ from mixmoe.backends.cdna.plain.weights import Weights
 # fewer than 23 bits: a subtraction makes it a float32, which two of a packed instruction do.
 MAGIC = 0x4B400000
 MAGIC_FLOAT = 12582912.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Tensors a GEMM reads: codes and scales of the weights and of the tokens, as words (scales of
-    the tokens as they are)."""
-
-    codes: fx.Tensor
-    scales: fx.Tensor
-    tokens: fx.Tensor
-    token_scales: fx.Tensor
 
 
 class Operands:
