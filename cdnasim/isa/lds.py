@@ -13,7 +13,7 @@ import numpy as np
 from ..asm import Instr
 from ..batch import LANES, M0, Batch, Pending, spread
 from ..errors import ExecError
-from ..numerics import Array, i64, u8, u32, unpack_bits
+from ..numerics import Array, i32, i64, u8, u32, unpack_bits
 from ..operands import rv32
 from .memop import (
     ATOMIC,
@@ -145,7 +145,9 @@ def addresses(ins: Instr, k: int) -> Callable[[Batch], Array]:
 
         return by_lane
     a = rv32(ins.ops[k])
-    return lambda w: a(w).astype(i64)
+    # The sum of address and offset has 32 bits: compilers fold an offset into a negative address
+    # (LLVM, hasUsableDSOffset).
+    return lambda w: a(w).astype(i32).astype(i64)
 
 
 def offsets_of(ins: Instr, mode: str | None, n: int) -> list[int]:

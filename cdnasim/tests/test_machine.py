@@ -336,6 +336,21 @@ def test_lds_bounds() -> None:
         run(' v_add_u32_e32 v3, 0xf80, v1\n ds_write_b32 v3, v0\n', np.zeros(4))
 
 
+@pytest.mark.parametrize('offset', [1024, 1020])
+def test_lds_addresses_have_32_bits(offset: int) -> None:
+    """An address below 0 and an offset that makes it one inside; a lane that stays below is
+    outside."""
+    body = (
+        f' v_add_u32_e32 v3, 0xfffffc00, v1\n ds_write_b32 v3, v0 offset:{offset}\n'
+        ' ds_read_b32 v4, v1\n s_waitcnt lgkmcnt(0)\n global_store_dword v1, v4, s[6:7]\n'
+    )
+    if offset == 1024:
+        assert (run(body, np.zeros(4), hazard=True)[0] == np.arange(64)).all()
+    else:
+        with pytest.raises(cdnasim.MemFault, match='beyond the 4096 bytes'):
+            run(body, np.zeros(4))
+
+
 def test_lenient_memory_records() -> None:
     memory = Memory(lenient=True)
     out, report = run(
