@@ -131,9 +131,12 @@ def test_quantise(writer: Any, columns: int, rows: int) -> None:
     assert resources.spills == 0 and resources.registers <= 128
 
 
-def test_combine() -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_combine(early: bool) -> None:
     resources = compile_gluon(
         combine.combine_kernel, BF16, I32, F32, BF16, 7168, 7168,
-        TOPK=8, WEIGHTED=True, BN=1024, num_warps=4, **PDL,
+        TOPK=8, WEIGHTED=True, BN=1024, EARLY=early, num_warps=4, **PDL,
     )  # fmt: skip
     assert resources.spills == 0 and resources.count("LDG.E.128") >= 8  # a row a 16-byte load
+    before = resources.sass.split("ACQBULK")[0]  # the wait for the kernel before
+    assert before.count("LDG.E") == (16 if early else 0), "positions and weights, no rows"
