@@ -121,8 +121,9 @@ def gather(ring: Ring, tiles: int, steps: int, lag: int) -> Role:
         late = (late + 1) % ring.stages
 
 
-def together(team: int, ring: Ring, sums: Sums, tiles: int, steps: int) -> Role:
-    """`decode_gemm.multiply`: both teams read every stage; a tile's totals go to the epilogue."""
+def together(team: int, ring: Ring, sums: Sums | None, tiles: int, steps: int) -> Role:
+    """`decode_gemm.tile_total`: both teams read every stage; a tile's totals go to the epilogue, or
+    (sums None) stay with teams that have rows of their own."""
     total, stage, phase = tiles * steps, 0, 0
     yield ring.full[0].done(0)
     for i in range(total):
@@ -134,7 +135,7 @@ def together(team: int, ring: Ring, sums: Sums, tiles: int, steps: int) -> Role:
             assert ring.weights[ahead] == divmod(i + 1, steps), "stale"
         ring.empty[stage].arrive()
         stage, phase = ahead, ahead_phase
-        if step + 1 == steps:
+        if step + 1 == steps and sums is not None:
             yield sums.taken[tile & 1].done((tile >> 1 & 1) ^ 1)
             sums.slots[tile & 1][team] = tile
             sums.ready[tile & 1].arrive()
@@ -165,13 +166,13 @@ def lag_of(stages: int) -> int:
 
 
 def gathered(
-    stages: int, tiles: int, steps: int, lag: int, seed: int, hasty: bool = False
+    stages: int, tiles: int, steps: int, lag: int, seed: int, hasty: bool = False, own: bool = False
 ) -> None:
-    """Stage 1, and stage 2 of long rows: both teams share every stage."""
-    ring, sums = Ring.of(stages, 2, 2), Sums()
+    """Stage 1, and stage 2 of long rows: both teams share every stage; own: not the rows."""
+    ring, sums = Ring.of(stages, 2, 2), None if own else Sums()
     roles = [stream(ring, tiles, steps), gather(ring, tiles, steps, lag)]
-    teams = [together(team, ring, sums, tiles, steps) for team in range(2)]
-    play([*roles, *teams, epilogue(sums, tiles, hasty)], ring, seed)
+    roles += [together(team, ring, sums, tiles, steps) for team in range(2)]
+    play(roles if sums is None else [*roles, epilogue(sums, tiles, hasty)], ring, seed)
 
 
 def steps_of(tile: Tile, k: int) -> int:
@@ -189,20 +190,13 @@ def test_rings_of_rows_that_stay(inter: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("hidden", [416, 2880, 7168])
-def test_rings_of_stage1(hidden: int, block: int) -> None:
-    tile = choose.decode_stage1(block)
-    for seed in range(3):
-        gathered(tile.stages, 3, steps_of(tile, hidden), lag_of(tile.stages), seed)
-
-
-@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("inter", [416, 768, 2048, 2880])
-def test_rings_of_long_rows(inter: int, block: int) -> None:
-    tile = choose.decode_long(block)
+@pytest.mark.parametrize("k", [416, 768, 2048, 2880, 7168])
+def test_rings_of_gathered_rows(k: int, block: int) -> None:
+    tile = choose.decode_stream(block)
+    steps, lag, own = steps_of(tile, k), lag_of(tile.stages), tile.split_k == 1
     for seed in range(3):
         for tiles in (1, 2, 5):
-            gathered(tile.stages, tiles, steps_of(tile, inter), lag_of(tile.stages), seed)
+            gathered(tile.stages, tiles, steps, lag, seed, own=own)
 
 
 @pytest.mark.parametrize("stages", range(3, 17))

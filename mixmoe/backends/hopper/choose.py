@@ -87,7 +87,7 @@ def block_for(problem: Problem) -> int:
     mean = problem.routes / experts_hit(problem.routes, problem.experts)
     if problem.tokens == 1:
         return 1
-    return next((block for block, most in ((2, 1.3), (8, 6.0), (16, 12.0)) if mean <= most), 32)
+    return next((block for block, most in ((2, 1.3), (8, 4.6), (16, 9.5)) if mean <= most), 32)
 
 
 def stored_bytes(fmt: Format) -> float:
@@ -205,9 +205,10 @@ SUM_TOKENS, LONG = 2, 256
 # Columns of h up to which decode stage 2 keeps a block's rows in shared memory; longer ones come
 # through the ring with the weights, as x does in stage 1.
 RESIDENT_COLUMNS = 384
-# Slices of K by routes of a block, 2 for those not named: few routes take many, because tiles of
-# few weight rows end together. Stage 1: H200, 2026-11-24; stage 2 of long rows: not timed.
-SLICES, SLICES_LONG = {1: 8, 2: 8, 4: 4}, {1: 8, 2: 8, 4: 4}
+# By routes of a block: columns that a slice of K takes in a stage, slices of K. Few routes take
+# many slices, because tiles of few weight rows end together; 1: each team has rows of its own
+# (H200, 2026-11-28).
+STREAMS = {1: (256, 4), 2: (256, 4), 4: (256, 4), 8: (256, 2), 16: (256, 2), 32: (256, 1)}
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
@@ -220,20 +221,18 @@ def ring(tokens: int, k: int, slices: int, resident: int | None, ctas: int = 2) 
     """
     rows = 128 // slices
     weights = rows // 16 * (k * slices // 128) * 1088  # 16 x 128: 1 KiB of codes, 64 B of scales
-    columns = max(16, tokens * slices)  # of both teams' products
+    columns = max(16 if slices > 1 else 8, tokens * slices)  # of both teams' products
     a_stage = weights + (columns * k if resident is None else 0)
-    left = (HALF_SM if ctas == 2 else SMEM) - 2 * columns * rows * 4 - (resident or 0) - 1024
+    sums = 2 * columns * rows * 4 if slices > 1 else 0  # teams that part K hand two tiles over
+    left = (HALF_SM if ctas == 2 else SMEM) - sums - (resident or 0) - 1024
     return Tile(tokens, rows, k, max(0, min(16, left // a_stage)), 8, slices, ctas)
 
 
-def decode_stage1(block: int) -> Tile:
-    """Decode stage 1: two teams of 4 warps."""
-    return replace(ring(block, 128, SLICES.get(block, 2), None), warps=4)
-
-
-def decode_long(block: int) -> Tile:
-    """Decode stage 2 with a row per route, h through the ring: two teams of 4 warps."""
-    return replace(ring(block, 128, SLICES_LONG.get(block, 2), None), warps=4)
+def decode_stream(block: int) -> Tile:
+    """Decode stage 1, and stage 2 with long rows of h, which come through the ring: two teams of 4
+    warps."""
+    k, slices = STREAMS[block]
+    return replace(ring(block, k, slices, None), warps=4)
 
 
 def one_token(hidden: int) -> Tile:
@@ -267,6 +266,12 @@ def decode_rows(problem: Problem, block: int) -> Tile:
             return replace(tile, stages=pairs) if pairs >= 1536 // k else tile
     rule = "rows of h that stay in shared memory have few columns: I"
     raise MixMoEError(rule, problem.intermediate, RESIDENT_COLUMNS)
+
+
+def quantises_rows(problem: Problem, block: int) -> bool:
+    """Whether decode stage 2 quantises its float32 rows of h itself: short rows, and few a block,
+    for which it waits at its start."""
+    return problem.intermediate <= 256 and block <= 16
 
 
 def decode_sums(problem: Problem) -> Tile | None:

@@ -5,8 +5,8 @@ rows of x or h. The matrix warps share K: of every SLICES consecutive chunks of 
 goes to the warps of slice s. wgmma shares B between warps, so B holds the block's rows once per
 slice, N = TOKENS * SLICES columns (token, slice), and a warp keeps the columns of its own slice.
 However few rows a tile has, all warps have work, and nothing is exchanged between CTAs.
-Every 128 K the product is added to a float32 total: the FP8 tensor core keeps about 14 bits, and in
-decode the flush is free (H200, 2026-11-23: 27.9 against 27.3 us, the spread of a run).
+Every 128 or 256 K the product is added to a float32 total: the FP8 tensor core keeps about 14 bits,
+and in decode the flush is free (H200, 2026-11-23: 27.9 against 27.3 us, the spread of a run).
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ HELPER_REGISTERS = 48  # of those warps: 40 spill; the matrix warps get the rest
 # same) and of the helpers.
 TEAMS = gl.constexpr(2)
 TEAM_REGISTERS, TEAM_HELPERS = 88, 64
+OWN_REGISTERS, OWN_HELPERS = 96, 48  # where the teams do the epilogue as well
 
 
 class Ring(NamedTuple):
@@ -181,6 +182,26 @@ class Stream:
     def rows(self) -> int:
         """16-row units of a tile."""
         return self.tile.rows // 16
+
+    @property
+    def split(self) -> int:
+        """Of two teams those that part K between them; 1: each has weight rows of its own."""
+        return min(self.tile.split_k, 2)
+
+    @property
+    def part(self) -> int:
+        """Slices of K of a team of two."""
+        return self.tile.split_k // self.split
+
+    @property
+    def team_rows(self) -> int:
+        """16-row units of a team of two."""
+        return self.rows * self.split // 2
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a team of two, and of the helpers."""
+        return (OWN_REGISTERS, OWN_HELPERS) if self.split == 1 else (TEAM_REGISTERS, TEAM_HELPERS)
 
     @property
     def rep(self) -> int:

@@ -1,9 +1,15 @@
 """A grouped GEMM over a long K for few rows per expert: the roles of both stages in decode.
 
-A stream of weight bytes that nothing stops. Roles of a CTA: `multiply` (two teams of four matrix
-warps, each with half of the K slices), `stream_weights` and `gather_rows`, which keep the ring
-full, and the stage's own epilogue, which takes the teams' totals from `Sums` a row unit at a time
-(`unit_total`). Two teams and two CTAs make four chains an SM whose latencies hide behind each
+A stream of weight bytes that nothing stops. Roles of a CTA: two teams of four matrix warps,
+`stream_weights` and `gather_rows`, which keep the ring full. The teams share a tile in one of two
+ways:
+
+SPLIT 2: both have the same weight rows and each half of the K slices (`multiply`); the stage's own
+    epilogue warp takes the totals from `Sums` a row unit at a time (`unit_total`).
+SPLIT 1: each has weight rows of its own, all of K, and does its part of the epilogue itself, in
+    registers (`tile_total`). Both read one B: for many routes a block.
+
+Two teams and two CTAs make four chains an SM whose latencies hide behind each
 other. The grid is persistent and sweeps the tiles of one block after the other. Launched
 dependently (PDL): the CTAs are set up while the kernel before still runs; the kernel after may
 start once this one has seen its input.
@@ -42,12 +48,14 @@ from mixmoe.backends.hopper.decode import (
 )
 from mixmoe.backends.hopper.mainloop import (
     advance,
+    chunk_of,
     cp_async,
     cta_barrier,
-    decode,
     fragment,
-    load_raw,
+    load_chunks,
+    look_up,
     smem_cast,
+    tables_of,
     tma_load,
 )
 
@@ -102,7 +110,7 @@ def make_rows(COUNT: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def make_ring(w_desc, s_desc, rows, STAGES: gl.constexpr, TEAMS: gl.constexpr,
               FILLERS: gl.constexpr):
-    """STAGES of every team's weights, filled by FILLERS roles. rows: STAGES * TEAMS of them, or
+    """STAGES of every team's weights, filled by FILLERS roles. rows: STAGES * SPLIT of them, or
     those of a whole row that stays."""
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
@@ -158,13 +166,15 @@ def known(expert, sizes):
 
 @gluon.jit
 def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constexpr,
-                   TEAMS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):
+                   TEAMS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
+                   EARLY: gl.constexpr):
     """Role of the producer warp: the weights of every tile of this CTA.
 
     The experts of `limit` blocks may be read, so that the first load waits for no count.
     """
     if not EARLY:
         gdc_wait()
+    UNITS: gl.constexpr = w_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
     expert = gl.load(blocks.experts + gl.program_id(0) // sizes.row_tiles).to(gl.int32)
     tiles = tiles_of(blocks, sizes, BLOCK)
@@ -172,7 +182,7 @@ def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constex
     phase = stage + 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         unit = known(expert, sizes) * sizes.units
-        unit += tile % sizes.row_tiles * w_desc.block_type.shape[0]
+        unit += tile % sizes.row_tiles * (UNITS * (TEAMS // SPLIT))
         block = (tile + gl.num_programs(0)) // sizes.row_tiles
         expert = gl.load(blocks.experts + block, mask=block < limit, other=0).to(gl.int32)
         for step in range(sizes.steps):
@@ -182,34 +192,67 @@ def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constex
                 barrier, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes)
             )
             for team in gl.static_range(TEAMS):
-                k = (step * TEAMS + team) * COLUMNS
+                first = unit + team // SPLIT * UNITS
+                k = (step * SPLIT + team % SPLIT) * COLUMNS
                 slot = stage * TEAMS + team
-                tma_load(w_desc, [unit, k, 0], barrier, ring.words.index(slot))
-                tma_load(s_desc, [unit, k * 16], barrier, ring.scales.index(slot))
+                tma_load(w_desc, [first, k, 0], barrier, ring.words.index(slot))
+                tma_load(s_desc, [first, k * 16], barrier, ring.scales.index(slot))
             stage, phase = advance(stage, phase, STAGES)
+
+
+@constexpr_function
+def group_of(n):
+    """Rows of B that are gathered, or left out, together."""
+    return min(n, 16)
+
+
+@gluon.jit
+def group(rows, i, G: gl.constexpr):
+    """The i-th G rows of a B."""
+    return smem_cast(
+        rows, gl.float8e4nv, [rows.shape[0] // G, G, 128], gl.NVMMASharedLayout(128, 8, 2)
+    ).index(i)
+
+
+@gluon.jit
+def groups_of(blocks, block, limit, BLOCK: gl.constexpr, PART: gl.constexpr, N: gl.constexpr,
+              L: gl.constexpr):
+    """Of each group of a block's B = N rows (token, slice): its routes, and the first of them; live
+    ones come first."""
+    G: gl.constexpr = group_of(N)
+    routes = ()
+    first = ()
+    for i in gl.static_range(N // G):
+        n = (i * G + gl.arange(0, G, layout=L)) // PART
+        routes = routes + (routes_of(blocks, block, n, limit, BLOCK),)  # type: ignore[assignment]
+        first = first + (routes_of(blocks, block, i * G // PART, limit, BLOCK),)  # type: ignore[assignment]
+    return routes, first
 
 
 @gluon.jit
 def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
-                TOKENS: gl.constexpr, PART: gl.constexpr, TEAMS: gl.constexpr,
-                STAGES: gl.constexpr, EARLY: gl.constexpr):
-    """Role of the gather warps: each block's rows of the activation, as each team's B = (token,
-    slice) rows of 128 slots.
+                TOKENS: gl.constexpr, PART: gl.constexpr, SPLIT: gl.constexpr,
+                CHUNKS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):
+    """Role of the gather warps: each block's rows of the activation, as B = (token, slice) rows of
+    128 slots for each of SPLIT parts of K and CHUNKS of a slice.
 
     The copies of a step are announced LAG steps later, once they have landed and a fence has made
-    them visible to the tensor cores; rows of padding and slots past the row are filled with zeros.
-    The teams give a stage back after they have seen the next one, so LAG + 2 stages are in use.
+    them visible to the tensor cores. Rows of padding and slots past the row are filled with zeros;
+    a later group without a route is left as it is, and nobody reads their product. The teams give
+    a stage back after they have seen the next one, so LAG + 2 stages are in use.
     """
     gl.static_assert(STAGES >= 3)
     LAG: gl.constexpr = 3 if STAGES > 4 else STAGES - 2
     N: gl.constexpr = TOKENS * PART
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    column = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    k = (n % PART * 128)[:, None] + column[None, :]
+    G: gl.constexpr = group_of(N)
+    n = gl.arange(0, G, layout=gl.SliceLayout(1, L))
+    slot = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
+    k = (n % PART * (CHUNKS * 128))[:, None] + slot[None, :]
     if not EARLY:
         gdc_wait()
-    packed = routes_of(blocks, gl.program_id(0) // sizes.row_tiles, n // PART, limit, BLOCK)
+    block = gl.program_id(0) // sizes.row_tiles
+    routes, first = groups_of(blocks, block, limit, BLOCK, PART, N, gl.SliceLayout(1, L))
     tiles = tiles_of(blocks, sizes, BLOCK)
     gdc_wait()
     gdc_launch_dependents()
@@ -218,16 +261,24 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
     late = stage
     issued = stage
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        live = (packed & SENTINEL_MASK) < tokens
-        row = x.codes + row_of(packed, x.topk) * x.pitch
-        ahead = tile + gl.num_programs(0)
-        packed = routes_of(blocks, ahead // sizes.row_tiles, n // PART, limit, BLOCK)
+        rows = ()
+        live = ()
+        used = ()  # the first group always is
+        for i in gl.static_range(N // G):
+            rows = rows + (x.codes + row_of(routes[i], x.topk) * x.pitch,)  # type: ignore[assignment]
+            live = live + ((routes[i] & SENTINEL_MASK) < tokens,)  # type: ignore[assignment]
+            used = used + ((first[i] & SENTINEL_MASK) < tokens,)  # type: ignore[assignment]
+        block = (tile + gl.num_programs(0)) // sizes.row_tiles
+        routes, first = groups_of(blocks, block, limit, BLOCK, PART, N, gl.SliceLayout(1, L))
         for step in range(sizes.steps):
             mbarrier.wait(ring.empty.index(stage), phase)
-            for team in gl.static_range(TEAMS):
-                at = (step * TEAMS + team) * (PART * 128) + k
-                cp_async(ring.rows.index(stage * TEAMS + team), row[:, None] + at,
-                         mask=live[:, None] & (at < sizes.slots))
+            for i in gl.static_range(SPLIT * CHUNKS):
+                at = (step * SPLIT + i // CHUNKS) * (PART * CHUNKS * 128) + i % CHUNKS * 128 + k
+                b = ring.rows.index(stage * (SPLIT * CHUNKS) + i)
+                for j in gl.static_range(N // G):
+                    if j == 0 or used[j]:
+                        cp_async(group(b, j, G), rows[j][:, None] + at,
+                                 mask=live[j][:, None] & (at < sizes.slots))
             async_copy.commit_group()
             stage, phase = advance(stage, phase, STAGES)
             issued += 1
@@ -245,46 +296,93 @@ def gather_rows(x, ring, blocks, sizes, tokens, limit, BLOCK: gl.constexpr,
         late = gl.where(late + 1 == STAGES, 0, late + 1)
 
 
+class Ahead(NamedTuple):
+    """The stage that a team takes next, its words already read."""
+
+    stage: Any
+    phase: Any
+    raw: Any
+    scale: Any
+
+
+@gluon.jit
+def read_ahead(team: gl.constexpr, ring, stage, phase, more, TEAMS: gl.constexpr,
+               CHUNKS: gl.constexpr):
+    """Wait for a stage, if there is to be one, and read the team's words."""
+    mbarrier.wait(ring.full.index(stage), phase, pred=more)
+    slot = stage * TEAMS + team
+    raw, scale = load_chunks(
+        ring.words.index(slot), ring.scales.index(slot), CHUNKS, gl.num_warps()
+    )
+    return Ahead(stage, phase, raw, scale)
+
+
+@gluon.jit
+def product(words, rows, acc, CHUNK: gl.constexpr, A: gl.constexpr):
+    """acc + the CHUNK-th chunk of the weights x rows, under way; the first begins a new sum.
+
+    words: raw and the tables of `tables_of`.
+    """
+    raw, low, high = words
+    lo, hi = look_up(chunk_of(raw, CHUNK), chunk_of(low, CHUNK), chunk_of(high, CHUNK))
+    return warpgroup_mma(
+        fragment(lo, hi, A, 1, gl.num_warps()), rows.permute((1, 0)), acc, use_acc=CHUNK > 0,
+        is_async=True,
+    )
+
+
+@gluon.jit
+def tile_total(team: gl.constexpr, ring, ahead, sizes, last, N: gl.constexpr, PART: gl.constexpr,
+               TEAMS: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+               STAGES: gl.constexpr, WIDE: gl.constexpr, RESIDENT: gl.constexpr = False):
+    """A team's total of a tile, and the stage after: its rows and slices of K times the block's
+    rows, float32 (rows, N).
+
+    A stage's products are summed by the tensor cores, 128 or 256 of K, and added to the total in
+    float32. The second chunk is decoded under the first one's product, and the words of the next
+    stage, be it the next tile's, are read under the last. RESIDENT: ring.rows hold a row that
+    stays, a step after the other.
+    """
+    zero = zeros(1, N)
+    A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
+    total = own_parity(zero, PART)
+    for step in range(sizes.steps):
+        stage, phase, raw, scale = ahead
+        first = (step if RESIDENT else stage * SPLIT + team % SPLIT) * CHUNKS
+        low, high = tables_of(raw, scale, WIDE)
+        after, after_phase = advance(stage, phase, STAGES)
+        more = (step + 1 < sizes.steps) | (not last)
+        mbarrier.wait(ring.full.index(after), after_phase, pred=more)
+        part = product((raw, low, high), ring.rows.index(first), zero, 0, A)
+        if CHUNKS == 2:
+            part = product((raw, low, high), ring.rows.index(first + 1), part, 1, A)
+        slot = after * TEAMS + team
+        raw, scale = load_chunks(
+            ring.words.index(slot), ring.scales.index(slot), CHUNKS, gl.num_warps()
+        )
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(ring.empty.index(stage), count=1)
+        total += own_parity(part, PART)
+        ahead = Ahead(after, after_phase, raw, scale)
+    return total, ahead
+
+
 @gluon.jit
 def multiply(team: gl.constexpr, ring, sums, blocks, sizes, BLOCK: gl.constexpr,
-             TOKENS: gl.constexpr, PART: gl.constexpr, TEAMS: gl.constexpr,
+             TOKENS: gl.constexpr, PART: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
              STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
              RESIDENT: gl.constexpr = False):
-    """Role of a team of matrix warps: its slices of K of every tile of this CTA, to `sums`.
-
-    The words of the next stage, be it the next tile's, are read while a product is under way.
-    RESIDENT: ring.rows hold a row that stays, a step after the other.
-    """
-    WARPS: gl.constexpr = gl.num_warps()
-    zero = zeros(1, TOKENS * PART)
-    A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
+    """Role of a team that shares its rows: its slices of K of every tile of this CTA, to `sums`."""
     if not EARLY:
         gdc_wait()
     tiles = tiles_of(blocks, sizes, BLOCK)
-    stage = tiles * 0
-    phase = tiles * 0
     done = tiles * 0
-    mbarrier.wait(ring.full.index(stage), phase, pred=gl.program_id(0) < tiles)
-    raw, scale = load_raw(ring.words.index(team), ring.scales.index(team), 1, WARPS)
+    ahead = read_ahead(team, ring, done, done, gl.program_id(0) < tiles, TEAMS, CHUNKS)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        total = own_parity(zero, PART)
-        for step in range(sizes.steps):
-            lo, hi = decode(raw, scale, WIDE)
-            ahead, ahead_phase = advance(stage, phase, STAGES)
-            more = (step + 1 < sizes.steps) | (tile + gl.num_programs(0) < tiles)
-            mbarrier.wait(ring.full.index(ahead), ahead_phase, pred=more)
-            rows = ring.rows.index(step if RESIDENT else stage * TEAMS + team)
-            part = warpgroup_mma(
-                fragment(lo, hi, A, 1, WARPS), rows.permute((1, 0)), zero,
-                use_acc=False, is_async=True,
-            )
-            slot = ahead * TEAMS + team
-            raw, scale = load_raw(ring.words.index(slot), ring.scales.index(slot), 1, WARPS)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(ring.empty.index(stage), count=1)
-            total += own_parity(part, PART)
-            stage = ahead
-            phase = ahead_phase
+        total, ahead = tile_total(
+            team, ring, ahead, sizes, tile + gl.num_programs(0) >= tiles, TOKENS * PART, PART,
+            TEAMS, TEAMS, CHUNKS, STAGES, WIDE, RESIDENT,
+        )
         mbarrier.wait(sums.taken.index(done & 1), ((done >> 1) & 1) ^ 1)
         sums.buffer.index((done & 1) * TEAMS + team).store(own_slice(total, TOKENS, PART))
         mbarrier.arrive(sums.ready.index(done & 1), count=1)

@@ -14,8 +14,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
-    TEAM_HELPERS,
-    TEAM_REGISTERS,
     TEAMS,
     Blocks,
     Columns,
@@ -31,9 +29,11 @@ from mixmoe.backends.hopper.decode_gemm import (
     make_rows,
     make_sums,
     multiply,
+    read_ahead,
     routes_of,
     row_of,
     stream_weights,
+    tile_total,
     tiles_of,
     tokens_of,
     unit_total,
@@ -118,34 +118,97 @@ def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes
         done += 1
 
 
+@gluon.jit
+def activate_rows(team: gl.constexpr, ring, h_ptr, x_scales, w, weight_ptr, blocks, sizes, act,
+                  tokens, BLOCK: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
+                  STAGES: gl.constexpr, WIDE: gl.constexpr, KIND: gl.constexpr):
+    """Role of a team with rows of its own: products, scale, bias, activation -> h (float32).
+
+    A thread's two rows of a product are a gate and the up row of the same column.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = tokens_of(BLOCK, 1)
+    gdc_wait()
+    tiles = tiles_of(blocks, sizes, BLOCK)
+    ahead = read_ahead(
+        team, ring, tiles * 0, tiles * 0, gl.program_id(0) < tiles, TEAMS, CHUNKS
+    )
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        total, ahead = tile_total(
+            team, ring, ahead, sizes, tile + gl.num_programs(0) >= tiles, N, 1, TEAMS, 1, CHUNKS,
+            STAGES, WIDE,
+        )
+        gate, up = total.reshape([WARPS, 2, 8, N]).permute((0, 2, 3, 1)).split()
+        gate = gate.reshape([WARPS * 8, N])
+        up = up.reshape([WARPS * 8, N])
+        LY: gl.constexpr = gate.type.layout
+        m = gl.arange(0, WARPS * 8, layout=gl.SliceLayout(1, LY))[:, None]
+        n = gl.arange(0, N, layout=gl.SliceLayout(0, LY))[None, :]
+        block = tile // sizes.row_tiles
+        expert = known(gl.load(blocks.experts + block).to(gl.int64), sizes)
+        packed = routes_of(blocks, block, n, block + 1, BLOCK)
+        token = packed & SENTINEL_MASK
+        column = (tile % sizes.row_tiles * TEAMS + team) * (WARPS * 8) + m
+        gate_scale, up_scale = load_pair(w.scale, expert, sizes.columns, column)
+        x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
+        gate *= gate_scale * x_scale
+        up *= up_scale * x_scale
+        if w.bias is not None:
+            gate_bias, up_bias = load_pair(w.bias, expert, sizes.columns, column)
+            gate += gate_bias
+            up += up_bias
+        h = activate(gate, up, act.limit, act.alpha, act.beta, act.beta2, KIND)
+        if weight_ptr is not None:
+            h *= gl.load(weight_ptr + block * BLOCK + n, mask=n < BLOCK, other=0.0)
+        row = h_ptr + row_of(packed, sizes.topk) * sizes.columns
+        gl.store(row + column, h, mask=(column < sizes.columns) & (token < tokens))
+
+
 @gluon.jit(do_not_specialize=["tokens", "limit"])
 def gemm1_decode(
     w_desc, s_desc, x, h_ptr, w, weight_ptr, blocks, sizes, act, tokens, limit,
-    BLOCK: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, KIND: gl.constexpr,
-    WIDE: gl.constexpr, TEAM_REGISTERS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, PART: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
-    rows = make_rows(STAGES * TEAMS, TOKENS * PART)
+    rows = make_rows(STAGES * SPLIT * CHUNKS, TOKENS * PART)
     ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
-    sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
-                        False)),
-            (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
-                        False)),
-            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, STAGES,
-                              False)),
-            (activate_tiles, (sums, h_ptr, x.scales, None, w, weight_ptr, blocks, sizes, act,
-                              tokens, BLOCK, TOKENS, TEAMS, KIND)),
-            (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, TEAMS,
-                           STAGES, False)),
-        ],
-        [4, 1, 1, 2],
-        [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-    )
+    if SPLIT == 1:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (activate_rows, (0, ring, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act,
+                                 tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, KIND)),
+                (activate_rows, (1, ring, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act,
+                                 tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, KIND)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, False)),
+                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, False)),
+            ],
+            [4, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, False)),
+                (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, False)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, False)),
+                (activate_tiles, (sums, h_ptr, x.scales, None, w, weight_ptr, blocks, sizes, act,
+                                  tokens, BLOCK, TOKENS, TEAMS, KIND)),
+                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, False)),
+            ],
+            [4, 1, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )
 
 
 def launch(
@@ -163,7 +226,7 @@ def launch(
     if not limit or not p.tokens:
         return out
     gemm1_decode[(stream.grid(limit * row_tiles),)](
-        *stream.boxes(w13, stream.rows, tile.split_k // 2),
+        *stream.boxes(w13, stream.team_rows, stream.part),
         Rows(x.codes, x.codes.stride(0), x.scales, None), out,
         Columns(w13.row_scale, weights.w13_bias),
         routed.sorted_weights if recipe.weight_on == 1 else None,
@@ -171,7 +234,7 @@ def launch(
         Sizes(x.codes.shape[1], p.intermediate, p.experts, p.topk, -(-p.intermediate // 8),
               row_tiles, stream.steps(p.hidden), None),
         Act(*activation_scalars(recipe.act)), p.tokens, limit,
-        tile.tokens, tile.split_k // 2, tile.stages, KINDS[recipe.act.kind], stream.wide,
-        TEAM_REGISTERS, TEAM_HELPERS, **stream.options,
+        tile.tokens, stream.part, stream.split, stream.chunks, tile.stages,
+        KINDS[recipe.act.kind], stream.wide, *stream.registers, **stream.options,
     )
     return out

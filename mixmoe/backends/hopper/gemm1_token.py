@@ -46,7 +46,7 @@ def multiply_token(ring, x_memory, sums, x, blocks, sizes, STAGES: gl.constexpr,
     row = gl.zeros([SLICES], gl.int64, gl.SliceLayout(1, L))
     scale = make_resident(ring.rows, x, row, row == 0, sizes.slots, SLICES, 1, L)
     x_memory.store(scale)  # all slices are of one row
-    multiply(0, ring, sums, blocks, sizes, 1, 1, SLICES, 1, STAGES, WIDE, True, True)
+    multiply(0, ring, sums, blocks, sizes, 1, 1, SLICES, 1, 1, STAGES, WIDE, True, True)
 
 
 @gluon.jit
@@ -64,7 +64,8 @@ def gemm1_token(
     gl.warp_specialize(
         [
             (multiply_token, (ring, x_memory, sums, x, blocks, sizes, STAGES, WIDE)),
-            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, 1, 1, STAGES, False)),
+            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, 1, 1, 1, STAGES,
+                              False)),
             (activate_tiles, (sums, h_ptr, None, x_memory, w, weight_ptr, blocks, sizes, act, 1, 1,
                               1, 1, KIND)),
         ],

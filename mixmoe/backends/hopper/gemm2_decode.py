@@ -293,7 +293,7 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
              TOKENS: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
              GROUPS: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
     """Role of a team: every TEAMS-th tile. The words of its next stage are read while a product is
-    under way; every 128 of K is added in float32."""
+    under way; every 128 or 256 of K are added in float32."""
     WARPS: gl.constexpr = gl.num_warps()
     zero = zeros(1, N)
     L: gl.constexpr = zero.type.layout
@@ -338,19 +338,14 @@ def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes
                 prepared.codes.index(group).permute((1, 0)), zero, use_acc=False, is_async=True,
             )
             if CHUNKS == 2:
-                second = warpgroup_mma(
+                part = warpgroup_mma(
                     fragment(chunk_of(lo, 1), chunk_of(hi, 1), A, 1, WARPS),
-                    prepared.codes.index(group + 1).permute((1, 0)), zero, use_acc=False,
-                    is_async=True,
+                    prepared.codes.index(group + 1).permute((1, 0)), part, is_async=True,
                 )
-                raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
-                part, second = warpgroup_mma_wait(0, deps=[part, second])
-                part += second
-            else:
-                raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
-                part = warpgroup_mma_wait(0, deps=[part])
+            raw, byte, scale, bias = take(ring, vectors, at % STAGES, CHUNKS, L)
+            part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.arrive(ring.empty.index(stage), count=1)
-            total += part
+            total = part if GROUPS == CHUNKS else total + part
         value = total * row_scale[:, None] * h_scale[None, :]
         if vectors.bias is not None:
             value += row_bias[:, None]

@@ -14,8 +14,6 @@ from triton.language.extra.cuda import gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
-    TEAM_HELPERS,
-    TEAM_REGISTERS,
     TEAMS,
     Blocks,
     Columns,
@@ -31,13 +29,16 @@ from mixmoe.backends.hopper.decode_gemm import (
     make_rows,
     make_sums,
     multiply,
+    read_ahead,
     routes_of,
     row_of,
     stream_weights,
+    tile_total,
     tiles_of,
     tokens_of,
     unit_total,
 )
+from mixmoe.backends.hopper.gemm2_decode import rows_of, store
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
@@ -96,33 +97,85 @@ def store_tiles(sums, out_ptr, h_scales, w, blocks, sizes, tokens, BLOCK: gl.con
         done += 1
 
 
+@gluon.jit
+def store_rows(team: gl.constexpr, ring, out_ptr, h_scales, w, blocks, sizes, tokens,
+               BLOCK: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
+               STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
+    """Role of a team with weight rows of its own: products, scales, bias -> rows of the result."""
+    WARPS: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = tokens_of(BLOCK, 1)
+    O: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [WARPS, 1], [0, 1])
+    if not EARLY:
+        gdc_wait()
+    tiles = tiles_of(blocks, sizes, BLOCK)
+    gdc_wait()  # for the scales of h; and the rows may still be read by what ran before
+    ahead = read_ahead(
+        team, ring, tiles * 0, tiles * 0, gl.program_id(0) < tiles, TEAMS, CHUNKS
+    )
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        value, ahead = tile_total(
+            team, ring, ahead, sizes, tile + gl.num_programs(0) >= tiles, N, 1, TEAMS, 1, CHUNKS,
+            STAGES, WIDE,
+        )
+        L: gl.constexpr = value.type.layout
+        block = tile // sizes.row_tiles
+        expert = known(gl.load(blocks.experts + block).to(gl.int64), sizes)
+        first = (tile % sizes.row_tiles * TEAMS + team) * (WARPS * 16)
+        column = first + gl.arange(0, WARPS * 16, layout=gl.SliceLayout(1, L))
+        row = rows_of(blocks, sizes, block, tokens, N, BLOCK, gl.SliceLayout(0, L))
+        h_scale = gl.load(h_scales + row, mask=row >= 0, other=0.0)
+        value *= load_column(w.scale, expert, sizes.columns, column)[:, None] * h_scale[None, :]
+        if w.bias is not None:
+            value += load_column(w.bias, expert, sizes.columns, column)[:, None]
+        row = rows_of(blocks, sizes, block, tokens, N, BLOCK, gl.SliceLayout(0, O))
+        store(value, out_ptr, row, first, sizes.columns, O)
+
+
 @gluon.jit(do_not_specialize=["tokens", "limit"])
 def gemm2_long(
     w_desc, s_desc, h, out_ptr, w, blocks, sizes, tokens, limit,
-    BLOCK: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
-    EARLY: gl.constexpr, TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK: gl.constexpr, PART: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
-    rows = make_rows(STAGES * TEAMS, TOKENS * PART)
+    rows = make_rows(STAGES * SPLIT * CHUNKS, TOKENS * PART)
     ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
-    sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
-                        EARLY)),
-            (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, STAGES, WIDE,
-                        EARLY)),
-            (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, STAGES,
-                              EARLY)),
-            (store_tiles, (sums, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TOKENS,
-                           TEAMS, EARLY)),
-            (gather_rows, (h, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, TEAMS,
-                           STAGES, EARLY)),
-        ],
-        [4, 1, 1, 2],
-        [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-    )
+    if SPLIT == 1:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (store_rows, (0, ring, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TEAMS,
+                              CHUNKS, STAGES, WIDE, EARLY)),
+                (store_rows, (1, ring, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TEAMS,
+                              CHUNKS, STAGES, WIDE, EARLY)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, EARLY)),
+                (gather_rows, (h, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, EARLY)),
+            ],
+            [4, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, EARLY)),
+                (store_tiles, (sums, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TOKENS,
+                               TEAMS, EARLY)),
+                (gather_rows, (h, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, EARLY)),
+            ],
+            [4, 1, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )
 
 
 def launch(
@@ -143,13 +196,13 @@ def launch(
     if not limit or not p.tokens:
         return out
     gemm2_long[(stream.grid(limit * row_tiles),)](
-        *stream.boxes(w2, stream.rows, tile.split_k // 2),
+        *stream.boxes(w2, stream.team_rows, stream.part),
         Rows(h.codes, h.codes.stride(0), h.scales, p.topk), out,
         Columns(w2.row_scale, weights.w2_bias),
         Blocks(routed.sorted_token_ids, routed.sorted_expert_ids, routed.num_valid_ids),
         Sizes(h.codes.shape[1], p.hidden, p.experts, p.topk, -(-p.hidden // 16), row_tiles,
               stream.steps(p.intermediate), None),
-        p.tokens, limit, tile.tokens, tile.split_k // 2, tile.stages, stream.wide, early,
-        TEAM_REGISTERS, TEAM_HELPERS, **stream.options,
+        p.tokens, limit, tile.tokens, stream.part, stream.split, stream.chunks, tile.stages,
+        stream.wide, early, *stream.registers, **stream.options,
     )
     return out

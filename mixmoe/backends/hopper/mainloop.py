@@ -221,14 +221,21 @@ def look_up(words, low, high):
 
 
 @gluon.jit
-def decode(raw, scale, WIDE: gl.constexpr):
-    """Words (.., q, j) and scale bytes (.., q) -> (lo, hi), two int32 of four e4m3 each."""
+def tables_of(raw, scale, WIDE: gl.constexpr):
+    """Scale bytes (.., q) -> the two halves of the table of each word (.., q, j)."""
     if WIDE:
         low, high = tables_wide(scale)
     else:
         low, high = tables(scale)
     low, _ = gl.broadcast(low.expand_dims(5), raw)
     high, _ = gl.broadcast(high.expand_dims(5), raw)
+    return low, high
+
+
+@gluon.jit
+def decode(raw, scale, WIDE: gl.constexpr):
+    """Words (.., q, j) and scale bytes (.., q) -> (lo, hi), two int32 of four e4m3 each."""
+    low, high = tables_of(raw, scale, WIDE)
     return look_up(raw, low, high)
 
 

@@ -38,8 +38,6 @@ from mixmoe.formats import Format, Quantised, ScaleKind
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Problem, Recipe, Weights
 
-QUANTISED_THERE = 256  # columns of h up to which decode stage 2 quantises it; longer rows wait
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
@@ -149,7 +147,7 @@ class Decode:
         """h in float32, a row per route; skipped rows undefined."""
         p = routed.problem
         h = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=x.codes.device)
-        tile = choose.decode_stage1(routed.block)
+        tile = choose.decode_stream(routed.block)
         return gemm1_decode.launch(x, weights, routed, recipe, tile, h)
 
     def gemm2(self, h: Quantised, weights: Weights, routed: Placed, recipe: Recipe) -> Tensor:
@@ -165,7 +163,7 @@ class Decode:
         p = routed.problem
         out = torch.empty((p.routes, p.hidden), dtype=recipe.out_dtype, device=weights.device)
         if isinstance(h, SlotRows) and p.intermediate > choose.RESIDENT_COLUMNS:
-            tile = choose.decode_long(routed.block)
+            tile = choose.decode_stream(routed.block)
             return gemm2_long.launch(h, weights, routed, recipe, tile, out, early)
         tile = choose.decode_rows(p, routed.block)
         return gemm2_decode.launch_rows(h, weights, routed, recipe, tile, out, early)
@@ -187,11 +185,11 @@ class Decode:
         # the kernel takes float32 weights and contiguous rows, and trusts an expert map's length
         plain = out.is_contiguous() and routed.expert_map is None
         if sums is None or ids is None or topk_weights is None or not plain:
-            if isinstance(h, Tensor) and h.shape[1] > QUANTISED_THERE:
+            if isinstance(h, Tensor) and not choose.quantises_rows(routed.problem, routed.block):
                 fmt, position = recipe.activation, routed.position
                 h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, position)
             rows = self.rows(h, weights, routed, recipe, early)
-            return combine(rows, routed, recipe.weight_on, out)
+            return combine(rows, routed, recipe.weight_on, out, early=True)
         return gemm2_decode.launch_tokens(
             h, weights, ids, topk_weights.to(torch.float32), None, recipe, sums, out
         )
