@@ -103,11 +103,8 @@ def test_route_many() -> None:
     sizes = 65536, 8192, 98304, 256, 0, 8
     ids, go = Fake(torch.int64), {"EP": 256, **PDL}
     count = compile_gluon(
-        route.count, ids, None, I32, I32, 65536, 8192, 256, 0, 256,
-        BF16, Fake(torch.float8_e4m3fn), F32, 7168, 7168, 7168,
-        CHUNK=256, WRITE=quantise.write_fp8_row, UP=0, QB=1, KP=8192, num_warps=16, maxnreg=64,
-        **go,
-    )  # fmt: skip
+        route.count, ids, None, I32, I32, 65536, 256, 0, CHUNK=256, num_warps=16, **go
+    )
     scan = compile_gluon(route.scan, I32, I32, 256, 256, ROWS=256, COLUMNS=8, num_warps=8, **PDL)
     scatter = compile_gluon(
         route.scatter, ids, F32, None, I32, I32, *LISTS, *sizes,
@@ -125,10 +122,25 @@ def test_quantise(writer: Any, columns: int, rows: int) -> None:
     e8m0 = name in ("write_mxfp4", "write_mxfp8")
     resources = compile_gluon(
         quantise.quantise_rows, BF16, Fake(codes), Fake(torch.uint8 if e8m0 else torch.float32),
-        rows, columns, columns, columns, None, GATHER=False, WRITE=writer, UP=0x400001,
+        rows, columns, columns, columns, None, GATHER=False, BESIDE=False, WRITE=writer,
+        UP=0x400001,
         **quantise.plan(columns, rows), **PDL,
     )  # fmt: skip
     assert resources.spills == 0 and resources.registers <= 128
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_quantise_beside(beside: bool) -> None:
+    """Beside other kernels: waits once, by one CTA, behind its stores; else before its loads."""
+    sass = compile_gluon(
+        quantise.quantise_rows, BF16, Fake(torch.float8_e4m3fn), F32, 8192, 7168, 7168, 7168, None,
+        GATHER=False, BESIDE=beside, WRITE=quantise.write_fp8_slots, UP=0,
+        **quantise.plan(7168, 8192), **PDL,
+    ).sass  # fmt: skip
+    before, after = sass.split("ACQBULK")
+    first, second = ("LDG.E", "STG.E") if beside else ("never", "LDG.E")
+    assert (first in before) == beside and ("STG.E" in after) == (not beside)
+    assert (second in before) == beside
 
 
 @pytest.mark.parametrize("early", [True, False])

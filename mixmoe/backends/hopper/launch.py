@@ -10,12 +10,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def start_dependents(PDL: tl.constexpr):
     """Let the next kernel's CTAs be set up beside this one, then wait for the previous one.
 
-    Every kernel of the layer calls this first, so a kernel that has passed its wait knows that all
-    earlier kernels have ended, not only the last.
+    Every kernel of the layer calls this first (or waits later, but in time), so a kernel that has
+    passed its wait knows that all earlier kernels have ended, not only the last.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def wait_for_all(PDL: tl.constexpr):
+    """`start_dependents` the other way round: when the next kernel starts, all before this one has
+    ended."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def options(device: torch.device) -> dict[str, bool]:

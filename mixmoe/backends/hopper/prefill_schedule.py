@@ -175,9 +175,11 @@ class Prefill:
         rows = quantise_stage.empty_rows(p.tokens, p.hidden, x.device)
         writer = quantise_stage.FP8_WRITERS[recipe.activation.name]
         up = quantise_stage.round_up_from(recipe.activation, recipe.rounding)
+        riders = route_stage.Rows(x, rows.codes, rows.scales, rows.codes.shape[1], writer, up)
+        beside = p.routes > route_stage.FEW  # x is quantised beside routing and the lists
         routed = route_stage.route(
             call.topk_ids[part], call.topk_weights[part], p, ROUTE_BLOCK, call.expert_map,
-            route_stage.Rows(x, rows.codes, rows.scales, rows.codes.shape[1], writer, up),
+            None if beside else riders,
         )  # fmt: skip
         cut = Cut.of(p, recipe.accumulate == "precise")
         red = None if call.deterministic else red_of(p, y)
@@ -188,6 +190,8 @@ class Prefill:
             ring.split(p) if ring else None,
         )  # fmt: skip
         assert lists.tiles is not None
+        if beside:
+            riders.write()
         h = self.stage1(rows, weights, routed, recipe, cut, lists.tiles, y if red else None)
         rows = quantise_stage.quantise_fp8(h, recipe.activation, recipe.rounding)
         if red is not None:

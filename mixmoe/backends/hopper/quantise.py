@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents
 from mixmoe.backends.hopper.operands import operand
@@ -223,15 +224,21 @@ def load_rows(x_ptr, row, live, K, stride, KP: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def quantise_rows(
     x_ptr, codes_ptr, scales_ptr, rows, K, stride, pitch, position_ptr,
-    GATHER: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr, KP: tl.constexpr,
-    UP: tl.constexpr, PDL: tl.constexpr,
+    GATHER: tl.constexpr, BESIDE: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
+    KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of x, codes in rows of ``pitch`` columns, zeros from K on.
 
     With ``position_ptr`` a row whose position is -1 counts as zeros; the others lie at their
     position if GATHER, else at their own number.
+    BESIDE: the kernels before this one may still run, as x was complete when the first of them
+    started its dependents (`launch.wait_for_all`) and they have nothing to do with these rows. The
+    last CTA waits for them at its end, on behalf of whoever waits for this kernel.
     """
-    start_dependents(PDL)
+    if not BESIDE:
+        start_dependents(PDL)
+    elif PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0) * QB + tl.arange(0, QB)
     live = row < rows
     real = live
@@ -243,6 +250,9 @@ def quantise_rows(
             lies = at
     x = load_rows(x_ptr, lies, real, K, stride, KP)
     WRITE(x, codes_ptr, scales_ptr, row, live, pitch, QB, KP, UP)
+    if BESIDE and PDL:  # noqa: SIM102 (known when compiled, and not)
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            gdc_wait()
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
@@ -390,7 +400,7 @@ def slot_rows(q: Quantised) -> SlotRows:
 
 def launch_rows(
     x: Tensor, codes: Tensor, scales: Tensor, pitch: int, writer: object, up: int,
-    position: Tensor | None, gather: bool,
+    position: Tensor | None, gather: bool, beside: bool = False,
 ) -> None:  # fmt: skip
     """``quantise_rows`` over all rows of ``codes``."""
     rows = codes.shape[0]
@@ -398,7 +408,7 @@ def launch_rows(
         shape = plan(pitch, rows)
         quantise_rows[(-(-rows // shape["QB"]),)](
             x, codes, scales, rows, x.shape[1], x.stride(0), pitch, position,
-            GATHER=gather, WRITE=writer, UP=up, **shape, **options(x.device),
+            GATHER=gather, BESIDE=beside, WRITE=writer, UP=up, **shape, **options(x.device),
         )  # fmt: skip
 
 

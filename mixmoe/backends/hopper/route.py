@@ -6,8 +6,9 @@ are sums over compares, so no order of arrival enters and a graph replay gives t
 ========  ===============================================================================
 few       up to ``FEW`` routes: every CTA counts all ids, and those before its own chunk, then
           places its chunk; further CTAs quantise the rows of x, which needs no routing
-many      ``count`` (rank in a chunk of 256, histogram of the chunk; the rows of x as above),
-          ``scan`` (prefix over chunks per expert), ``scatter``
+many      ``count`` (rank in a chunk of 256, histogram of the chunk), ``scan`` (prefix over
+          chunks per expert), ``scatter``; the rows of x are quantised beside them, by a kernel
+          that starts when they have started
 ========  ===============================================================================
 """
 
@@ -19,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixmoe.backends.hopper.launch import options, pow2, start_dependents
-from mixmoe.backends.hopper.quantise import load_rows, plan
+from mixmoe.backends.hopper.launch import options, pow2, start_dependents, wait_for_all
+from mixmoe.backends.hopper.quantise import launch_rows, load_rows, plan
 from mixmoe.spec import Problem, Routed
 
 FEW = 8192  # routes; above, reading all ids in every CTA costs more than two more launches
@@ -61,7 +62,7 @@ def expert_of(ids_ptr, map_ptr, r, R, E, known):
 def rank_among(ids_ptr, map_ptr, r, e, first, N, R, E, known, ROUTES: tl.constexpr):
     """How many routes of ``first .. first + N`` stand before ``r`` and go to the same expert."""
     found = tl.zeros((ROUTES, PAIRS), tl.int32)
-    for at in range(first, first + N, PAIRS):
+    for at in tl.range(first, first + N, PAIRS, num_stages=4):
         i = at + tl.arange(0, PAIRS)
         other = expert_of(ids_ptr, map_ptr, i, R, E, known)
         found += ((other[None, :] == e[:, None]) & (i[None, :] < r[:, None])).to(tl.int32)
@@ -128,7 +129,7 @@ def histograms(
     """How many routes go to each expert, ``(EP,)``, and how many of those before ``first``."""
     counts = tl.zeros((EP,), tl.int32)
     before = tl.zeros((EP,), tl.int32)
-    for at in range(0, R, PIECE):
+    for at in tl.range(0, R, PIECE, num_stages=4):
         i = at + tl.arange(0, PIECE)
         e = expert_of(ids_ptr, map_ptr, i, R, E, known)
         found = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
@@ -173,30 +174,19 @@ def route_once(
 
 @triton.jit(do_not_specialize=SIZES)
 def count(
-    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, T, E, known, workers,
-    x_ptr, codes_ptr, scales_ptr, K, x_stride, pitch,
-    CHUNK: tl.constexpr, EP: tl.constexpr, WRITE: tl.constexpr, QB: tl.constexpr,
-    KP: tl.constexpr, UP: tl.constexpr, PDL: tl.constexpr,
+    ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, R, E, known,
+    CHUNK: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own.
-
-    CTAs beyond the ``workers`` chunks quantise QB rows of x each.
-    """
-    start_dependents(PDL)
+    """Chunk ``program_id(0)``: its histogram, and each route's rank among the chunk's own."""
+    wait_for_all(PDL)  # whatever starts from here on may read x
     chunk = tl.program_id(0)
-    if chunk < workers:
-        r = chunk * CHUNK + tl.arange(0, CHUNK)
-        e = expert_of(ids_ptr, map_ptr, r, R, E, known)
-        counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
-        k = tl.arange(0, EP)
-        tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
-        rank = rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known, CHUNK)
-        tl.store(rank_ptr + r, rank, mask=r < R)
-    else:
-        if WRITE is not None:
-            row = (chunk - workers) * QB + tl.arange(0, QB)
-            x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
-            WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
+    r = chunk * CHUNK + tl.arange(0, CHUNK)
+    e = expert_of(ids_ptr, map_ptr, r, R, E, known)
+    counts = tl.histogram(tl.maximum(e, 0), EP, mask=e >= 0)
+    k = tl.arange(0, EP)
+    tl.store(chunk_counts_ptr + chunk.to(tl.int64) * E + k, counts, mask=k < E)
+    rank = rank_among(ids_ptr, map_ptr, r, e, chunk * CHUNK, CHUNK, R, E, known, CHUNK)
+    tl.store(rank_ptr + r, rank, mask=r < R)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -254,6 +244,13 @@ class Rows:
     writer: object
     up: int
 
+    def write(self) -> None:
+        """Quantise them beside the kernels of `route_many`, and of what follows them."""
+        launch_rows(
+            self.x, self.codes, self.scales, self.pitch, self.writer, self.up, None, False,
+            beside=True,
+        )
+
 
 def route(
     topk_ids: Tensor, topk_weights: Tensor, problem: Problem, block: int,
@@ -266,8 +263,12 @@ def route(
     """
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     out = empty_routed(problem, block, topk_ids, topk_weights, expert_map)
-    few = problem.routes <= FEW
-    (route_few if few else route_many)(topk_ids, topk_weights, expert_map, out, rows)
+    if problem.routes <= FEW:
+        route_few(topk_ids, topk_weights, expert_map, out, rows)
+        return out
+    route_many(topk_ids, topk_weights, expert_map, out)
+    if rows is not None:
+        rows.write()
     return out
 
 
@@ -331,9 +332,7 @@ def riders(rows: Rows | None, ids: Tensor, tokens: int) -> tuple[tuple, dict[str
     return operands, shape, -(-tokens // cut["QB"])
 
 
-def route_many(
-    ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed, rows: Rows | None
-) -> None:
+def route_many(ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed) -> None:
     """Three launches: chunks counted, prefixes over the chunks, routes scattered."""
     p = out.problem
     chunks, ep = -(-p.routes // CHUNK), pow2(p.experts)
@@ -341,10 +340,9 @@ def route_many(
     totals = torch.empty(p.experts, dtype=torch.int32, device=ids.device)
     R, T, P, E, known, topk = sizes_of(out, expert_map)
     go = options(ids.device)
-    operands, shape, more = riders(rows, ids, p.tokens)
-    count[(chunks + more,)](
-        ids, expert_map, chunk_counts, out.position, R, T, E, known, chunks, *operands,
-        CHUNK=CHUNK, EP=ep, num_warps=16, maxnreg=64, **shape, **go,
+    count[(chunks,)](
+        ids, expert_map, chunk_counts, out.position, R, E, known,
+        CHUNK=CHUNK, EP=ep, num_warps=16, **go,
     )  # fmt: skip
     scan[(-(-E // SCAN_COLUMNS),)](
         chunk_counts, totals, chunks, E, ROWS=SCAN_ROWS, COLUMNS=SCAN_COLUMNS, num_warps=8, **go
