@@ -94,9 +94,10 @@ def test_route_once(routes: int, experts: int, chunk: int) -> None:
         route.route_once, Fake(torch.int64), BF16, None, *LISTS, routes, 64, 4352, experts, 0, 8, 8,
         BF16, Fake(torch.float8_e4m3fn), F32, 7168, 7168, 7168,
         BLOCK=8, PIECE=min(1024, pow2(routes)), EP=pow2(experts), ROUTES=chunk,
-        WRITE=quantise.write_fp8_row, UP=0, QB=1, KP=8192, num_warps=8, **PDL,
+        WRITE=quantise.write_fp8_row, UP=0, QB=1, KP=8192,
+        num_warps=8 if routes <= 1024 else 16, **PDL,
     )  # fmt: skip
-    assert resources.spills == 0 and resources.registers <= 128
+    assert resources.spills == 0 and resources.registers <= (128 if routes <= 1024 else 64)
 
 
 def test_route_many() -> None:

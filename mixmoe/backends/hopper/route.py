@@ -317,7 +317,7 @@ def route_few(
     route_once[(routers + more,)](
         ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map), routers, *operands,
         BLOCK=out.block, PIECE=max(64, min(PIECE, pow2(p.routes))), EP=ep, ROUTES=chunk,
-        num_warps=8, **shape, **options(ids.device),
+        num_warps=8 if p.routes <= PIECE else 16, **shape, **options(ids.device),
     )  # fmt: skip
 
 
