@@ -112,6 +112,13 @@ def test_route_many() -> None:
         256, BLOCK=32, CHUNK=256, num_warps=8, **go,
     )  # fmt: skip
     assert not any(kernel.spills for kernel in (count, scan, scatter))
+    assert waits_first(count), "x is read beside the kernels that start after this one"
+    assert not waits_first(scan) and not waits_first(scatter)
+
+
+def waits_first(kernel: Resources) -> bool:
+    """Whether it waits for the kernel before (ACQBULK) and then starts the next (PREEXIT)."""
+    return kernel.sass.index("ACQBULK") < kernel.sass.index("PREEXIT")
 
 
 @pytest.mark.parametrize("columns, rows", [(7168, 8192), (256, 65536)])
