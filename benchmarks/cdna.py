@@ -75,6 +75,8 @@ OPTIONS = (
         for recipe in ("a4w4", "a8w4", "a8w4_mx", "a8w8_mx", "a8w8")
         for block in (16, 32, 64, 128)
     ),
+    *(Option(f"a8w8_block, tile of {block}", "a8w8_block", tokens=4 * block, block=block)
+      for block in (16, 32, 64)),
     Option("sort block of several tiles", tokens=1024, block=256),
     # Who takes which tiles, and who shares K.
     Option("three tiles a workgroup", tokens=512, block=128, tiles=both(walk={"each": 3})),

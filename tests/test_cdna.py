@@ -34,6 +34,8 @@ OTHERS = [(r, name) for r in RECIPES[1:] for name in TOUCHED] + [("a8w4_mx", "we
 ROWS = [("a8w4", name) for name in ("tail 288 x 96", "bias", "weight on 1")]
 ROWS += [("a8w8_mxw", "tail 96 x 288")]
 ROWS += [("a8w8", name) for name in ("tail 288 x 96", "tail 96 x 288", "bias")]
+# Both with scales along K that the MFMA does not take.
+ROWS += [("a8w8_block", name) for name in ("tail 288 x 96", "tail 96 x 288", "weight on 1")]
 SCHEDULES = ("serial", "reverse", "random", "lockstep")
 
 
@@ -56,7 +58,7 @@ def test_schedules(schedule):
 
 
 @pytest.mark.parametrize(("recipe", "hidden", "inter"), [
-    ("a8w8_mx", 1152, 320), ("a4w4", 1280, 544)
+    ("a8w8_mx", 1152, 320), ("a4w4", 1280, 544), ("a8w8_block", 1408, 160)
 ])
 def test_long_k(recipe, hidden, inter):
     """Loops of three to five K tiles, with and without a short last one; several row tiles."""
@@ -114,7 +116,7 @@ def test_every_weight_order_gives_the_same_bits(recipe, orders):
 
 @pytest.mark.parametrize(("recipe", "block"), [
     ("a4w4", 16), ("a4w4", 64), ("a4w4", 96), ("a4w4", 128), ("a8w8_mx", 64), ("a8w8_mx", 256),
-    ("a8w4", 64), ("a8w8", 128),
+    ("a8w4", 64), ("a8w8", 128), ("a8w8_block", 64), ("a8w8_block", 128),
 ])
 def test_every_token_tile_gives_the_same_bits(recipe, block):
     """Tiles of 16 to 128 tokens; 96 and 256 are sort blocks of several tiles."""

@@ -1,6 +1,7 @@
 """Faults planted in the CDNA kernels: each must turn the checks of test_cdna.py red."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from cdna_cases import failures, findings, judge, simulate
 
 from mixmoe.backends.cdna import (
     activate,
+    blocks,
     combine,
     config,
     gemm1,
@@ -19,9 +21,11 @@ from mixmoe.backends.cdna import (
     results,
     tokens,
     weights,
+    work,
 )
 from mixmoe.formats import Rounding
 
+BLOCKS = {"tokens": 9, "hidden": 640, "intermediate": 288}  # five and three blocks along K
 STAGE_MODULES = (gemm1, gemm2, quantise, combine)
 
 
@@ -113,6 +117,44 @@ def test_scales_of_rows_that_are_not_written(fresh, monkeypatch):
     assert stages_that_fail("a8w8")[0] >= {"gemm1", "gemm2"}
 
 
+def replaced(name, change):
+    """A method of the scales along K that does what it did with something changed."""
+    real = getattr(blocks.BlockScales, name)
+    return blocks.BlockScales, name, lambda self, *args: real(self, *change(self, *args))
+
+
+def of_first_rows(self, ids, rows):
+    """Weight scales of the first 128 rows for all."""
+    self.row = self.row * 0
+    return ids, rows
+
+
+ALONG_K = {
+    "one step of a tile": replaced(
+        "read", lambda self, kt, phase, slot: (kt, phase % self.cfg.groups, slot)
+    ),
+    "other tokens": replaced(
+        "start", lambda self, ids, rows: (SimpleNamespace(shared=ids.own), rows)
+    ),
+    "the first rows": replaced("start", of_first_rows),
+    "not written": (blocks.BlockScales, "publish", lambda self: None),
+    "the last phase not closed": (mainloop, "close_last", lambda *args: None),
+    "sums that go on": (
+        blocks.BlockScales, "begin", lambda self, phase, key: self.sums[phase % 2][key]
+    ),
+}
+
+
+def test_scales_along_k(fresh):
+    assert stages_that_fail("a8w8_block", "plain", **BLOCKS) == (set(), [])
+
+
+@pytest.mark.parametrize("fault", ALONG_K)
+def test_wrong_scales_along_k(fresh, monkeypatch, fault):
+    monkeypatch.setattr(*ALONG_K[fault])
+    assert "gemm1" in stages_that_fail("a8w8_block", "plain", **BLOCKS)[0]
+
+
 def test_places_that_are_not_written(fresh, monkeypatch):
     """Results go where LDS says, which is what it held before."""
     monkeypatch.setattr(tokens.Places, "publish", lambda places, ids, rows: None)
@@ -184,6 +226,6 @@ def test_lost_swizzle(fresh, monkeypatch):
 def test_padding_that_is_stored(fresh, monkeypatch):
     """Without the token's mask padding takes the sentinel for a route."""
     monkeypatch.setattr(tokens, "TOKEN_MASK", 0xFF)
-    monkeypatch.setattr(mainloop, "TOKEN_MASK", 0xFF)
+    monkeypatch.setattr(work, "TOKEN_MASK", 0xFF)
     failed, found = stages_that_fail(case="plain", tokens=300, experts=2, topk=1)
     assert failed or found

@@ -33,7 +33,6 @@ SHORT = (
     ("gfx950", "a16w4", "tail 96 x 288"),
     ("gfx950", "a16i4", "swiglu"),
     ("gfx950", "a8i4", "tail 320 x 32"),
-    ("gfx950", "a8w8_block", "tail 288 x 96"),
     ("gfx950", "w8a8", "weight on 1"),
     ("gfx950", "w4a8", "tail 32 x 320"),
     ("gfx950", "w8a8_smooth", "masked ids"),
@@ -87,7 +86,9 @@ def test_the_whole_matrix(arch, recipe, case):
 
 
 # Loops of several rounds and a short last tile: (architecture, recipe, tokens of a tile).
-LOOPS = (("gfx942", "a8w8_block", 32), ("gfx950", "a16w16", 128))
+LOOPS = (
+    ("gfx942", "a8w8_block", 32), ("gfx950", "a16w16", 128), ("gfx950", "a8w8_block", 64),
+)
 MORE_LOOPS = (
     ("gfx942", "a4w4", 64), ("gfx942", "a8w8", 64), ("gfx942", "a8w8_mx", 32),
     ("gfx942", "a16w4", 64), ("gfx942", "a16w16", 64), ("gfx942", "w4a8", 64),

@@ -65,7 +65,7 @@ def test_moves_change_no_bit(monkeypatch, name, recipe):
 @pytest.mark.parametrize(("name", "recipe", "case"), [
     ("two waves", "a4w4", "tail 288 x 96"), ("four waves", "a8w4_mx", "plain"),
     ("three workgroups", "a4w4", "weight on 1"), ("both", "a8w8_mx", "bias"),
-    ("two waves", "a8w8", "bias"),
+    ("two waves", "a8w8", "bias"), ("four waves", "a8w8_block", "bias"),
 ])
 def test_shared_k_against_float64(monkeypatch, name, recipe, case):
     """K of five K tiles, the last one short: parts that end inside K and parts beyond it."""

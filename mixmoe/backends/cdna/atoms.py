@@ -36,7 +36,8 @@ WORD = 4  # bytes of the i32 that codes travel in
 class Operand:
     """Element of a scaled MFMA, and what takes its scales. ``pieces``: 16-byte loads that fill a
     lane's share of 128 K. ``block``: K of an E8M0 scale, which the MFMA applies; 0 where a float32
-    scales the whole row, which the sums take at the end while the MFMA multiplies by 2^0.
+    scales the whole row, which the sums take at the end while the MFMA multiplies by 2^0; or,
+    with ``period``, so many K, which each sum takes.
 
     A lane's e2m1 share is K ``32 g .. 32 g + 31`` (g = l / 16): one piece. Its e4m3 share is K
     ``16 g ..`` and ``64 + 16 g ..``: two pieces, 64 K apart.
@@ -49,6 +50,7 @@ class Operand:
     mantissa: int
     largest: float
     block: int = SCALE_BLOCK
+    period: int = 0
 
     @property
     def pieces(self) -> int:
@@ -133,11 +135,15 @@ class Atoms:
 E2M1 = Operand("e2m1", fx.Float4E2M1FN, bits=4, emax=2, mantissa=1, largest=6.0)
 E4M3 = Operand("e4m3", fx.Float8E4M3FN, bits=8, emax=8, mantissa=3, largest=448.0)
 E4M3_ROW = replace(E4M3, name="e4m3r", block=0)
+E4M3_BLOCK = replace(E4M3_ROW, name="e4m3b", period=128)
 # 16x16x64 of int8 has no atom in FlyDSL 0.4.2, and its operation takes an attribute that only
 # the IR below the DSL can make.
 GFX950 = Atoms(
     "gfx950", 160 << 10, 128,
-    (("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW), ("fp8_channel", E4M3_ROW)),
+    (
+        ("mxfp4", E2M1), ("mxfp8", E4M3), ("fp8_token", E4M3_ROW), ("fp8_channel", E4M3_ROW),
+        ("fp8_1x128", E4M3_BLOCK), ("fp8_block", E4M3_BLOCK),
+    ),
     (
         Mma(bfloat16, fx.BFloat16, fx.Float32, (32,)),
         Mma(float16, fx.Float16, fx.Float32, (32,)),

@@ -81,6 +81,10 @@ class Gemm:
             raise MixMoEError("a wave owns 2, 4 or 8 blocks of 16 rows", self.blocks, 2)
         if self.ring not in RINGS:
             raise MixMoEError("a ring holds 4 or 8 steps of weights", self.ring, 4)
+        if self.period and self.tokens > 64:
+            raise MixMoEError("sums scaled along K leave registers for 64 tokens", self.tokens, 64)
+        if self.period and self.period % (self.blocks * MFMA_ROWS):
+            raise MixMoEError("a wave's rows lie in one block of scales", self.blocks, 4)
         if self.k_waves not in (1, 2, 4):
             raise MixMoEError("1, 2 or 4 waves share K", self.k_waves, 1)
         if not 1 <= self.split_k <= max(1, self.k_tiles):
@@ -116,6 +120,11 @@ class Gemm:
     def scaled(self) -> bool:
         """Whether the MFMA applies a scale: of either operand, the other's may be 2^0."""
         return self.weight.block > 0 or self.token.block > 0
+
+    @property
+    def period(self) -> int:
+        """K after which a sum is scaled and put onto the total; 0: the total is the MFMA's."""
+        return self.token.period
 
     @property
     def groups(self) -> int:
@@ -231,19 +240,27 @@ class Gemm:
     @property
     def scale_stride(self) -> int:
         """LDS words from one dword's token scales to the next's: a 16-byte piece of every token,
-        and two more, so that pieces of one token lie in different banks."""
+        and two more, so that pieces of one token lie in different banks. Of float32 scales along K
+        from one column of tokens to the next: neighbours that bring a token's write other banks."""
+        if self.period:
+            return self.tokens * 5 // 4
         return (self.tokens + 2) * PIECE // WORD
 
     @property
     def scale_room(self) -> int:
         """LDS bytes of the token scales: of all K, or one of each row."""
+        if self.period:
+            return self.k_steps * self.scale_stride * WORD
         if not self.token.block:
             return self.tokens * WORD
         return self.scale_dwords * self.scale_stride * WORD
 
     @property
     def channel_bytes(self) -> int:
-        """LDS of the scales of the tile's weight rows, where each row has one."""
+        """LDS of the scales of the tile's weight rows, where each row has one; of each wave's rows
+        along K."""
+        if self.period:
+            return WAVES * self.halves * self.k_steps * WORD
         return 0 if self.weight.block else self.halves * self.tile_rows * WORD
 
     @property

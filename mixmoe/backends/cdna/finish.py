@@ -16,9 +16,9 @@ from mixmoe.backends.cdna import mainloop
 from mixmoe.backends.cdna.activate import Scalars, activate
 from mixmoe.backends.cdna.atoms import SCALE_BLOCK
 from mixmoe.backends.cdna.config import THREADS, Gemm
-from mixmoe.backends.cdna.mainloop import TOKEN_MASK
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import MANTISSA, VALUES, scale_bits, store_codes
+from mixmoe.backends.cdna.tokens import TOKEN_MASK
 from mixmoe.formats import Rounding
 
 

@@ -24,6 +24,7 @@ from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import MANTISSA, block_max, encode, scale_bits, stagger
 from mixmoe.backends.cdna.results import QUAD, Lines, Quads, Target
 from mixmoe.backends.cdna.tokens import Ids, shared_storage
+from mixmoe.backends.cdna.work import at_hand, tiles_of, work_of
 from mixmoe.formats import Rounding
 
 
@@ -69,13 +70,13 @@ class Arguments(arguments.Arguments):
 def compute(spec: Stage1, args: Arguments, lds, number) -> None:
     """One piece of work."""
     cfg, routes = spec.cfg, args.routes
-    work = mainloop.work_of(cfg, number, routes)
+    work = work_of(cfg, number, routes)
     # 1. Which tokens: padding reads row 0 and writes nothing
     bits = cfg.token.bits if fx.const_expr(cfg.token.block) else 32
     rows = mainloop.Rows(routes.ids, work.routes, routes.tokens, spread=routes.topk)
     rows = replace(rows, **results.places(cfg, bits))
     ids = Ids(cfg, rows)
-    if work.used & mainloop.at_hand(args):
+    if work.used & at_hand(args):
         # 2. Multiply
         place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
@@ -202,7 +203,7 @@ def build(cfg: Gemm, kind: ActivationKind, rounding: Rounding, bias: bool, weigh
         scalars = Scalars(limit, alpha, beta, beta2)
         args = Arguments(h, sources, bias_rows, routes, h_scales, scalars)
         each = partial(compute, spec, args, lds)
-        grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)
+        grid.over(cfg.walk, tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(

@@ -20,6 +20,7 @@ from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.quantise import MANTISSA, block_max, encode, scale_bits, stagger
 from mixmoe.backends.cdna.results import QUAD, Quads, Target
 from mixmoe.backends.cdna.tokens import Ids, shared_storage
+from mixmoe.backends.cdna.work import at_hand, tiles_of, work_of
 from mixmoe.formats import Rounding
 
 
@@ -51,14 +52,14 @@ class Arguments(arguments.Arguments):
 def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     """One piece of work."""
     cfg, routes = spec.cfg, args.routes
-    work = mainloop.work_of(cfg, number, routes)
+    work = work_of(cfg, number, routes)
     # 1. Which routes: padding reads row 0 and writes nothing
     rows = mainloop.Rows(routes.ids, work.routes, routes.tokens, routes.topk)
     if fx.const_expr(spec.kind is not RowsOut.SUMS):
         bits = spec.out.width if fx.const_expr(spec.kind is RowsOut.ROWS) else E4M3.bits
         rows = replace(rows, spread=routes.topk, **results.places(cfg, bits))
     ids = Ids(cfg, rows)
-    if work.used & mainloop.at_hand(args):
+    if work.used & at_hand(args):
         # 2. Multiply
         place = mainloop.stand(cfg, work)
         first = mainloop.first_block(cfg, place, work)
@@ -259,7 +260,7 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool, kind: RowsOut, weighted:
             rows, Sources(codes, scales, h, h_scales), bias_rows, routes, row_scales
         )
         each = partial(compute, spec, args, lds)
-        grid.over(cfg.walk, mainloop.tiles_of(cfg, token_tiles), each)
+        grid.over(cfg.walk, tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(

@@ -25,23 +25,23 @@ import flydsl.compiler as flyc
 import flydsl.expr as fx
 from flydsl.expr import const_expr
 
-from mixmoe.backends.cdna.arguments import Arguments, Routes, Sources
+from mixmoe.backends.cdna.arguments import Sources
 from mixmoe.backends.cdna.atoms import MFMA_ROWS, WAVE
+from mixmoe.backends.cdna.blocks import BlockScales
 from mixmoe.backends.cdna.config import STEPS_OF_DWORD, TILE_K, Gemm
 from mixmoe.backends.cdna.grid import Cut
 from mixmoe.backends.cdna.origin import one_origin
 from mixmoe.backends.cdna.tokens import (
     AHEAD,
-    TOKEN_MASK,
     Ids,
     Places,
     Rows,
     RowScales,
     ScaleFill,
     Tokens,
-    scales_of,
 )
 from mixmoe.backends.cdna.weights import ChannelScales, Weights
+from mixmoe.backends.cdna.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,20 @@ class Operands:
 
     weights: Weights
     tokens: Tokens
-    fill: ScaleFill | RowScales
+    fill: ScaleFill | RowScales | BlockScales
     channels: ChannelScales
     places: Places
+
+    @property
+    def sums(self) -> BlockScales | None:
+        """What closes the MFMAs' sums, where scales along K are none of theirs."""
+        return self.fill if isinstance(self.fill, BlockScales) else None
+
+    def read(self, kt, phase: int, slot: int) -> None:
+        """What a phase of K tile ``kt`` needs of LDS."""
+        self.tokens.read(kt, phase, slot)
+        if self.sums is not None:
+            self.sums.read(kt, phase, slot)
 
 
 @one_origin
@@ -105,14 +116,20 @@ def multiply(cfg: Gemm, ops: Operands, acc, at: "Step", group: int, key) -> None
     if cfg.scaled:
         scales["scale_a"] = weights.scale(at.tile, half, block)
         scales["scale_b"] = tokens.scales[group].load()[0]
+    phase, sums = slot * cfg.groups + group, ops.sums
+    if sums is not None and key == (0, 0):
+        sums.open(phase)
+    into = acc[half, block, group] if sums is None else sums.begin(phase, key)
     fx.gemm(
         cfg.atoms.mma(cfg.weight, cfg.token, bytes_of),
-        acc[half, block, group],
+        into,
         weights.codes[slot % cfg.ring][half, block],
-        tokens.ring[(slot * cfg.groups + group) % len(tokens.ring)],
-        acc[half, block, group],
+        tokens.ring[phase % len(tokens.ring)],
+        into,
         **scales,
     )
+    if sums is not None:
+        sums.close(acc, phase, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +251,7 @@ class Tile:
         """The reads of a phase."""
         per_tile = self.cfg.steps * self.cfg.groups
         return [
-            partial(self.ops.tokens.read, self.kt + ahead, at, (self.tile + ahead) * per_tile + at)
+            partial(self.ops.read, self.kt + ahead, at, (self.tile + ahead) * per_tile + at)
             for ahead, at in self.reads(phase)
         ]
 
@@ -283,6 +300,17 @@ def run(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids, acc) -> None:
     for tile in fx.range_constexpr(cfg.part_tiles - looped * unrolled):
         kt = looped * unrolled + tile
         Tile(cfg, ops, kt, tile, cfg.part_tiles - 1).run(acc)
+    close_last(cfg, ops, acc, cfg.part_tiles - 1, cfg.part_tiles - 1 - looped * unrolled)
+
+
+@one_origin
+def close_last(cfg: Gemm, ops: Operands, acc, kt: int, tile: int) -> None:
+    """The sums of the last phase of the last K tile."""
+    sums, phase = ops.sums, (tile * cfg.steps + cfg.steps_of(kt)) * cfg.groups
+    if sums is not None:
+        sums.open(phase)
+        for key in ops.weights.fragments():
+            sums.close(acc, phase, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +338,7 @@ def multiply_all(cfg: Gemm, place: Place, lds, sources: Sources, rows: Rows, ids
     ops = Operands(
         Weights(cfg, place, sources.codes, sources.scales, first),
         Tokens(cfg, place, lds, sources.tokens),
-        scales_of(cfg, place, lds, sources.token_scales),
+        scales_of(cfg, place, lds, sources, first),
         ChannelScales(cfg, place, lds, sources.scales, first),
         Places(cfg, lds),
     )
@@ -318,6 +346,13 @@ def multiply_all(cfg: Gemm, place: Place, lds, sources: Sources, rows: Rows, ids
     run(cfg, ops, rows, ids, acc)
     gather(cfg, place, lds, acc)
     return Sums(acc, ops.fill.factors(), ops.channels.factors(), ops.places)
+
+
+def scales_of(cfg: Gemm, place, lds, sources: Sources, first):
+    """Whichever the tokens have."""
+    if cfg.period:
+        return BlockScales(cfg, place, lds, sources.token_scales, sources.scales, first)
+    return (ScaleFill if cfg.token.block else RowScales)(cfg, place, lds, sources.token_scales)
 
 
 @one_origin
@@ -345,7 +380,7 @@ def begin(cfg: Gemm, ops: Operands, rows: Rows, ids: Ids) -> None:
     for group in range(cfg.groups):
         ops.tokens.read_scale(0, group)
     for phase in range(min(AHEAD, cfg_phases(cfg, 0))):
-        ops.tokens.read(0, phase, phase)
+        ops.read(0, phase, phase)
 
 
 def first_weights(cfg: Gemm, weights: Weights) -> list[list]:
@@ -403,49 +438,6 @@ def gather(cfg: Cut, place: Place, lds, acc) -> None:
         fx.gpu.barrier()
         if place.part == 0:
             add_sums(cfg, place, lds, acc)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Which rows and which sorted routes a workgroup computes, for which expert and part of K."""
-
-    rows: fx.Int32  # in tiles
-    routes: fx.Int32  # first sorted position
-    expert: fx.Int32
-    used: fx.Boolean
-    split: Any  # which of split_k
-
-
-def work_of(cfg: Cut, number, routes: Routes) -> Work:
-    """The work of a tile's number. Row tiles count fastest, but for a band's token tiles: with
-    round-robin dispatch over 8 XCDs an L2 then holds every eighth row tile of an expert and reuses
-    it for all of the expert's tokens."""
-    split = 0
-    if cfg.split_k > 1:
-        split, number = number % cfg.split_k, number // cfg.split_k
-    rows, block = cfg.walk.tile(number, cfg.row_tiles, fx.Uint32(routes.tiles), fx.min)
-    expert = fx.Int32(routes.experts[fx.Int32(block // cfg.sort_tiles)])
-    first = fx.Int32(block * cfg.tokens)
-    opener = fx.Int32(routes.ids[first])
-    fx.rocdl.sched_barrier(0)  # both are on their way before either is waited for
-    # Padding closes a sorted block: a tile that begins with it holds nothing else.
-    used = (expert >= 0) & ((opener & TOKEN_MASK) < routes.tokens)
-    return Work(fx.Int32(rows), first, expert, used, fx.Int32(split))
-
-
-def at_hand(args: Arguments) -> fx.Boolean:
-    """True, as no tensor lies at address 0. A branch on it needs every address, so all come with
-    one wait at the kernel's start; the compiler else sinks each load to where it is used first,
-    and each then costs a wave two hundred cycles of its own."""
-    of, together = args.sources, fx.Int64(0)
-    for tensor in (of.codes, of.scales, of.tokens, of.token_scales, args.out):
-        together = together | fx.Int64(fx.ptrtoint(fx.get_iter(tensor)))
-    return together != 0
-
-
-def tiles_of(cfg: Cut, token_tiles):
-    """Pieces of work of a launch."""
-    return token_tiles * (cfg.row_tiles * cfg.split_k)
 
 
 def stand(cfg: Cut, work: Work) -> Place:

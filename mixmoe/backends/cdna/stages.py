@@ -28,6 +28,7 @@ ARCHITECTURES = {atoms.arch: atoms for atoms in (GFX950, GFX942)}
 PAIRS = (
     ("mxfp4", "mxfp4"), ("mxfp8", "mxfp4"), ("mxfp8", "mxfp8"),
     ("fp8_token", "mxfp4"), ("fp8_token", "mxfp8"), ("fp8_token", "fp8_channel"),
+    ("fp8_1x128", "fp8_block"),
 )  # fmt: skip
 NUMERIC = {
     torch.bfloat16: fx.BFloat16,

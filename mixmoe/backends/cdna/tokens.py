@@ -82,6 +82,8 @@ class Ids:
             rows.id(fx.min(filled(cfg, tid, p, 0)[0], cfg.tokens - 1)) for p in range(passes(cfg))
         ]
         self.own = rows.id(tid % cfg.tokens)
+        if cfg.period:  # neighbours share a token's scales
+            self.shared = rows.id(tid // (THREADS // cfg.tokens))
         fx.rocdl.sched_barrier(0)
 
 
@@ -296,11 +298,6 @@ class RowScales:
         """What a lane's sums of each group still lack: the scale of its token."""
         groups = range(self.cfg.groups)
         return [fx.Float32(self.table[group * MFMA_ROWS + self.place.r]) for group in groups]
-
-
-def scales_of(cfg: Gemm, place, lds, source: fx.Tensor) -> ScaleFill | RowScales:
-    """Whichever the tokens have."""
-    return (ScaleFill if cfg.token.block else RowScales)(cfg, place, lds, source)
 
 
 @flyc.jit

@@ -129,13 +129,13 @@ class Weights:
 
 class ChannelScales:
     """The float32 scales of the tile's weight rows, ``(E, halves * rows)`` in memory, into LDS and
-    onto the sums. Of weights whose blocks have scales nothing: the MFMAs apply those."""
+    onto the sums. Of weights whose blocks have scales nothing: others apply those."""
 
     def __init__(self, cfg: Gemm, place, lds, source: fx.Tensor, first_block):
         self.cfg, self.place, self.source = cfg, place, source
         self.wave_row = place.wave % cfg.team * (cfg.blocks * MFMA_ROWS)
         self.first = first_block * MFMA_ROWS - self.wave_row
-        self.count = cfg.channel_bytes // WORD
+        self.count = 0 if cfg.period else cfg.channel_bytes // WORD
         base = lds.scales.ptr + cfg.scale_room // WORD
         self.table = fx.recast_iter(fx.Float32, base).view(fx.make_layout(max(1, self.count), 1))
         self.values: list[fx.Float32] = []

@@ -28,6 +28,7 @@ from mixmoe.backends.cdna.plain.requantise import Target, store_codes
 from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.tokens import TOKEN_MASK, Rows
+from mixmoe.backends.cdna.work import tiles_of, work_of
 
 
 def gate_up(cfg: Gemm, totals, block: int, group: int, scales) -> list[fx.Vector]:
@@ -71,7 +72,7 @@ class Arguments(arguments.Arguments):
 def compute(spec: Stage1, args: Arguments, lds, number) -> None:
     """One piece of work."""
     cfg, routes = spec.cfg, args.routes
-    work = scaled.work_of(cfg, number, routes)
+    work = work_of(cfg, number, routes)
     if work.used:
         place = scaled.stand(cfg, work)
 
@@ -189,7 +190,7 @@ def build(cfg: Gemm, kind: ActivationKind, out: type[fx.Numeric] | Target, extra
             Scalars(limit, alpha, beta, beta2),
         )
         each = partial(compute, spec, args, lds)
-        grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
+        grid.over(cfg.walk, tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(

@@ -18,6 +18,7 @@ from mixmoe.backends.cdna.plain.epilogue import row_scales, store_four, token_sc
 from mixmoe.backends.cdna.plain.tokens import shared_storage
 from mixmoe.backends.cdna.prebuilt import launcher
 from mixmoe.backends.cdna.tokens import TOKEN_MASK, Rows
+from mixmoe.backends.cdna.work import tiles_of, work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Arguments(arguments.Arguments):
 def compute(spec: Stage2, args: Arguments, lds, number) -> None:
     """One piece of work."""
     cfg, routes = spec.cfg, args.routes
-    work = scaled.work_of(cfg, number, routes)
+    work = work_of(cfg, number, routes)
     if work.used:
         place = scaled.stand(cfg, work)
         rows = Rows(routes.ids, work.routes, routes.tokens, routes.topk)
@@ -104,7 +105,7 @@ def build(cfg: Gemm, out: type[fx.Numeric], bias: bool):
         routes = Routes(sorted_ids, expert_ids, tokens, topk, token_tiles)
         args = Arguments(rows, Sources(codes, scales, h, h_scales), bias_rows, routes, of_rows)
         each = partial(compute, spec, args, lds)
-        grid.over(cfg.walk, scaled.tiles_of(cfg, token_tiles), each)
+        grid.over(cfg.walk, tiles_of(cfg, token_tiles), each)
 
     @flyc.jit
     def launch(
