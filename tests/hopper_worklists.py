@@ -84,7 +84,9 @@ def test_segments_cover_blocks(
     for mine in made.records.tolist():
         live = mine[: [record[0] for record in mine].index(-1)]
         assert sum(blocks for _, _, blocks, _ in live) <= room
-        for expert, block, blocks, _ in live:
+        for expert, block, blocks, routes in live:
+            end = int(r.expert_offsets[expert] + r.expert_counts[expert])
+            assert routes == min(end, (block + blocks) * 32) - block * 32, "without padding"
             assert blocks > 0 and int(r.expert_offsets[expert]) <= block * 32
             assert (block + blocks) * 32 <= int(r.expert_offsets[expert + 1])
             seen[block : block + blocks] += 1
@@ -103,6 +105,25 @@ def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch, dirty: N
     monkeypatch.setattr(worklist, "segments", short)
     with pytest.raises(AssertionError):
         test_segments_cover_blocks((8, 512, 2), "uniform", 264, dirty)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiles_by_expert(shape: tuple[int, int, int], dirty: None) -> None:
+    """The same tiles, those of an expert together, in both places of a launch."""
+    r = routed(*shape, "zipf")
+    want = worklist.tiles(r, 128, 0)
+    count = int(want.count[0])
+    plain = sorted(record[:3] for record in want.records[:count].tolist())
+    for made in (
+        worklist.tiles(r, 128, 0, by_expert=True),
+        worklist.work_lists(r, 256, 32, 128, by_expert=True).others,
+    ):
+        assert made is not None and int(made.count[0]) == count
+        assert [record[:3] for record in made.records[:count].tolist()] == plain
+    both = worklist.work_lists(r, 256, 32, 128, by_expert=True).tiles
+    assert both is not None
+    alone = worklist.tiles(r, 256, 32).records
+    assert torch.equal(both.records[: int(both.count[0]), :3], alone[: int(both.count[0]), :3])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -97,10 +97,13 @@ def test_grouped_compiles(name: str) -> None:
     assert made.spills <= (64 if TUNED_FOR else 6000), made.spills
 
 
-def ring(I: int, tokens: int, bias: bool = False, wide: bool = False) -> Resources:
+def ring(
+    I: int, tokens: int, bias: bool = False, wide: bool = False, **fields: Any  # noqa: E741
+) -> Resources:
     """`gemm2_ring` for E 256, topk 8, H 7168."""
     cut = gemm2_prefill.Ring.of(Problem(tokens, 7168, I, 256, 8), torch.device("cpu"))
     assert cut is not None
+    cut = replace(cut, **fields)
     words = weight_descriptors(
         Fake(torch.int32, (114688, cut.steps, 256)),
         Fake(torch.int32, (114688, 16 * cut.steps)), 4, 1,
@@ -125,6 +128,26 @@ def test_ring_compiles(I: int, tokens: int) -> None:
     assert made.clean() and made.qgmma, (made.spills, made.messages)
     assert made.registers == 128 and made.warps == 8
     assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
+
+
+@pytest.mark.parametrize("tokens", [8192, 4096, 2048])
+@pytest.mark.parametrize(
+    "fields",
+    [{"exact": True}, {"look": 1}, {"drop": 1}, {"drop": 2}, {"lines": True, "stages": 3},
+     {"lines": True, "stages": 3, "exact": True, "drop": 2}],
+    ids=lambda fields: " ".join(fields),
+)  # fmt: skip
+def test_ring_variants_compile(tokens: int, fields: dict[str, Any]) -> None:
+    """As the plain one does; rows go to the ring as whole lines or as sectors; 2 discards a lane
+    and turn."""
+    made = ring(256, tokens, **fields)
+    assert made.clean() and made.qgmma and made.registers == 128
+    assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
+    turns, group = (2, 1) if tokens == 8192 else (1, 1) if tokens == 4096 else (1, 2)
+    per_turn = 8 * (16 if group == 1 else 8) // 64
+    drops = len(re.findall(r"CCTL\.E\.RML2", made.sass))
+    assert drops == (turns * group * per_turn if "drop" in fields else 0)
+    assert (made.count("STSM") > 0 and "MOVM" not in made.sass) == ("lines" in fields)
 
 
 def test_ring_cuts() -> None:

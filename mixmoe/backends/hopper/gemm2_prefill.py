@@ -96,6 +96,13 @@ SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
 BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it has three
 
 
+class Staging(NamedTuple):
+    """32 rows of 64 columns each, on their way to the ring, in turn; or None."""
+
+    low: Any
+    high: Any
+
+
 class Slice(NamedTuple):
     """64 weight rows, decoded: (lo, hi) of each step of K, scales and biases (or None)."""
 
@@ -136,9 +143,38 @@ def fragments(weights, stage, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def piece(w, rows, first, left, h_scale_ptr, target, N: gl.constexpr, STEPS: gl.constexpr):
+def store_half(value, memory, target, left, first: gl.constexpr):
+    """bf16 (64 columns, 32 rows) -> rows first .. of those at `target`, of which `left` exist."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    n = gl.arange(0, 32, layout=gl.SliceLayout(1, L)) + first
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    memory.permute((1, 0)).store(value)
+    gl.store(
+        target + (n[:, None] * 64 + c[None, :]), memory.load(L),
+        mask=(n < left)[:, None] & (c >= 0)[None, :],
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_lines(value, staging, target, left):
+    """bf16 (64 columns, N) -> the first `left` of N rows at `target`, each as a whole line of the
+    L2, by way of shared memory: two buffers of 32 rows take turns, so that a barrier lies between
+    the loads from one and the next stores to it."""
+    N: gl.constexpr = value.shape[1]
+    if N == 64:
+        low, high = value.reshape([64, 2, 32]).permute((0, 2, 1)).split()
+        store_half(low, staging.low, target, left, 0)
+        store_half(high, staging.high, target, left, 32)
+    else:
+        store_half(value, staging.low, target, left, 0)
+
+
+@gluon.jit
+def piece(
+    w, rows, first, left, h_scale_ptr, target, staging, N: gl.constexpr, STEPS: gl.constexpr
+):
     """64 columns x N rows from block `first` on: the product over all of K, scaled, as bf16 rows at
-    `target`; of the rows `left` blocks of 32 exist."""
+    `target`; of the rows `left` are kept."""
     ROOM: gl.constexpr = rows.shape[0] // STEPS
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
@@ -161,16 +197,19 @@ def piece(w, rows, first, left, h_scale_ptr, target, N: gl.constexpr, STEPS: gl.
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
         value *= gl.load(h_scale_ptr + n)[None, :]
         value += gl.convert_layout(w.bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
-    value = transposed(value.to(gl.bfloat16))
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
-    gl.store(target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left * 32)[:, None])
+    if staging.low is not None:
+        store_lines(value.to(gl.bfloat16), staging, target, left)
+    else:
+        value = transposed(value.to(gl.bfloat16))
+        n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
+        c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
+        gl.store(target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left)[:, None])
 
 
 @gluon.jit
 def multiply(
-    weights, held, slots, ring_ptr, records, h_scale_ptr, sizes, groups, GROUP: gl.constexpr,
-    WIDE: gl.constexpr,
+    weights, held, slots, ring_ptr, records, h_scale_ptr, staging, sizes, groups,
+    GROUP: gl.constexpr, WIDE: gl.constexpr, EXACT: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring."""
@@ -187,7 +226,9 @@ def multiply(
             place = (slot * GROUP + s - group * GROUP) * sizes.slot_rows
             first = 0
             for i in range(count):
-                expert, block, blocks = segment(records, i)
+                expert, block, blocks, routes = segment(records, i)
+                if not EXACT:
+                    routes = blocks * 32
                 mbarrier.wait(weights.full.index(stage), phase)
                 scale = vector(weights.vectors.scale, stage, L)
                 bias = None
@@ -201,14 +242,14 @@ def multiply(
                 b = 0
                 while blocks - b > 1:
                     piece(
-                        w, held.rows, first + b, blocks - b, factor_ptr + b * 32,
-                        target + b * (32 * 64), 64, STEPS,
+                        w, held.rows, first + b, routes - b * 32, factor_ptr + b * 32,
+                        target + b * (32 * 64), staging, 64, STEPS,
                     )  # fmt: skip
                     b += 2
                 if blocks - b == 1:
                     piece(
-                        w, held.rows, first + b, 1, factor_ptr + b * 32, target + b * (32 * 64),
-                        32, STEPS,
+                        w, held.rows, first + b, routes - b * 32, factor_ptr + b * 32,
+                        target + b * (32 * 64), staging, 32, STEPS,
                     )  # fmt: skip
                 # Only now: a barrier does not wait for a warp's loads from shared memory, and
                 # behind the reducing warps' loads they can take longer than the refill (H200,
@@ -227,7 +268,8 @@ def gemm2_ring(
     w_desc, s_desc, r_desc, b_desc, h_desc, ring_ptr, list_ptr, routes, counters, out, sizes,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
-    AHEAD: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    AHEAD: gl.constexpr, WIDE: gl.constexpr, LINES: gl.constexpr, DROP: gl.constexpr,
+    EXACT: gl.constexpr, LOOK: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
@@ -251,6 +293,12 @@ def gemm2_ring(
     held = Held(rows, barriers(1, ROOM).index(0))
     slots = Slots(barriers(RING, 1), barriers(RING, 1), barriers(RING, 1))
     boxes = Boxes(w_desc, s_desc, r_desc, b_desc, h_desc)
+    low, high = None, None
+    if LINES:
+        swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        low = gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled)
+        high = gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled)
+    staging = Staging(low, high)
     fence_async_shared()
     groups = (sizes.slices + GROUP - 1) // GROUP
     if PDL:
@@ -259,13 +307,13 @@ def gemm2_ring(
     records = keep_list(list_ptr, ROOM)
     gl.warp_specialize(
         [
-            (multiply, (weights, held, slots, ring_ptr, records, routes.scales, sizes, groups,
-                        GROUP, WIDE)),
+            (multiply, (weights, held, slots, ring_ptr, records, routes.scales, staging, sizes,
+                        groups, GROUP, WIDE, EXACT)),
             (reduce, (ring_ptr, out, routes, places, slots.ready, counters.reduced,
-                      sizes.slot_rows, groups, TOPK, GROUP, AHEAD, b_desc is None)),
+                      sizes.slot_rows, groups, TOPK, GROUP, AHEAD, b_desc is None, LINES, DROP)),
             (produce, (boxes, records, counters.written, weights, held, slots.done, sizes, groups,
                        GROUP)),
-            (watch, (counters, slots, groups)),
+            (watch, (counters, slots, groups, LOOK, DROP)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -279,7 +327,10 @@ class Ring:
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight;
     registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of the grid, all
     resident; slots: of the ring, of `group` slices each; span: tokens reduced at a time; ahead: of
-    their rows a lane has under way.
+    their rows a lane has under way. lines: rows are stored as whole lines of the L2, by way of
+    shared memory, in the order of columns; drop: lines are discarded after their last
+    read, 1: ordered by the release that counts, 2: by a fence of every warp; exact:
+    rows of padding are not stored; look: counters of a poll.
     """
 
     steps: int
@@ -291,6 +342,10 @@ class Ring:
     group: int
     span: int
     ahead: int
+    lines: bool = False
+    drop: int = 0
+    exact: bool = False
+    look: int = 4
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device, slots: int = 0) -> "Ring | None":
@@ -314,7 +369,8 @@ class Ring:
         """Whether two CTAs share an SM; else they would wait for each other forever."""
         words = self.stages * (self.steps * (4096 + 256) + 2 * COLUMNS * 4)
         places = self.turns(problem.tokens) * problem.topk * self.span * 8
-        return self.steps * self.room * 4096 + words + places + 1024 <= SHARED
+        staging = 8192 if self.lines else 0
+        return self.steps * self.room * 4096 + words + places + staging + 1024 <= SHARED
 
     def turns(self, tokens: int) -> int:
         """How often `span` tokens go into a CTA's."""
@@ -329,7 +385,8 @@ class Ring:
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": self.turns(tokens), "SPAN": self.span,
-            "AHEAD": self.ahead, "REGISTERS": self.registers, "PDL": True,
+            "AHEAD": self.ahead, "LINES": self.lines, "DROP": self.drop, "EXACT": self.exact,
+            "LOOK": self.look, "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
 

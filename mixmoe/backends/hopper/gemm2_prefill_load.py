@@ -62,19 +62,18 @@ def keep_list(list_ptr, ROOM: gl.constexpr):
 
 @gluon.jit
 def segment(records, i):
-    """A record of the work list: expert (-1 ends the list), first sorted block, blocks."""
-    expert, block, blocks, _ = read_record(records, i)
-    return expert, block, blocks
+    """A record of the work list: expert (-1 ends the list), first sorted block, blocks, routes."""
+    return read_record(records, i)
 
 
 @gluon.jit
 def count_of(records):
     """How many segments a list has."""
     count = gl.program_id(0) * 0
-    expert, block, blocks = segment(records, count)
+    expert, block, blocks, routes = segment(records, count)
     while expert >= 0:
         count += 1
-        expert, block, blocks = segment(records, count)
+        expert, block, blocks, routes = segment(records, count)
     return count
 
 
@@ -84,7 +83,7 @@ def load_rows(h_desc, records, count, held, STEPS: gl.constexpr):
     ROOM: gl.constexpr = held.rows.shape[0] // STEPS
     used = count * 0
     for i in range(count):
-        expert, block, blocks = segment(records, i)
+        expert, block, blocks, routes = segment(records, i)
         for b in range(blocks):
             mbarrier.expect(held.full, STEPS * h_desc.block_type.nbytes)
             for k in gl.static_range(STEPS):
@@ -135,7 +134,7 @@ def produce(
     due = GROUP * count - 1 + STAGES
     for s in range(sizes.slices):
         for i in range(count):
-            expert, block, blocks = segment(records, i)
+            expert, block, blocks, routes = segment(records, i)
             unit = expert * sizes.units + s * 4
             mbarrier.wait(weights.empty.index(stage), phase)
             load_slice(boxes, weights, stage, unit, expert, s)

@@ -396,7 +396,8 @@ class Red:
 
     steps: K / 128; main: routes of a tile, small: of one that few routes fill; span: column tiles
     of 64 an item takes; stages: weight tiles in flight; holds: items whose rows of h are resident;
-    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread.
+    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread;
+    by_expert: items of one expert follow one another, else the larger come first.
     """
 
     steps: int
@@ -407,6 +408,7 @@ class Red:
     holds: int = 1
     outs: int = 2
     registers: int = 112
+    by_expert: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> "Red | None":

@@ -141,7 +141,7 @@ class Prefill:
         work: Tiles | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum by atomics, into zeros."""
-        work = tiles(routed, red.main, 0) if work is None else work
+        work = tiles(routed, red.main, 0, red.by_expert) if work is None else work
         return gemm2_red.launch(
             h, weights.w2, weights.w2_bias, routed, work, recipe, red, out  # type: ignore[arg-type]
         )
@@ -152,7 +152,7 @@ class Prefill:
     ) -> Tensor:  # fmt: skip
         """Stage 2 as weighted rows (P, H), then the sum."""
         p = routed.problem
-        work = tiles(routed, red.main, 0) if work is None else work
+        work = tiles(routed, red.main, 0, red.by_expert) if work is None else work
         shape = (h.codes.shape[0], -(-p.hidden // 64) * 64)
         rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
         gemm2_red.launch(
@@ -187,7 +187,7 @@ class Prefill:
         other = red if red else rows_of(p) if ring is None else None
         lists = work_lists(
             routed, cut.main, cut.extra, other.main if other else 0,
-            ring.split(p) if ring else None,
+            ring.split(p) if ring else None, bool(other and other.by_expert),
         )  # fmt: skip
         assert lists.tiles is not None
         if beside:

@@ -4,9 +4,9 @@ tiles     (room, 4) int32, largest first: expert, first sorted position, routes,
           routes are cut into tiles of MAIN, the last of which may be EXTRA larger, so that an
           expert with 270 routes makes one tile of 256 + 32 and not two. Beside them (2,) int32: how
           many there are, and a zero from which one kernel counts the items it has drawn.
-segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks, 0. What
-          each CTA of `gemm2_ring` keeps in shared memory: whole experts where there are CTAs
-          enough, else equal cuts of the line of all blocks.
+segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks,
+          routes (the last block is padded). What each CTA of `gemm2_ring` keeps in shared memory:
+          whole experts where there are CTAs enough, else equal cuts of the line of all blocks.
 
 Both follow from the counts alone, so a captured graph replays with any routing.
 """
@@ -36,10 +36,11 @@ PER_PROGRAM = 16  # CTAs whose segments one program writes
 @triton.jit
 def write_tiles(
     routes, start, e, tiles_ptr, count_ptr, MAIN: tl.constexpr, EXTRA: tl.constexpr,
-    EP: tl.constexpr,
+    EP: tl.constexpr, BY_EXPERT: tl.constexpr = False,
 ):  # fmt: skip
     """MAIN and EXTRA in blocks of 32. A tile's rank is the number of larger tiles plus the number
-    of equal ones before it, counted per size, so nothing is compared pairwise."""
+    of equal ones before it, counted per size, so nothing is compared pairwise. BY_EXPERT: the tiles
+    of an expert follow one another."""
     blocks = (routes + 31) // 32
     whole = tl.where(blocks > MAIN + EXTRA, (blocks - EXTRA - 1) // MAIN, 0)  # before the last
     rest = blocks - whole * MAIN
@@ -58,6 +59,10 @@ def write_tiles(
         else:
             rank = tl.where(rest == size, before, rank)
         larger += tl.sum(mine, 0)
+    if BY_EXPERT:
+        mine = whole + (rest > 0).to(tl.int32)
+        first_whole = tl.cumsum(mine, 0) - mine
+        rank = first_whole + whole
     tl.store(count_ptr, larger)
     tl.store(count_ptr + 1, 0)
     last = tiles_ptr + rank * 4
@@ -84,6 +89,7 @@ def write_segments(
     begin = start // 32
     blocks = (routes + 31) // 32
     end = begin + blocks
+    last = start + routes
     parts = (blocks + ROOM - 1) // ROOM
     part_end = tl.cumsum(parts, 0)
     total_parts = tl.sum(parts, 0)
@@ -112,6 +118,8 @@ def write_segments(
         tl.store(at + s * 4, expert, mask=ok)
         tl.store(at + s * 4 + 1, low, mask=ok)
         tl.store(at + s * 4 + 2, stop - low, mask=ok)
+        live = tl.minimum(tl.sum(inside.to(tl.int32) * last[None, :], 1), stop * 32) - low * 32
+        tl.store(at + s * 4 + 3, tl.where(expert >= 0, live, 0), mask=ok)
         low = tl.where(expert >= 0, stop, low)
 
 
@@ -119,7 +127,7 @@ def write_segments(
 def list_work(
     counts_ptr, offsets_ptr, tiles_ptr, others_ptr, segments_ptr, counters_ptr, counters, E, ctas,
     MAIN: tl.constexpr, EXTRA: tl.constexpr, OTHER: tl.constexpr, ROOM: tl.constexpr,
-    N: tl.constexpr, EP: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, EP: tl.constexpr, BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program 0: tiles of MAIN; the others: tiles of OTHER (one program), or segments. 0: none."""
     start_dependents(PDL)
@@ -129,10 +137,13 @@ def list_work(
     worker = tl.program_id(0) - 1
     if worker < 0:
         if MAIN > 0:
-            write_tiles(routes, start, e, tiles_ptr + 4, tiles_ptr, MAIN, EXTRA, EP)
+            write_tiles(
+                routes, start, e, tiles_ptr + 4, tiles_ptr, MAIN, EXTRA, EP,
+                BY_EXPERT if OTHER == 0 else False,
+            )  # fmt: skip
     else:
         if OTHER > 0:
-            write_tiles(routes, start, e, others_ptr + 4, others_ptr, OTHER, 0, EP)
+            write_tiles(routes, start, e, others_ptr + 4, others_ptr, OTHER, 0, EP, BY_EXPERT)
         if ROOM > 0:
             write_segments(
                 routes, start, e, worker, tl.num_programs(0) - 1, segments_ptr, counters_ptr,
@@ -191,10 +202,12 @@ class Lists:
 
 
 def work_lists(
-    routed: Routed, main: int, extra: int, other: int = 0, split: Split | None = None
-) -> Lists:
+    routed: Routed, main: int, extra: int, other: int = 0, split: Split | None = None,
+    by_expert: bool = False,
+) -> Lists:  # fmt: skip
     """One launch: tiles of `main` routes, the last of an expert up to `main + extra`; tiles of
-    `other` routes; segments. 0 and None leave a list out."""
+    `other` routes; segments. 0 and None leave a list out. by_expert: the last list of tiles that is
+    asked for keeps an expert's tiles together."""
     device, experts = routed.expert_counts.device, routed.problem.experts
     nothing = routed.expert_counts
     first = Tiles.empty(routed, main) if main else None
@@ -207,15 +220,16 @@ def work_lists(
         segments.records if segments else nothing, segments.counters if segments else nothing,
         split.counters if split else 0, experts, split.ctas if split else 0,
         MAIN=main // ROUTE_BLOCK, EXTRA=extra // ROUTE_BLOCK, OTHER=other // ROUTE_BLOCK,
-        ROOM=split.room if split else 0, N=PER_PROGRAM, EP=pow2(experts), num_warps=8,
+        ROOM=split.room if split else 0, N=PER_PROGRAM, EP=pow2(experts),
+        BY_EXPERT=by_expert, num_warps=8,
         **options(device),
     )  # fmt: skip
     return Lists(first, second, segments)
 
 
-def tiles(routed: Routed, main: int, extra: int) -> Tiles:
+def tiles(routed: Routed, main: int, extra: int, by_expert: bool = False) -> Tiles:
     """Tiles alone."""
-    made = work_lists(routed, main, extra).tiles
+    made = work_lists(routed, main, extra, by_expert=by_expert).tiles
     assert made is not None
     return made
 
