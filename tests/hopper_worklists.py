@@ -48,6 +48,26 @@ def dirty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(3))
 
 
+def covering(made: worklist.Tiles, r: Routed, most: int) -> torch.Tensor:
+    """The list's records, which cover every route once, at most so many a tile."""
+    count = int(made.count[0])
+    assert count <= made.room
+    records = made.records[:count]
+    seen = torch.zeros(r.sorted_token_ids.shape[0], dtype=torch.int32)
+    for expert, start, routes, _ in records.tolist():
+        first = int(r.expert_offsets[expert])
+        assert 0 < routes <= most
+        assert first <= start and start + routes <= first + int(r.expert_counts[expert])
+        seen[start : start + routes] += 1
+    assert int(seen.sum()) == int(r.expert_counts.sum()) and int(seen.max()) <= 1
+    return records
+
+
+def adjacent(records: torch.Tensor) -> bool:
+    """Whether the tiles of every expert follow one another."""
+    return len(records[:, 0].unique_consecutive()) == len(records[:, 0].unique())
+
+
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("main, extra", [(256, 32), (128, 64)])
@@ -55,19 +75,21 @@ def test_tiles_cover_routes(
     shape: tuple[int, int, int], skew: str, main: int, extra: int
 ) -> None:
     r = routed(*shape, skew)
-    made = worklist.tiles(r, main, extra)
-    count = int(made.count[0])
-    assert count <= made.room
-    records = made.records[:count]
-    seen = torch.zeros(r.sorted_token_ids.shape[0], dtype=torch.int32)
-    for expert, start, routes, _ in records.tolist():
-        first = int(r.expert_offsets[expert])
-        assert 0 < routes <= main + extra
-        assert first <= start and start + routes <= first + int(r.expert_counts[expert])
-        seen[start : start + routes] += 1
-    assert int(seen.sum()) == int(r.expert_counts.sum()) and int(seen.max()) <= 1
+    records = covering(worklist.tiles(r, main, extra), r, main + extra)
     blocks = (records[:, 2] + 31) // 32
     assert bool((blocks[:-1] >= blocks[1:]).all()), "largest first"
+
+
+@pytest.mark.parametrize("skew", ["zipf", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tiles_of_an_expert_are_adjacent(shape: tuple[int, int, int], skew: str) -> None:
+    r = routed(*shape, skew)
+    assert adjacent(covering(worklist.tiles_by_expert(r, 128), r, 128))
+
+
+def test_adjacency_check_sees_other_orders() -> None:
+    r = routed(8, 512, 2, "zipf")
+    assert not adjacent(covering(worklist.tiles(r, 128, 0), r, 128))
 
 
 @pytest.mark.parametrize("skew", SKEWS)
@@ -93,37 +115,26 @@ def test_segments_cover_blocks(
     assert bool((seen == 1).all())
 
 
-def test_cover_check_sees_a_lost_block(monkeypatch: pytest.MonkeyPatch, dirty: None) -> None:
-    """The checks above fail when a list is short of one record."""
+@pytest.mark.parametrize(
+    "field, match", [((3, 0, -1), None), ((3, 3, 64), "without padding")],
+    ids=["a lost block", "rows of padding"],
+)  # fmt: skip
+def test_cover_check_sees(
+    field: tuple[int, int, int], match: str | None, monkeypatch: pytest.MonkeyPatch, dirty: None
+) -> None:
+    """The checks above fail when a list is short of a record, and when a field counts padding."""
     honest = worklist.segments
+    cta, at, value = field
 
-    def short(*args: object) -> worklist.Segments:
+    def spoiled(*args: object) -> worklist.Segments:
         made = honest(*args)
-        made.records[3, 0, 0] = -1
+        assert int(made.records[cta, 0, at]) != value
+        made.records[cta, 0, at] = value
         return made
 
-    monkeypatch.setattr(worklist, "segments", short)
-    with pytest.raises(AssertionError):
-        test_segments_cover_blocks((8, 512, 2), "uniform", 264, dirty)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tiles_by_expert(shape: tuple[int, int, int], dirty: None) -> None:
-    """The same tiles, those of an expert together, in both places of a launch."""
-    r = routed(*shape, "zipf")
-    want = worklist.tiles(r, 128, 0)
-    count = int(want.count[0])
-    plain = sorted(record[:3] for record in want.records[:count].tolist())
-    for made in (
-        worklist.tiles(r, 128, 0, by_expert=True),
-        worklist.work_lists(r, 256, 32, 128, by_expert=True).others,
-    ):
-        assert made is not None and int(made.count[0]) == count
-        assert [record[:3] for record in made.records[:count].tolist()] == plain
-    both = worklist.work_lists(r, 256, 32, 128, by_expert=True).tiles
-    assert both is not None
-    alone = worklist.tiles(r, 256, 32).records
-    assert torch.equal(both.records[: int(both.count[0]), :3], alone[: int(both.count[0]), :3])
+    monkeypatch.setattr(worklist, "segments", spoiled)
+    with pytest.raises(AssertionError, match=match):
+        test_segments_cover_blocks((8, 512, 2), "uniform", 16, dirty)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -133,7 +144,7 @@ def test_one_launch_lists_all(shape: tuple[int, int, int], dirty: None) -> None:
     both = worklist.work_lists(r, 256, 32, 128)
     mixed = worklist.work_lists(r, 64, 32, 0, split)
     pairs = [
-        (both.tiles, worklist.tiles(r, 256, 32)), (both.others, worklist.tiles(r, 128, 0)),
+        (both.tiles, worklist.tiles(r, 256, 32)), (both.others, worklist.tiles_by_expert(r, 128)),
         (mixed.tiles, worklist.tiles(r, 64, 32)),
     ]  # fmt: skip
     for got, want in pairs:
@@ -145,6 +156,6 @@ def test_one_launch_lists_all(shape: tuple[int, int, int], dirty: None) -> None:
     assert mixed.segments is not None
     for mine, want in zip(mixed.segments.records.tolist(), alone.records.tolist(), strict=True):
         end = [record[0] for record in want].index(-1)
-        assert [record[:3] for record in mine[:end]] == [record[:3] for record in want[:end]]
+        assert mine[:end] == want[:end]
         assert mine[end][0] == -1
     assert not mixed.segments.counters.any()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_schedule import ring_of, rows_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
+from mixmoe.shapes import shape_named  # noqa: E402
 from mixmoe.spec import Problem  # noqa: E402
 from tests.hopper_compile import TUNED_FOR, Fake, Resources, compile_gluon  # noqa: E402
 
@@ -97,19 +99,28 @@ def test_grouped_compiles(name: str) -> None:
     assert made.spills <= (64 if TUNED_FOR else 6000), made.spills
 
 
-def ring(
-    I: int, tokens: int, bias: bool = False, wide: bool = False, **fields: Any  # noqa: E741
-) -> Resources:
-    """`gemm2_ring` for E 256, topk 8, H 7168."""
-    cut = gemm2_prefill.Ring.of(Problem(tokens, 7168, I, 256, 8), torch.device("cpu"))
-    assert cut is not None
-    cut = replace(cut, **fields)
+DEVICE = torch.device("cpu")  # a device with the SMs of an H200, where the ring is cut
+LIMIT = 228 * 1024  # shared memory of an SM; each CTA takes 1 KB more than it asks for
+LISTED = [(name, tokens) for name in ("dsv3_tp8", "kimik2_tp8", "qwen3_tp4", "qwen3_tp8")
+          for tokens in (2048, 4096, 8192)]  # fmt: skip
+
+
+def problem_of(name: str, tokens: int) -> Problem:
+    """A layer of `mixmoe.shapes`."""
+    s = shape_named(name)
+    return Problem(tokens, s.hidden, s.intermediate, s.experts, s.topk)
+
+
+@cache
+def ring(cut: gemm2_prefill.Ring, turns: int, bias: bool = False, wide: bool = False) -> Resources:
+    """`gemm2_ring` for topk 8; E, H and the tokens change nothing but numbers it is given."""
+    tokens, K = turns * cut.span * cut.ctas, 128 * cut.steps
     words = weight_descriptors(
         Fake(torch.int32, (114688, cut.steps, 256)),
         Fake(torch.int32, (114688, 16 * cut.steps)), 4, 1,
     )  # fmt: skip
     h = TensorDescriptor.from_tensor(
-        Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
+        Fake(torch.float8_e4m3fn, (40704, K)), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
     )
     vectors = row_box(Fake(torch.float32, (256, 7168)))
     return compile_gluon(
@@ -121,47 +132,76 @@ def ring(
 
 
 @pytest.mark.parametrize(
-    "I, tokens", [(128, 8192), (192, 4096), (256, 8192), (256, 1024), (384, 4096)]
+    "name, tokens, bias",
+    [(*case, False) for case in LISTED] + [("kimik2_tp8", 8192, True), ("qwen3_tp8", 4096, True)],
 )
-def test_ring_compiles(I: int, tokens: int) -> None:
-    made = ring(I, tokens, bias=I == 192, wide=I == 256)
+def test_ring_compiles(name: str, tokens: int, bias: bool) -> None:
+    """Two CTAs share an SM, with at most as much of it as `Ring.shared` says."""
+    p = problem_of(name, tokens)
+    cut = gemm2_prefill.Ring.of(p, DEVICE)
+    if cut is None:
+        assert (name, tokens) == ("qwen3_tp4", 8192), "more routes than room"
+        return
+    made = ring(cut, cut.turns(tokens), bias, wide=bias)
     assert made.clean() and made.qgmma, (made.spills, made.messages)
-    assert made.registers == 128 and made.warps == 8
-    assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
+    assert made.registers == 128 and made.warps == 8, "two CTAs share an SM"
+    assert 2 * (made.shared + 1024) <= LIMIT, "two CTAs share an SM"
+    unbiased = 0 if bias else cut.stages * 256
+    assert 0 <= cut.shared(p) - unbiased - made.shared <= 128
 
 
-@pytest.mark.parametrize("tokens", [8192, 4096, 2048])
-@pytest.mark.parametrize(
-    "fields",
-    [{"exact": True}, {"look": 1}, {"drop": 1}, {"drop": 2}, {"lines": True, "stages": 3},
-     {"lines": True, "stages": 3, "exact": True, "drop": 2}],
-    ids=lambda fields: " ".join(fields),
-)  # fmt: skip
-def test_ring_variants_compile(tokens: int, fields: dict[str, Any]) -> None:
-    """As the plain one does; rows go to the ring as whole lines or as sectors; 2 discards a lane
-    and turn."""
-    made = ring(256, tokens, **fields)
-    assert made.clean() and made.qgmma and made.registers == 128
-    assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
-    turns, group = (2, 1) if tokens == 8192 else (1, 1) if tokens == 4096 else (1, 2)
-    per_turn = 8 * (16 if group == 1 else 8) // 64
-    drops = len(re.findall(r"CCTL\.E\.RML2", made.sass))
-    assert drops == (turns * group * per_turn if "drop" in fields else 0)
-    assert (made.count("STSM") > 0 and "MOVM" not in made.sass) == ("lines" in fields)
+def test_ring_of_one_step_compiles() -> None:
+    p = Problem(8192, 7168, 128, 256, 8)
+    cut = gemm2_prefill.Ring.of(p, DEVICE)
+    assert cut is not None and cut.steps == 1
+    made = ring(cut, cut.turns(p.tokens), wide=True)
+    assert made.clean() and made.registers == 128
+    assert made.shared <= cut.shared(p) and 2 * (made.shared + 1024) <= LIMIT
+
+
+def test_ring_stores_whole_lines() -> None:
+    """16 bytes a lane, eight lanes a row, every store under the mask of the rows that exist: two
+    stores for 32 rows, four for 64; and y."""
+    cut = gemm2_prefill.Ring.of(problem_of("dsv3_tp8", 4096), DEVICE)
+    assert cut is not None
+    made = ring(cut, 1)
+    stores = re.findall(r"(@!?P\d )?STG\.E(\.EF)?\.(\w+)", made.sass)  # y: evict first
+    assert all(width == "128" for _, _, width in stores), stores
+    to_ring = [mask for mask, to_y, _ in stores if not to_y]
+    assert len(to_ring) == 6 and all(to_ring), stores
+
+
+def test_ring_of_more_than_half_an_sm_is_refused() -> None:
+    """What would leave CTAs waiting for ever: ten blocks of h with three stages of weights do not
+    fit twice on an SM, and neither `shared` nor the compiler says otherwise."""
+    p = problem_of("kimik2_tp8", 8192)
+    cut = gemm2_prefill.Ring.of(p, DEVICE)
+    assert cut is not None and (cut.room, cut.stages) == (10, 2)
+    wrong = replace(cut, stages=3)
+    assert not wrong.fits(p) and 2 * (ring(wrong, 2).shared + 1024) > LIMIT
+
+
+def test_ring_is_none_where_no_cut_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then rows are stored, as for other versions of Triton."""
+    p = problem_of("kimik2_tp8", 8192)
+    monkeypatch.setattr(gemm2_prefill, "CUTS", {2: ((9, 3, 120), (10, 3, 120))})
+    assert gemm2_prefill.Ring.of(p, DEVICE) is None and ring_of(p, DEVICE) is None
+    assert gemm2_prefill.Ring.of(problem_of("dsv3_tp8", 8192), DEVICE) is not None
+    assert rows_of(p) is not None
 
 
 def test_ring_cuts() -> None:
     """Nine blocks of h a CTA where they hold the routes, and never more than half an SM."""
-    device, few = torch.device("cpu"), Problem(8192, 7168, 256, 256, 8)
+    few = Problem(8192, 7168, 256, 256, 8)
     small, large = (
-        gemm2_prefill.Ring.of(replace(few, experts=experts), device) for experts in (256, 384)
+        gemm2_prefill.Ring.of(replace(few, experts=experts), DEVICE) for experts in (256, 384)
     )
-    assert small is not None and (small.room, small.stages, small.slots) == (9, 4, 3)
-    assert large is not None and (large.room, large.stages) == (10, 3)
+    assert small is not None and (small.room, small.stages, small.slots) == (9, 3, 3)
+    assert large is not None and (large.room, large.stages) == (10, 2)
     assert not small.holds(replace(few, experts=384).padded_routes(32))
     assert small.fits(few) and not replace(small, room=10).fits(few)
     assert not small.fits(replace(few, topk=32))
-    assert gemm2_prefill.Ring.of(replace(few, tokens=16384), device) is None
+    assert gemm2_prefill.Ring.of(replace(few, tokens=16384), DEVICE) is None
 
 
 def red(I: int, tokens: int, adds: bool, bias: bool, wide: bool) -> Resources:

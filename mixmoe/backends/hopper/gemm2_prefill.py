@@ -8,10 +8,10 @@ groups are computed, other warps of all CTAs add up the topk rows of each token 
 order. So the bits do not depend on timing, y needs no zeroing, and the scratch is a few percent of
 the rows.
 
-Roles of a CTA (two CTAs on an SM): 4 matrix warps, which store their products to the ring straight
-from registers; 2 warps that reduce; a warp that loads weights and announces groups; a warp that
-watches the other CTAs. All CTAs must be resident, because they wait for each other: the grid is
-never larger than the device holds.
+Roles of a CTA (two CTAs on an SM): 4 matrix warps, which store their products to the ring, by way
+of shared memory as whole lines of the L2; 2 warps that reduce; a warp that loads weights and
+announces groups; a warp that watches the other CTAs. All CTAs must be resident, because they wait
+for each other: the grid is never larger than the device holds.
 
 Between CTAs `written[g]` counts those whose rows of group g are visible, `reduced[g]` those that
 have read it; a slot is written again when the group RING before is reduced. Within a CTA nothing
@@ -27,9 +27,10 @@ because a slot is granted again only after this CTA, too, has announced and redu
 Nothing that the matrix warps need in a slice may come from global memory when they need it: the
 scales of the weights' rows come with the weights, the work list lies in shared memory.
 
-A row of the ring is a token's 64 columns in the order that suits the tensor cores: position
-16 w + 4 q + 2 r + p holds column 16 w + 8 r + 2 q + p (w, q < 4; r, p < 2), so that a lane stores
-eight bytes at once and four lanes a sector of 32.
+What the L2 is asked for is what holds many tokens (docs/measured-prefill.md). A row of the ring is
+64 columns of a route, one line, and a warp stores four whole lines at once (H200, 2026-11-28, T
+8192: 504 us, 561 where lanes stored eight bytes each of eight lines). Rows of padding, which nobody
+reads, are not stored (538 of 561; both: 494).
 """
 
 from dataclasses import dataclass
@@ -89,15 +90,16 @@ from mixmoe.spec import Problem, Recipe
 # From Triton 3.9 on a view of shared memory cannot be cast to a longer one, as `piece` does.
 COMPILES = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 6)
 COLUMNS = 64  # columns of a slice: 128 B of bf16, one line of the L2
-# Steps of K -> room, stages, registers; the first that holds the routes. Nine blocks a CTA: an
-# expert of ten is split over CTAs that have none (H200, T 8192: 613 us against 630).
-CUTS = {1: ((20, 4, 120),), 2: ((9, 4, 120), (10, 3, 120)), 3: ((6, 2, 104),)}
+# Steps of K -> room, stages, registers; the first that holds the routes and fits. Nine blocks a
+# CTA: an expert of ten is split over CTAs that have none (H200, T 8192: 613 us against 630).
+CUTS = {1: ((20, 4, 120),), 2: ((9, 3, 120), (10, 2, 120)), 3: ((6, 2, 104),)}
 SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
+KEPT = 576  # bytes of it, at most, for barriers and what Triton hands to the roles
 BUDGET = 24 << 20  # bytes of the L2 that a ring of four slots may take; else it has three
 
 
 class Staging(NamedTuple):
-    """32 rows of 64 columns each, on their way to the ring, in turn; or None."""
+    """Two buffers of 32 rows x 64 columns on their way to the ring."""
 
     low: Any
     high: Any
@@ -110,23 +112,6 @@ class Slice(NamedTuple):
     high: Any
     scale: Any
     bias: Any
-
-
-@gluon.jit
-def transposed(value):
-    """bf16 (64 columns, N) of a product -> (N, 64) in the order of the ring's rows.
-
-    Each 8 x 8 block is transposed within its warp; all else renames registers.
-    """
-    N: gl.constexpr = value.shape[1]
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, 4], [1, 0])
-    value = gl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [value],
-        dtype=gl.bfloat16, is_pure=False, pack=2,
-    )  # fmt: skip
-    value = value.reshape([4, 2, 8, N // 8, 4, 2])  # w r g n q p, and now g counts rows of n
-    value = value.permute((3, 2, 0, 4, 1, 5)).reshape([N, 64])
-    return gl.convert_layout(value, L, assert_trivial=True)
 
 
 @gluon.jit
@@ -143,30 +128,31 @@ def fragments(weights, stage, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def store_half(value, memory, target, left, first: gl.constexpr):
-    """bf16 (64 columns, 32 rows) -> rows first .. of those at `target`, of which `left` exist."""
+def store_block(value, memory, target, left, first: gl.constexpr):
+    """bf16 (64 columns, 32 rows) -> rows first .. first + 31 at `target`, but for those from `left`
+    on."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     n = gl.arange(0, 32, layout=gl.SliceLayout(1, L)) + first
     c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
     memory.permute((1, 0)).store(value)
-    gl.store(
-        target + (n[:, None] * 64 + c[None, :]), memory.load(L),
-        mask=(n < left)[:, None] & (c >= 0)[None, :],
-    )  # fmt: skip
+    at = target + (n[:, None] * 64 + c[None, :])
+    gl.store(at, memory.load(L), mask=(n < left)[:, None])
 
 
 @gluon.jit
-def store_lines(value, staging, target, left):
-    """bf16 (64 columns, N) -> the first `left` of N rows at `target`, each as a whole line of the
-    L2, by way of shared memory: two buffers of 32 rows take turns, so that a barrier lies between
-    the loads from one and the next stores to it."""
+def store_rows(value, staging, target, left):
+    """bf16 (64 columns, N) -> the first `left` of N rows at `target`, each a whole line.
+
+    The buffers take turns, so the barrier between the stores to one and its loads also lies between
+    the loads from the other and the next stores to it.
+    """
     N: gl.constexpr = value.shape[1]
     if N == 64:
         low, high = value.reshape([64, 2, 32]).permute((0, 2, 1)).split()
-        store_half(low, staging.low, target, left, 0)
-        store_half(high, staging.high, target, left, 32)
+        store_block(low, staging.low, target, left, 0)
+        store_block(high, staging.high, target, left, 32)
     else:
-        store_half(value, staging.low, target, left, 0)
+        store_block(value, staging.low, target, left, 0)
 
 
 @gluon.jit
@@ -174,7 +160,7 @@ def piece(
     w, rows, first, left, h_scale_ptr, target, staging, N: gl.constexpr, STEPS: gl.constexpr
 ):
     """64 columns x N rows from block `first` on: the product over all of K, scaled, as bf16 rows at
-    `target`; of the rows `left` are kept."""
+    `target`, but for those from `left` on."""
     ROOM: gl.constexpr = rows.shape[0] // STEPS
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32]
@@ -197,19 +183,13 @@ def piece(
         n = gl.arange(0, N, layout=gl.SliceLayout(0, L))
         value *= gl.load(h_scale_ptr + n)[None, :]
         value += gl.convert_layout(w.bias, gl.SliceLayout(1, L), assert_trivial=True)[:, None]
-    if staging.low is not None:
-        store_lines(value.to(gl.bfloat16), staging, target, left)
-    else:
-        value = transposed(value.to(gl.bfloat16))
-        n = gl.arange(0, N, layout=gl.SliceLayout(1, value.type.layout))
-        c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
-        gl.store(target + (n[:, None] * 64 + c[None, :]), value, mask=(n < left)[:, None])
+    store_rows(value.to(gl.bfloat16), staging, target, left)
 
 
 @gluon.jit
 def multiply(
     weights, held, slots, ring_ptr, records, h_scale_ptr, staging, sizes, groups,
-    GROUP: gl.constexpr, WIDE: gl.constexpr, EXACT: gl.constexpr,
+    GROUP: gl.constexpr, WIDE: gl.constexpr,
 ):
     """Role of the matrix warps: 64 x K weights dequantised once, times all rows of a segment, into
     the ring."""
@@ -227,8 +207,6 @@ def multiply(
             first = 0
             for i in range(count):
                 expert, block, blocks, routes = segment(records, i)
-                if not EXACT:
-                    routes = blocks * 32
                 mbarrier.wait(weights.full.index(stage), phase)
                 scale = vector(weights.vectors.scale, stage, L)
                 bias = None
@@ -268,8 +246,7 @@ def gemm2_ring(
     w_desc, s_desc, r_desc, b_desc, h_desc, ring_ptr, list_ptr, routes, counters, out, sizes,
     TOPK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ROOM: gl.constexpr,
     RING: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SPAN: gl.constexpr,
-    AHEAD: gl.constexpr, WIDE: gl.constexpr, LINES: gl.constexpr, DROP: gl.constexpr,
-    EXACT: gl.constexpr, LOOK: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    AHEAD: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
@@ -293,12 +270,11 @@ def gemm2_ring(
     held = Held(rows, barriers(1, ROOM).index(0))
     slots = Slots(barriers(RING, 1), barriers(RING, 1), barriers(RING, 1))
     boxes = Boxes(w_desc, s_desc, r_desc, b_desc, h_desc)
-    low, high = None, None
-    if LINES:
-        swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        low = gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled)
-        high = gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled)
-    staging = Staging(low, high)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    staging = Staging(
+        gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled),
+        gl.allocate_shared_memory(gl.bfloat16, [32, 64], swizzled),
+    )
     fence_async_shared()
     groups = (sizes.slices + GROUP - 1) // GROUP
     if PDL:
@@ -308,12 +284,12 @@ def gemm2_ring(
     gl.warp_specialize(
         [
             (multiply, (weights, held, slots, ring_ptr, records, routes.scales, staging, sizes,
-                        groups, GROUP, WIDE, EXACT)),
+                        groups, GROUP, WIDE)),
             (reduce, (ring_ptr, out, routes, places, slots.ready, counters.reduced,
-                      sizes.slot_rows, groups, TOPK, GROUP, AHEAD, b_desc is None, LINES, DROP)),
+                      sizes.slot_rows, groups, TOPK, GROUP, AHEAD, b_desc is None)),
             (produce, (boxes, records, counters.written, weights, held, slots.done, sizes, groups,
                        GROUP)),
-            (watch, (counters, slots, groups, LOOK, DROP)),
+            (watch, (counters, slots, groups)),
         ],
         [2, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS],
@@ -327,10 +303,7 @@ class Ring:
     steps: K / 128; room: 32-route blocks of h a CTA holds; stages: weight tiles in flight;
     registers: of a helper warp's thread (a matrix warp's has 256 less that); ctas: of the grid, all
     resident; slots: of the ring, of `group` slices each; span: tokens reduced at a time; ahead: of
-    their rows a lane has under way. lines: rows are stored as whole lines of the L2, by way of
-    shared memory, in the order of columns; drop: lines are discarded after their last
-    read, 1: ordered by the release that counts, 2: by a fence of every warp; exact:
-    rows of padding are not stored; look: counters of a poll.
+    their rows a lane has under way.
     """
 
     steps: int
@@ -342,14 +315,10 @@ class Ring:
     group: int
     span: int
     ahead: int
-    lines: bool = False
-    drop: int = 0
-    exact: bool = False
-    look: int = 4
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device, slots: int = 0) -> "Ring | None":
-        """None where h does not fit: K over 384, more routes than all CTAs hold, a large topk."""
+        """None where no cut fits: K over 384, more routes than all CTAs hold, a large topk."""
         rows, ctas = problem.padded_routes(32), 2 * multiprocessors(device)
         few = problem.tokens <= 8 * ctas
         group, span = (2, 8) if few else (1, 16)
@@ -367,10 +336,17 @@ class Ring:
 
     def fits(self, problem: Problem) -> bool:
         """Whether two CTAs share an SM; else they would wait for each other forever."""
-        words = self.stages * (self.steps * (4096 + 256) + 2 * COLUMNS * 4)
+        return self.shared(problem) <= SHARED
+
+    def shared(self, problem: Problem) -> int:
+        """Bytes of shared memory of a CTA, at most: weights with scales and biases of their rows,
+        rows of h, positions and factors of the routes, staging, work list, and what is KEPT."""
+        weights = self.stages * (self.steps * (4096 + 256) + 2 * COLUMNS * 4)
+        rows = self.steps * self.room * 32 * 128
         places = self.turns(problem.tokens) * problem.topk * self.span * 8
-        staging = 8192 if self.lines else 0
-        return self.steps * self.room * 4096 + words + places + staging + 1024 <= SHARED
+        staging = 2 * 32 * COLUMNS * 2
+        fields = 64 if 4 * (self.room + 1) <= 64 else 128
+        return weights + rows + places + staging + 4 * fields + KEPT
 
     def turns(self, tokens: int) -> int:
         """How often `span` tokens go into a CTA's."""
@@ -385,8 +361,7 @@ class Ring:
         return {
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": self.turns(tokens), "SPAN": self.span,
-            "AHEAD": self.ahead, "LINES": self.lines, "DROP": self.drop, "EXACT": self.exact,
-            "LOOK": self.look, "REGISTERS": self.registers, "PDL": True,
+            "AHEAD": self.ahead, "REGISTERS": self.registers, "PDL": True,
             "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
         }  # fmt: skip
 

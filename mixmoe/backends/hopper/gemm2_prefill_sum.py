@@ -6,8 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mixmoe.backends.hopper.mainloop import advance, cta_barrier, smem_cast
+from mixmoe.backends.hopper.mainloop import advance, cta_barrier
 from mixmoe.backends.hopper.signals import PITCH, glance, observe
+
+LOOK = gl.constexpr(4)  # counters of a poll
 
 
 class Slots(NamedTuple):
@@ -51,13 +53,13 @@ class Result(NamedTuple):
 
 
 @gluon.jit
-def complete(counts, i, grid, LOOK: gl.constexpr):
+def complete(counts, i, grid):
     """How many of the first LOOK counts are complete before one is not."""
     return gl.min(gl.where(counts >= grid, LOOK, i), 0)
 
 
 @gluon.jit
-def watch(counters, slots, groups, LOOK: gl.constexpr, DROP: gl.constexpr):
+def watch(counters, slots, groups):
     """Role of the watching warp. Groups that all CTAs have written and slots that all have read are
     polled for together, LOOK of each, so that neither is held up by the other and a poll that took
     long may find several.
@@ -70,13 +72,10 @@ def watch(counters, slots, groups, LOOK: gl.constexpr, DROP: gl.constexpr):
     i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) % LOOK
     full, free = grid * 0, grid * 0
     while full < groups:
-        if DROP > 0:  # a discard is a write
-            reads = observe(counters.reduced + gl.minimum(free + i, groups - 1) * PITCH)
-        else:
-            reads = glance(counters.reduced + gl.minimum(free + i, groups - 1) * PITCH)
+        reads = glance(counters.reduced + gl.minimum(free + i, groups - 1) * PITCH)
         writes = observe(counters.written + gl.minimum(full + i, groups - 1) * PITCH)
-        frees = gl.minimum(complete(reads, i, grid, LOOK), gl.maximum(groups - RING - free, 0))
-        fulls = gl.minimum(complete(writes, i, grid, LOOK), groups - full)
+        frees = gl.minimum(complete(reads, i, grid), gl.maximum(groups - RING - free, 0))
+        fulls = gl.minimum(complete(writes, i, grid), groups - full)
         cta_barrier()  # every lane's acquire before one lane's arrival
         for _ in range(frees):
             mbarrier.arrive(slots.granted.index(free % RING), count=1)
@@ -122,51 +121,9 @@ def ring_rows(ring_ptr, first, slot_rows, positions, i: gl.constexpr, L: gl.cons
 
 
 @gluon.jit
-def drop_rows(ring_ptr, positions, TOPK: gl.constexpr):
-    """These rows of a slice need not be written back to memory, for nobody reads them again. A lane
-    a row, which is a line of the L2."""
-    TURNS: gl.constexpr = positions.shape[0] // TOPK
-    ROWS: gl.constexpr = TOPK * positions.shape[1]
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    places = smem_cast(positions, gl.int32, [TURNS, ROWS], flat)
-    for turn in gl.static_range(TURNS):
-        p = places.index(turn).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-        gl.inline_asm_elementwise(
-            """{
-            .reg .pred p;
-            setp.ge.s32 p, $2, 0;
-            @p discard.global.L2 [$1], 128;
-            mov.b32 $0, 0;
-            }""",
-            "=r,l,r", [(ring_ptr + p.to(gl.int64) * 64).to(gl.uint64), p], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
-def fence_gpu():
-    """Every thread's own writes, and discards, before what the CTA does after its next barrier."""
-    thread = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    gl.inline_asm_elementwise(
-        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def in_columns(value, L: gl.constexpr):
-    """(N, 64) in the order of the ring's rows -> in the order of columns, layout L."""
-    N: gl.constexpr = value.shape[0]
-    value = value.reshape([N, 4, 2, 2, 2, 2])  # w, q (two bits), r, p
-    value = value.permute((0, 1, 4, 2, 3, 5)).reshape([N, 64])
-    return gl.convert_layout(value, L)
-
-
-@gluon.jit
 def reduce(
     ring_ptr, out, routes, places, ready, reduced_ptr, slot_rows, groups, TOPK: gl.constexpr,
-    GROUP: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr, LINES: gl.constexpr,
-    DROP: gl.constexpr,
+    GROUP: gl.constexpr, AHEAD: gl.constexpr, SCALED: gl.constexpr,
 ):
     """Role of the reducing warps: y = sum over the slots, float32, of ring rows x their factors.
 
@@ -199,26 +156,14 @@ def reduce(
             if i % TOPK + 1 == TOPK:
                 t = t0 + i % ROWS // TOPK * N + n
                 column = (group * GROUP + i // ROWS) * 64 + c
-                y = total.to(out.rows.dtype.element_ty)
-                if not LINES:
-                    y = in_columns(y, L)
                 gl.store(
-                    out.rows + t.to(gl.int64)[:, None] * out.pitch + column[None, :], y,
+                    out.rows + t.to(gl.int64)[:, None] * out.pitch + column[None, :],
+                    total.to(out.rows.dtype.element_ty),
                     mask=(t < t1)[:, None] & (column < out.columns)[None, :], cache_modifier=".cs",
                 )
                 total = gl.zeros([N, 64], gl.float32, L)
         # Relaxed: a store above was issued only when the loads it needs had returned, which is all
         # that a later write to the slot has to wait for.
         cta_barrier()
-        if DROP > 0:
-            for i in gl.static_range(GROUP):
-                base = ring_ptr + ((slot * GROUP + i) * slot_rows).to(gl.int64) * 64
-                drop_rows(base, places.positions, TOPK)
-            if DROP == 2:
-                fence_gpu()
-            cta_barrier()
-        if DROP == 1:
-            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="release")
-        else:
-            gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
+        gl.atomic_add(reduced_ptr + group * PITCH, 1, sem="relaxed")
         slot, turn = advance(slot, turn, ready.shape[0])

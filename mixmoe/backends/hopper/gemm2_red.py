@@ -396,8 +396,7 @@ class Red:
 
     steps: K / 128; main: routes of a tile, small: of one that few routes fill; span: column tiles
     of 64 an item takes; stages: weight tiles in flight; holds: items whose rows of h are resident;
-    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread;
-    by_expert: items of one expert follow one another, else the larger come first.
+    outs: finished tiles that wait for the adding warps; registers: of a helper warp's thread.
     """
 
     steps: int
@@ -408,7 +407,6 @@ class Red:
     holds: int = 1
     outs: int = 2
     registers: int = 112
-    by_expert: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> "Red | None":
@@ -442,7 +440,7 @@ def launch(
     """Add stage 2 and the sum over a token's routes to out (T, H) bf16, which holds zeros.
 
     h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
-    _wide); tiles: `worklist.tiles(routed, red.main, 0)`, drawn by one launch.
+    _wide); tiles: `worklist.tiles_by_expert(routed, red.main)`, drawn by one launch.
     Without `adds` out is (P, H), rows in sorted order, weighted, for `gemm2_rows.sum_routes`.
     """
     p = routed.problem

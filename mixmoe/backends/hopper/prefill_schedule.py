@@ -29,6 +29,7 @@ from mixmoe.backends.hopper.worklist import (
     Segments,
     Tiles,
     tiles,
+    tiles_by_expert,
     work_lists,
 )
 from mixmoe.formats import Quantised
@@ -42,7 +43,8 @@ CHUNK = 8192  # tokens of a pass
 # in float32 decides (H100, 2026-11-28, layer, us: gpt-oss 657 / 658, DeepSeek-V3 EP 289 / 292).
 MEAN = 17
 # Tokens from which stage 2 goes through the ring of `gemm2_prefill` (H200, 2026-11-28, us at T
-# 1024 / 2048 / 4096: ring 166 / 212 / 374, stored rows and their sum 149 / 244 / 409).
+# 1024 / 2048 / 4096: ring 166 (not timed since its rows are whole lines) / 204 / 316, stored rows
+# and their sum 149 / 244 / 409).
 RING_FROM = 1537
 STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
 
@@ -141,7 +143,7 @@ class Prefill:
         work: Tiles | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum by atomics, into zeros."""
-        work = tiles(routed, red.main, 0, red.by_expert) if work is None else work
+        work = tiles_by_expert(routed, red.main) if work is None else work
         return gemm2_red.launch(
             h, weights.w2, weights.w2_bias, routed, work, recipe, red, out  # type: ignore[arg-type]
         )
@@ -152,7 +154,7 @@ class Prefill:
     ) -> Tensor:  # fmt: skip
         """Stage 2 as weighted rows (P, H), then the sum."""
         p = routed.problem
-        work = tiles(routed, red.main, 0, red.by_expert) if work is None else work
+        work = tiles_by_expert(routed, red.main) if work is None else work
         shape = (h.codes.shape[0], -(-p.hidden // 64) * 64)
         rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
         gemm2_red.launch(
@@ -187,7 +189,7 @@ class Prefill:
         other = red if red else rows_of(p) if ring is None else None
         lists = work_lists(
             routed, cut.main, cut.extra, other.main if other else 0,
-            ring.split(p) if ring else None, bool(other and other.by_expert),
+            ring.split(p) if ring else None,
         )  # fmt: skip
         assert lists.tiles is not None
         if beside:
