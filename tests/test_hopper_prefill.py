@@ -34,6 +34,7 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_schedule import ring_of, rows_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
+from mixmoe.backends.hopper.worklist import list_work  # noqa: E402
 from mixmoe.shapes import shape_named  # noqa: E402
 from mixmoe.spec import Problem  # noqa: E402
 from tests.hopper_compile import TUNED_FOR, Fake, Resources, compile_gluon  # noqa: E402
@@ -51,6 +52,16 @@ def test_work_lists() -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed.group(1)) > 90, run.stdout[-400:]
+
+
+@pytest.mark.parametrize("other, room", [(4, 0), (0, 9)])
+def test_work_lists_compile(other: int, room: int) -> None:
+    """Tiles of both stages; tiles and segments. The interpreter takes more than the compiler."""
+    made = compile_gluon(
+        list_work, I32, I32, I32, I32, I32, I32, 700, 256, 264, MAIN=8, EXTRA=1, OTHER=other,
+        ROOM=room, N=16, EP=256, PDL=True, num_warps=8,
+    )  # fmt: skip
+    assert made.clean()
 
 
 def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: bool = False,
