@@ -21,13 +21,18 @@ from pathlib import Path
 from . import registry
 from .plan import Plan
 from .registry import OURS, Entry
+from .shapes import TABLE_TOKENS
 
-COUNTS = 8  # token counts of a part: half of all
+COUNTS = 3  # token counts of a part, the largest (of most kernels) first
 CLAIMS = "claims"  # folder of what has been taken
 
 
 def parts(plan: Plan, entries: Iterable[Entry]) -> list[Plan]:
-    """The plan in pieces, the longest first: rivals with many ways, ours last."""
+    """The plan in pieces: the token counts with a goal first, in all shapes, as they are measured
+    first; of one count ours first, which are the cheapest, then the rivals with most ways.
+
+    On one H200 (2026-11-28) humming's kernels alone kept 16 cores busy for longer than 100 s.
+    """
     ways: dict[str, int] = {}
     for entry in entries:
         owner = "none" if entry.provider == OURS else entry.plugin
@@ -35,16 +40,18 @@ def parts(plan: Plan, entries: Iterable[Entry]) -> list[Plan]:
     # how a kernel is compiled depends on sizes, hardly on the routing and not on the flush
     small = replace(plan, warm=True, resume=False, skews=plan.skews[:1])
     cut = []
-    for owner in sorted(ways, key=lambda owner: (owner == "none", -ways[owner])):
-        ours = owner == "none"
-        tokens = [t for t in sorted(plan.tokens) if ours or plan.rivals_run(t)]
-        for first in reversed(range(0, len(tokens), COUNTS)):
-            for shape in plan.shapes:
-                piece = tuple(tokens[first : first + COUNTS])
-                recipes = plan.recipes if ours else ()
-                cut.append(
-                    replace(small, shapes=(shape,), tokens=piece, rivals=owner, recipes=recipes)
-                )
+    goals = [t for t in plan.tokens if t in TABLE_TOKENS]
+    for counts in (goals, [t for t in plan.tokens if t not in TABLE_TOKENS]):
+        for owner in sorted(ways, key=lambda owner: (owner != "none", -ways[owner])):
+            ours = owner == "none"
+            tokens = [t for t in sorted(counts, reverse=True) if ours or plan.rivals_run(t)]
+            for first in range(0, len(tokens), COUNTS):
+                for shape in plan.shapes:
+                    piece = tuple(tokens[first : first + COUNTS])
+                    recipes = plan.recipes if ours else ()
+                    cut.append(
+                        replace(small, shapes=(shape,), tokens=piece, rivals=owner, recipes=recipes)
+                    )
     return cut
 
 
@@ -73,9 +80,9 @@ def run(plan: Plan, jobs: int, gpus: Sequence[str], environment: dict[str, str])
 
 
 def name_of(piece: Plan) -> str:
-    """ "humming dsv3_ep T 1 to 128"."""
+    """ "humming dsv3_ep T 8192, 512, 64"."""
     owner = OURS if piece.rivals == "none" else piece.rivals
-    return f"{owner} {piece.shapes[0]} T {piece.tokens[0]} to {piece.tokens[-1]}"
+    return f"{owner} {piece.shapes[0]} T {', '.join(map(str, piece.tokens))}"
 
 
 def say(line: str) -> None:
