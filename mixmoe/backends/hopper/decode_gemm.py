@@ -39,6 +39,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
+    TEAMS,
     Ring,
     Sums,
     barriers,
@@ -405,3 +406,70 @@ def unit_total(sums, done, unit, TEAMS: gl.constexpr, SHAPE: gl.constexpr, L: gl
     for team in gl.static_range(1, TEAMS):
         total += team_sum(sums, (done & 1) * TEAMS + team, unit, SHAPE, L)
     return total
+
+
+@gluon.jit
+def own_role(role: gl.constexpr, team: gl.constexpr, ring, operands, blocks, sizes, tokens,
+             BLOCK: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
+             STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
+    """`own` of `run`: a list of roles takes functions by name only."""
+    role(team, ring, operands, blocks, sizes, tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, EARLY)
+
+
+@gluon.jit
+def shared_role(role: gl.constexpr, sums, operands, blocks, sizes, tokens, BLOCK: gl.constexpr,
+                TOKENS: gl.constexpr, TEAMS: gl.constexpr, EARLY: gl.constexpr):
+    """`shared` of `run`."""
+    role(sums, operands, blocks, sizes, tokens, BLOCK, TOKENS, TEAMS, EARLY)
+
+
+@gluon.jit
+def run(w_desc, s_desc, x, blocks, sizes, tokens, limit, own: gl.constexpr,
+        shared: gl.constexpr, operands,
+        BLOCK: gl.constexpr, PART: gl.constexpr, SPLIT: gl.constexpr, CHUNKS: gl.constexpr,
+        STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
+        TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr):
+    """The roles of a CTA; a stage brings two with its own `operands`.
+
+    own(team, ring, operands, blocks, sizes, tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, EARLY): a
+    team's with SPLIT 1. shared(sums, operands, blocks, sizes, tokens, BLOCK, TOKENS, TEAMS, EARLY):
+    the epilogue of teams that share their rows.
+    """
+    TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
+    rows = make_rows(STAGES * SPLIT * CHUNKS, TOKENS * PART)
+    ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
+    if SPLIT == 1:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (own_role, (own, 0, ring, operands, blocks, sizes, tokens, BLOCK, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (own_role, (own, 1, ring, operands, blocks, sizes, tokens, BLOCK, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, EARLY)),
+                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, EARLY)),
+            ],
+            [4, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
+                            STAGES, WIDE, EARLY)),
+                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
+                                  STAGES, EARLY)),
+                (shared_role, (shared, sums, operands, blocks, sizes, tokens, BLOCK, TOKENS, TEAMS,
+                               EARLY)),
+                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
+                               CHUNKS, STAGES, EARLY)),
+            ],
+            [4, 1, 1, 2],
+            [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
+        )

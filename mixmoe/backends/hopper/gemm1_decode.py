@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
-    TEAMS,
     Blocks,
     Columns,
     Stream,
@@ -23,16 +22,11 @@ from mixmoe.backends.hopper.decode import (
 from mixmoe.backends.hopper.decode_gemm import (
     Rows,
     Sizes,
-    gather_rows,
     known,
-    make_ring,
-    make_rows,
-    make_sums,
-    multiply,
     read_ahead,
     routes_of,
     row_of,
-    stream_weights,
+    run,
     tile_total,
     tiles_of,
     tokens_of,
@@ -52,6 +46,23 @@ class Act(NamedTuple):
     beta2: Any
 
 
+class Activated(NamedTuple):
+    """What turns sums into h: h float32 (routes, I), scales of x, columns, routing weights or None,
+    `Act` and its kind.
+
+    x_memory: where the matrix warps have put the scale of the only token, 8 times; or None, and
+    x_scales are loaded.
+    """
+
+    h: Any
+    x_scales: Any
+    x_memory: Any
+    w: Any
+    weight: Any
+    act: Any
+    kind: Any
+
+
 @gluon.jit
 def load_pair(ptr, expert, columns, column):
     """The values of a gate column and of its up column: ptr is (E, 2 I) float32."""
@@ -61,15 +72,14 @@ def load_pair(ptr, expert, columns, column):
 
 
 @gluon.jit
-def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes, act, tokens,
-                   BLOCK: gl.constexpr, TOKENS: gl.constexpr, TEAMS: gl.constexpr,
-                   KIND: gl.constexpr):
+def activate_tiles(sums, to, blocks, sizes, tokens, BLOCK: gl.constexpr, TOKENS: gl.constexpr,
+                   TEAMS: gl.constexpr, EARLY: gl.constexpr):
     """Role of the epilogue warps: sums over the slices -> scale, bias, activation -> h (float32).
 
-    x_memory: where the matrix warps have put the scale of the only token, 8 times; or None, and
-    x_scales are loaded. A row unit at a time; what does not depend on the sums is fetched before
-    they are waited for.
+    A row unit at a time; what does not depend on the sums is fetched before they are waited for.
     """
+    h_ptr, x_scales, x_memory, w, weight_ptr, act, _ = to
+    KIND: gl.constexpr = to.kind
     ROWS: gl.constexpr = sums.buffer.shape[1]
     UNIT: gl.constexpr = [sums.buffer.shape[2], 2, 8, TOKENS]
     L: gl.constexpr = gl.BlockedLayout(
@@ -119,13 +129,15 @@ def activate_tiles(sums, h_ptr, x_scales, x_memory, w, weight_ptr, blocks, sizes
 
 
 @gluon.jit
-def activate_rows(team: gl.constexpr, ring, h_ptr, x_scales, w, weight_ptr, blocks, sizes, act,
-                  tokens, BLOCK: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
-                  STAGES: gl.constexpr, WIDE: gl.constexpr, KIND: gl.constexpr):
+def activate_rows(team: gl.constexpr, ring, to, blocks, sizes, tokens, BLOCK: gl.constexpr,
+                  TEAMS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+                  WIDE: gl.constexpr, EARLY: gl.constexpr):
     """Role of a team with rows of its own: products, scale, bias, activation -> h (float32).
 
     A thread's two rows of a product are a gate and the up row of the same column.
     """
+    h_ptr, x_scales, _, w, weight_ptr, act, _ = to
+    KIND: gl.constexpr = to.kind
     WARPS: gl.constexpr = gl.num_warps()
     N: gl.constexpr = tokens_of(BLOCK, 1)
     gdc_wait()
@@ -171,44 +183,11 @@ def gemm1_decode(
     STAGES: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
-    TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
-    rows = make_rows(STAGES * SPLIT * CHUNKS, TOKENS * PART)
-    ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
-    if SPLIT == 1:
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (activate_rows, (0, ring, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act,
-                                 tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, KIND)),
-                (activate_rows, (1, ring, h_ptr, x.scales, w, weight_ptr, blocks, sizes, act,
-                                 tokens, BLOCK, TEAMS, CHUNKS, STAGES, WIDE, KIND)),
-                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
-                                  STAGES, False)),
-                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
-                               CHUNKS, STAGES, False)),
-            ],
-            [4, 1, 2],
-            [TEAM_REGISTERS, REGISTERS, REGISTERS],
-        )
-    else:
-        sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
-                            STAGES, WIDE, False)),
-                (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
-                            STAGES, WIDE, False)),
-                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
-                                  STAGES, False)),
-                (activate_tiles, (sums, h_ptr, x.scales, None, w, weight_ptr, blocks, sizes, act,
-                                  tokens, BLOCK, TOKENS, TEAMS, KIND)),
-                (gather_rows, (x, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
-                               CHUNKS, STAGES, False)),
-            ],
-            [4, 1, 1, 2],
-            [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+    run(
+        w_desc, s_desc, x, blocks, sizes, tokens, limit, activate_rows, activate_tiles,
+        Activated(h_ptr, x.scales, None, w, weight_ptr, act, KIND),
+        BLOCK, PART, SPLIT, CHUNKS, STAGES, WIDE, False, TEAM_REGISTERS, REGISTERS,
+    )
 
 
 def launch(

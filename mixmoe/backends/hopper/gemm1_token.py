@@ -28,7 +28,7 @@ from mixmoe.backends.hopper.decode_gemm import (
     multiply,
     stream_weights,
 )
-from mixmoe.backends.hopper.gemm1_decode import Act, activate_tiles
+from mixmoe.backends.hopper.gemm1_decode import Act, Activated, activate_tiles
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
 from mixmoe.backends.hopper.resident import Hidden, make_resident, resident_layout
 from mixmoe.spec import Recipe, Tile, Weights
@@ -66,8 +66,8 @@ def gemm1_token(
             (multiply_token, (ring, x_memory, sums, x, blocks, sizes, STAGES, WIDE)),
             (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, 1, 1, 1, STAGES,
                               False)),
-            (activate_tiles, (sums, h_ptr, None, x_memory, w, weight_ptr, blocks, sizes, act, 1, 1,
-                              1, 1, KIND)),
+            (activate_tiles, (sums, Activated(h_ptr, None, x_memory, w, weight_ptr, act, KIND),
+                              blocks, sizes, 1, 1, 1, 1, False)),
         ],
         [1, 1],
         [REGISTERS, REGISTERS],

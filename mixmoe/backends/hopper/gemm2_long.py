@@ -6,15 +6,16 @@ scales, bias, store) as their epilogue. Rows short enough to stay in shared memo
 `gemm2_decode`'s, few tokens `gemm2_tokens`'s.
 """
 
+from typing import Any, NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from mixmoe.backends.hopper.decode import (
     SENTINEL_MASK,
-    TEAMS,
     Blocks,
     Columns,
     Stream,
@@ -23,16 +24,11 @@ from mixmoe.backends.hopper.decode import (
 from mixmoe.backends.hopper.decode_gemm import (
     Rows,
     Sizes,
-    gather_rows,
     known,
-    make_ring,
-    make_rows,
-    make_sums,
-    multiply,
     read_ahead,
     routes_of,
     row_of,
-    stream_weights,
+    run,
     tile_total,
     tiles_of,
     tokens_of,
@@ -43,6 +39,14 @@ from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
 
 
+class Stored(NamedTuple):
+    """What turns sums into rows of the result: the rows, scales of h, columns."""
+
+    out: Any
+    h_scales: Any
+    w: Any
+
+
 @gluon.jit
 def load_column(ptr, expert, columns, column):
     """The values of columns of the result: ptr is (E, H) float32."""
@@ -50,13 +54,14 @@ def load_column(ptr, expert, columns, column):
 
 
 @gluon.jit
-def store_tiles(sums, out_ptr, h_scales, w, blocks, sizes, tokens, BLOCK: gl.constexpr,
-                TOKENS: gl.constexpr, TEAMS: gl.constexpr, EARLY: gl.constexpr):
+def store_tiles(sums, to, blocks, sizes, tokens, BLOCK: gl.constexpr, TOKENS: gl.constexpr,
+                TEAMS: gl.constexpr, EARLY: gl.constexpr):
     """Role of the epilogue warp: sums over the slices -> scales, bias -> rows of the result.
 
     A row unit at a time: 16 columns of each route, two to a lane, 32 bytes of a 16-bit row. What
     does not depend on the sums is fetched before they are waited for.
     """
+    out_ptr, h_scales, w = to
     ROWS: gl.constexpr = sums.buffer.shape[1]
     UNIT: gl.constexpr = [sums.buffer.shape[2], 16, TOKENS]
     L: gl.constexpr = gl.BlockedLayout(
@@ -98,10 +103,11 @@ def store_tiles(sums, out_ptr, h_scales, w, blocks, sizes, tokens, BLOCK: gl.con
 
 
 @gluon.jit
-def store_rows(team: gl.constexpr, ring, out_ptr, h_scales, w, blocks, sizes, tokens,
-               BLOCK: gl.constexpr, TEAMS: gl.constexpr, CHUNKS: gl.constexpr,
-               STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
+def store_rows(team: gl.constexpr, ring, to, blocks, sizes, tokens, BLOCK: gl.constexpr,
+               TEAMS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
+               WIDE: gl.constexpr, EARLY: gl.constexpr):
     """Role of a team with weight rows of its own: products, scales, bias -> rows of the result."""
+    out_ptr, h_scales, w = to
     WARPS: gl.constexpr = gl.num_warps()
     N: gl.constexpr = tokens_of(BLOCK, 1)
     O: gl.constexpr = gl.BlockedLayout([4, 1], [4, 8], [WARPS, 1], [0, 1])
@@ -138,44 +144,11 @@ def gemm2_long(
     STAGES: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):
-    TOKENS: gl.constexpr = tokens_of(BLOCK, PART)
-    rows = make_rows(STAGES * SPLIT * CHUNKS, TOKENS * PART)
-    ring = make_ring(w_desc, s_desc, rows, STAGES, TEAMS, 2)
-    if SPLIT == 1:
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (store_rows, (0, ring, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TEAMS,
-                              CHUNKS, STAGES, WIDE, EARLY)),
-                (store_rows, (1, ring, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TEAMS,
-                              CHUNKS, STAGES, WIDE, EARLY)),
-                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
-                                  STAGES, EARLY)),
-                (gather_rows, (h, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
-                               CHUNKS, STAGES, EARLY)),
-            ],
-            [4, 1, 2],
-            [TEAM_REGISTERS, REGISTERS, REGISTERS],
-        )
-    else:
-        sums = make_sums(TEAMS, w_desc.block_type.shape[0], PART, TOKENS)
-        fence_async_shared()
-        gl.warp_specialize(
-            [
-                (multiply, (0, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
-                            STAGES, WIDE, EARLY)),
-                (multiply, (1, ring, sums, blocks, sizes, BLOCK, TOKENS, PART, TEAMS, CHUNKS,
-                            STAGES, WIDE, EARLY)),
-                (stream_weights, (w_desc, s_desc, ring, blocks, sizes, limit, BLOCK, TEAMS, SPLIT,
-                                  STAGES, EARLY)),
-                (store_tiles, (sums, out_ptr, h.scales, w, blocks, sizes, tokens, BLOCK, TOKENS,
-                               TEAMS, EARLY)),
-                (gather_rows, (h, ring, blocks, sizes, tokens, limit, BLOCK, TOKENS, PART, SPLIT,
-                               CHUNKS, STAGES, EARLY)),
-            ],
-            [4, 1, 1, 2],
-            [TEAM_REGISTERS, REGISTERS, REGISTERS, REGISTERS],
-        )
+    run(
+        w_desc, s_desc, h, blocks, sizes, tokens, limit, store_rows, store_tiles,
+        Stored(out_ptr, h.scales, w),
+        BLOCK, PART, SPLIT, CHUNKS, STAGES, WIDE, EARLY, TEAM_REGISTERS, REGISTERS,
+    )
 
 
 def launch(
