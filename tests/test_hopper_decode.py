@@ -283,6 +283,15 @@ def test_rows_too_long_to_stay_are_refused(block):
         choose.decode_rows(Problem(64, 7168, 7168, 32, 8), block)
 
 
+@pytest.mark.parametrize("block", [0, 3, 24, 48, 256])
+def test_a_block_that_is_no_power_of_two_is_refused(block):
+    """Routes that another backend sorted may come in any blocks."""
+    w, problem = weights(SHAPES["dsv3_tp8"]), Problem(64, *SHAPES["dsv3_tp8"])
+    with pytest.raises(MixMoEError, match="power of two"):
+        schedule_for(Recipe.named("a8w4"), w, problem, block)
+    assert schedule_for(Recipe.named("a8w4"), w, problem, 16) is DECODE
+
+
 INTER = [32, 96, 320, 384, 416, 512, 768, 1024, 2048, 2880, 4064, 7168, 14336, 32768]
 
 

@@ -90,6 +90,14 @@ def block_for(problem: Problem) -> int:
     return next((block for block, most in ((2, 1.3), (8, 4.6), (16, 9.5)) if mean <= most), 32)
 
 
+def check_block(block: int) -> int:
+    """``block``, the routes that are sorted together; refused where no kernel takes it."""
+    if block & (block - 1) or not 1 <= block <= 128:
+        near = min(128, 1 << max(0, block).bit_length())
+        raise MixMoEError("hopper's sort block is a power of two up to 128", block, near)
+    return block
+
+
 def stored_bytes(fmt: Format) -> float:
     """Bytes of a value with its share of the scale."""
     return fmt.bits_per_value / 8

@@ -90,6 +90,14 @@ class Vectors(NamedTuple):
     bias: Any
 
 
+class Operands(NamedTuple):
+    """What a team needs beside the ring: `Vectors`, `Prepared`, the result (T * topk, H)."""
+
+    vectors: Any
+    prepared: Any
+    out: Any
+
+
 @gluon.jit
 def vector_ring(desc, STAGES: gl.constexpr):
     """Shared memory for a ring of these boxes of float32."""
@@ -289,12 +297,15 @@ def store(value, out_ptr, row, column, columns, O: gl.constexpr):
 
 
 @gluon.jit
-def multiply(team: gl.constexpr, ring, vectors, prepared, out_ptr, blocks, sizes, tokens,
-             TOKENS: gl.constexpr, N: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
-             GROUPS: gl.constexpr, WIDE: gl.constexpr, EARLY: gl.constexpr):
+def multiply(team: gl.constexpr, ring, operands, blocks, sizes, tokens, TOKENS: gl.constexpr,
+             CHUNKS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+             EARLY: gl.constexpr):
     """Role of a team: every TEAMS-th tile. The words of its next stage are read while a product is
     under way; every 128 or 256 of K are added in float32."""
+    vectors, prepared, out_ptr = operands
     WARPS: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = prepared.codes.shape[1]
+    GROUPS: gl.constexpr = prepared.codes.shape[0] // BUFFERS
     zero = zeros(1, N)
     L: gl.constexpr = zero.type.layout
     A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
@@ -381,13 +392,14 @@ def gemm2_rows(
         ),
         barriers(BUFFERS, 1), barriers(BUFFERS, TEAMS),
     )
+    operands = Operands(vectors, prepared, out_ptr)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (multiply, (0, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, WIDE, EARLY)),
-            (multiply, (1, ring, vectors, prepared, out_ptr, blocks, sizes, tokens, TOKENS, N,
-                        CHUNKS, STAGES, GROUPS, WIDE, EARLY)),
+            (multiply, (0, ring, operands, blocks, sizes, tokens, TOKENS, CHUNKS, STAGES, WIDE,
+                        EARLY)),
+            (multiply, (1, ring, operands, blocks, sizes, tokens, TOKENS, CHUNKS, STAGES, WIDE,
+                        EARLY)),
             (stream, (w_desc, s_desc, r_desc, b_desc, ring, vectors, blocks, sizes, TOKENS,
                       STAGES, EARLY)),
             (prepare, (prepared, h, blocks, sizes, tokens, TOKENS, GROUPS, EARLY)),

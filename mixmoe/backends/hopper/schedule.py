@@ -255,6 +255,7 @@ def is_streamed(weights: Weights) -> bool:
 
 def schedule_for(recipe: Recipe, weights: Weights, problem: Problem, block: int) -> Schedule:
     """The schedule that serves these operands; ``block`` is how the routes are sorted."""
+    choose.check_block(block)
     if not is_streamed(weights) or not is_fp8_like(recipe.activation) or block > ROUTE_BLOCK:
         return GENERAL
     if block == ROUTE_BLOCK and suits(problem):

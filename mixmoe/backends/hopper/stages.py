@@ -55,10 +55,7 @@ def route(
     block: int | None,
 ) -> Routed:  # fmt: skip
     """Blocks of ``block`` routes, the chooser's if None."""
-    block = choose.block_for(problem) if block is None else block
-    if block & (block - 1) or not 1 <= block <= 128:
-        near = min(128, 1 << max(0, block).bit_length())
-        raise MixMoEError("hopper's sort block is a power of two up to 128", block, near)
+    block = choose.check_block(choose.block_for(problem) if block is None else block)
     return route_stage.route(topk_ids, topk_weights, problem, block, expert_map)
 
 
