@@ -17,10 +17,11 @@ from mixmoe.backends.hopper import (
     gemm2_decode,
     gemm2_long,
     gemm2_tokens,
+    quantise,
 )
 from mixmoe.backends.hopper.decode import Stream
 from mixmoe.backends.hopper.prefill_schedule import PREFILL
-from mixmoe.backends.hopper.schedule import DECODE, schedule_for
+from mixmoe.backends.hopper.schedule import DECODE, Call, schedule_for
 from mixmoe.backends.hopper.slots import SlotRows, padded
 from mixmoe.errors import MixMoEError
 from mixmoe.fold import Fold
@@ -233,25 +234,41 @@ def test_stage1_of_one_token(compiled, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stage2_tokens(compiled, shape):
     hidden_size, inter, experts, topk = SHAPES[shape]
-    tokens = choose.SUM_TOKENS if inter <= choose.LONG else 1
+    tokens = choose.SUM_TOKENS if shape in SHORT else 1
     problem = Problem(tokens, hidden_size, inter, experts, topk)
     assert choose.decode_sums(Problem(tokens + 1, hidden_size, inter, experts, topk)) is None
     tile, w = choose.decode_sums(problem), weights(SHAPES[shape], bias=shape == "gptoss")
     assert tile is not None
     ids, given = meta(tokens, topk, dtype=torch.int64), meta(tokens, topk)
+    h = hidden(problem, not choose.quantises_tokens(problem))
     out = meta(tokens, hidden_size, dtype=torch.bfloat16)
     resources = compiled(
         gemm2_tokens, "gemm2_tokens",
         lambda: gemm2_tokens.launch_tokens(
-            hidden(problem, shape == "dsv3_ep"), w, ids, given, None, Recipe.named("a8w4"), tile,
-            out,
+            h, w, ids, given, None, Recipe.named("a8w4"), tile, out
         ),
     )
     assert_good(resources, tile)
-    if shape != "dsv3_ep":  # float32 h: four columns a load, in slot order too
+    if shape in SHORT:  # float32 h: four columns a load, in slot order too
         assert resources.count("LDG.E.128") >= 4
     else:
         assert resources.count("LDGSTS.E.BYPASS.128") >= 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_rows_of_one_token_are_quantised_apart(shape, monkeypatch):
+    hidden_size, inter, experts, topk = SHAPES[shape]
+    seen: list[Any] = []
+    monkeypatch.setattr(gemm1_token, "launch", lambda *args: None)
+    monkeypatch.setattr(quantise, "launch_rows", lambda *args, **options: None)
+    monkeypatch.setattr(gemm2_decode, "launch_tokens", lambda h, *args: seen.append(h))
+    x = meta(1, hidden_size, dtype=torch.bfloat16)
+    call = Call(
+        x, weights(SHAPES[shape]), meta(1, topk, dtype=torch.int64), meta(1, topk), None,
+        Recipe.named("a8w4"), Problem(1, hidden_size, inter, experts, topk),
+    )
+    DECODE.single(call, torch.empty_like(x))
+    assert len(seen) == 1 and isinstance(seen[0], SlotRows) == (shape not in SHORT)
 
 
 def test_a_tile_that_fits_no_warps_is_refused():

@@ -141,6 +141,25 @@ def together(team: int, ring: Ring, sums: Sums | None, tiles: int, steps: int) -
             sums.ready[tile & 1].arrive()
 
 
+def by_token(ring: Ring, parts: list[int], steps: int, blind: bool = False) -> Role:
+    """`gemm2_tokens.multiply_tokens`: `parts` tiles of a token after the other. Nothing is read
+    ahead over a token's end; blind: nor is its first stage waited for."""
+    stage, phase, first = 0, 0, 0
+    for tiles in parts:
+        if not blind:
+            yield ring.full[stage].done(phase)
+        assert ring.weights[stage] == (first, 0), "stale"
+        for i in range(tiles * steps):
+            ahead, ahead_phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+            if i + 1 < tiles * steps:
+                yield ring.full[ahead].done(ahead_phase)
+                tile, step = divmod(i + 1, steps)
+                assert ring.weights[ahead] == (first + tile, step), "stale"
+            ring.empty[stage].arrive()
+            stage, phase = ahead, ahead_phase
+        first += tiles
+
+
 def epilogue(sums: Sums, tiles: int, hasty: bool = False) -> Role:
     """`activate_tiles` and `store_tiles`; hasty: the buffer is given back before it is read."""
     for tile in range(tiles):
@@ -204,6 +223,21 @@ def test_rings_of_gathered_rows(k: int, block: int) -> None:
 def test_any_ring_of_three_stages_serves(stages: int, steps: int) -> None:
     for seed in range(4):
         gathered(stages, 5, steps, lag_of(stages), seed)
+
+
+@pytest.mark.parametrize("inter", [192, 256, 384, 2048, 2880])
+@pytest.mark.parametrize("parts", [[1], [2], [1, 2], [3, 1, 1]])
+def test_rings_of_tokens(inter: int, parts: list[int]) -> None:
+    tile = choose.decode_sums(Problem(1, 2880, inter, 32, 4))
+    assert tile is not None
+    steps = -(-inter // (tile.k * 2))  # two warps an expert
+    for seed in range(20):
+        ring = Ring.of(tile.stages, 1, 1)
+        play([stream(ring, sum(parts), steps), by_token(ring, parts, steps)], ring, seed)
+    with pytest.raises(AssertionError, match="stale"):
+        for seed in range(50):
+            ring = Ring.of(tile.stages, 1, 1)
+            play([stream(ring, sum(parts), steps), by_token(ring, parts, steps, True)], ring, seed)
 
 
 def test_a_ring_shorter_than_a_tile_reads_stale_words() -> None:

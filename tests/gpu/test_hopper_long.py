@@ -117,8 +117,8 @@ def test_few_tokens(
 ) -> None:  # fmt: skip
     """Every stage and the layer; with the sum in stage 2 and with rows for `combine`."""
     if sums:  # more tokens than the chooser gives to that kernel
-        monkeypatch.setattr(choose, "SUM_TOKENS", 16)
-        monkeypatch.setattr(choose, "LONG", 1 << 20)
+        chosen = choose.decode_sums
+        monkeypatch.setattr(choose, "decode_sums", lambda p: chosen(replace(p, tokens=1)))
     else:
         monkeypatch.setattr(choose, "decode_sums", lambda problem: None)
     case = cases.make_case(cases.with_act(cases.RECIPES[name], swiglu()), tokens, **EDGES[edge])

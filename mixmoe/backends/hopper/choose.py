@@ -207,12 +207,12 @@ def general(gemm: Gemm, block: int = 1) -> Tile:
     return best.tile
 
 
-# Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
-# behind them were slower; rows longer than LONG: one token (H100 and H200, 2026-11-28).
-SUM_TOKENS, LONG = 2, 256
 # Columns of h up to which decode stage 2 keeps a block's rows in shared memory; longer ones come
 # through the ring with the weights, as x does in stage 1.
 RESIDENT_COLUMNS = 384
+# Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
+# behind them were not faster; rows longer than RESIDENT_COLUMNS: one token (H200, 2026-11-28).
+SUM_TOKENS = 4
 # By routes of a block: columns that a slice of K takes in a stage, slices of K. Few routes take
 # many slices, because tiles of few weight rows end together; 1: each team has rows of its own
 # (H200, 2026-11-28).
@@ -282,13 +282,19 @@ def quantises_rows(problem: Problem, block: int) -> bool:
     return problem.intermediate <= 256 and block <= 16
 
 
+def quantises_tokens(problem: Problem) -> bool:
+    """The same where stage 2 adds up a token's routes. Every CTA then quantises all of a token's
+    rows: at I 2048 that is 64 KB, two times out of the L2, before its first product."""
+    return problem.intermediate <= RESIDENT_COLUMNS
+
+
 def decode_sums(problem: Problem) -> Tile | None:
     """Decode stage 2 that adds up a token's routes; None where a row per route is better.
 
     An expert (or half, a quarter) goes to a warp, so topk divides 8; an expert that two tokens
     share is read twice, so tokens are few.
     """
-    most = SUM_TOKENS if problem.intermediate <= LONG else 1
+    most = SUM_TOKENS if problem.intermediate <= RESIDENT_COLUMNS else 1
     if problem.tokens > most or 8 % problem.topk:
         return None
     span = 8 // problem.topk  # warps of an expert, each with a part of h's columns

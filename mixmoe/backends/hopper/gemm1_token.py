@@ -4,7 +4,7 @@ A token's experts are its topk_ids, so there is nothing to sort; its row of x is
 quantises it for itself into shared memory while its first weights are on their way. The roles are
 those of `decode_gemm` but for the gathering one; a skipped route streams expert 0, and stage 2 does
 not read its h. Stage 2 is `gemm2_tokens`, which reads topk_ids as well: a layer of one token is two
-launches.
+launches, three where rows of h are long.
 """
 
 from torch import Tensor

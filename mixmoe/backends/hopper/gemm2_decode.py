@@ -63,7 +63,6 @@ from mixmoe.backends.hopper.resident import (
     hidden_of,
     load_groups,
     place_of,
-    share,
 )
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights
@@ -106,8 +105,12 @@ def vector_ring(desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def share_of_blocks(blocks, sizes, TOKENS: gl.constexpr):
-    """This CTA's tiles [first, last)."""
-    return share(gl.load(blocks.total) // TOKENS * sizes.row_tiles)
+    """This CTA's contiguous part [first, last) of all tiles."""
+    total = gl.load(blocks.total) // TOKENS * sizes.row_tiles
+    grid = gl.num_programs(0)
+    first = gl.program_id(0).to(gl.int64) * total // grid
+    last = (gl.program_id(0) + 1).to(gl.int64) * total // grid
+    return first.to(gl.int32), last.to(gl.int32)
 
 
 @gluon.jit

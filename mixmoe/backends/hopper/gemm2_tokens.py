@@ -27,16 +27,14 @@ from mixmoe.backends.hopper.decode import (
     own_slice,
     zeros,
 )
+from mixmoe.backends.hopper.decode_gemm import make_rows, read_ahead, tile_total
 from mixmoe.backends.hopper.mainloop import advance, smem_cast, tma_load
 from mixmoe.backends.hopper.resident import (
     Sizes,
     flat,
     hidden_of,
     make_resident,
-    multiply_tile,
     resident_layout,
-    share,
-    take,
     vector_layout,
 )
 from mixmoe.backends.hopper.slots import SlotRows
@@ -63,15 +61,29 @@ def expert_of(routes, route, live, experts):
 
 
 @gluon.jit
-def multiply_tokens(ring, resident, sums, h, routes, sizes, tokens, TOPK: gl.constexpr,
+def share(total):
+    """The contiguous part [first, last) of `total` tiles that this CTA takes.
+
+    The first CTAs take one more: those are spread over all SMs before any SM has two of them.
+    """
+    each = total // gl.num_programs(0)
+    more = total - each * gl.num_programs(0)
+    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
+    return first, first + each + (gl.program_id(0) < more).to(gl.int32)
+
+
+@gluon.jit
+def multiply_tokens(ring, sums, h, routes, sizes, tokens, TOPK: gl.constexpr,
                     CHUNKS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
-    """Role of the matrix warps: warp s works for route s // SPAN of the token."""
+    """Role of the matrix warps: warp s works for route s // SPAN of the token.
+
+    All that a token needs is asked for at once, before the first weights are waited for.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     SPAN: gl.constexpr = WARPS // TOPK
     L: gl.constexpr = resident_layout(WARPS, WARPS, h.scales is not None)
     own = own_slice(own_parity(zeros(1, WARPS), WARPS), 1, WARPS)
     F: gl.constexpr = vector_layout(own.type.layout, (4, 3, 2, 0))
-    factor = gl.full([WARPS], 0.0, gl.float32, F)
     gdc_wait()
     gdc_launch_dependents()
     first, last = share(tokens * sizes.row_tiles)
@@ -79,27 +91,29 @@ def multiply_tokens(ring, resident, sums, h, routes, sizes, tokens, TOPK: gl.con
     stage = first * 0
     phase = first * 0
     done = first * 0
-    token = first * 0 - 1
-    raw, word_scale = take(ring, stage, phase, first < last, CHUNKS)
-    for tile in range(first, last):
-        if tile // sizes.row_tiles != token:
-            token = tile // sizes.row_tiles
-            row = token.to(gl.int64) * TOPK + n
-            live = expert_of(routes, row, n >= 0, sizes.experts) >= 0
-            scale = make_resident(
-                resident, h, row, live, sizes.intermediate, SPAN, CHUNKS, L
-            )
-            if routes.weights is not None:
-                scale *= gl.load(routes.weights + row)
-            factor = gl.convert_layout(gl.where(live, scale, 0.0), F)
-        total, raw, word_scale, stage, phase = multiply_tile(
-            ring, resident, raw, word_scale, stage, phase, (tile + 1 == last).to(gl.int32),
-            sizes.steps, WARPS, CHUNKS, STAGES, WIDE,
+    for token in range(first // sizes.row_tiles, (last - 1) // sizes.row_tiles + 1):
+        row = gl.cast(token, gl.int64) * TOPK + n
+        live = expert_of(routes, row, n >= 0, sizes.experts) >= 0
+        weight = gl.full([WARPS], 1.0, gl.float32, gl.SliceLayout(1, L))
+        if routes.weights is not None:
+            weight = gl.load(routes.weights + row)
+        scale = make_resident(
+            ring.rows, h, row, live, sizes.intermediate, SPAN, CHUNKS, L
         )
-        own = own_slice(total, 1, WARPS)
-        own = own * factor.expand_dims(0).expand_dims(2).expand_dims(3).expand_dims(4)
-        hand_over(flat(own, sums), sums, done)
-        done += 1
+        factor = gl.convert_layout(gl.where(live, scale * weight, 0.0), F)
+        until = gl.minimum(last, (token + 1) * sizes.row_tiles)
+        ahead = read_ahead(0, ring, stage, phase, True, 1, CHUNKS)
+        for tile in range(gl.maximum(first, token * sizes.row_tiles), until):
+            total, ahead = tile_total(
+                0, ring, ahead, sizes, tile + 1 == until, WARPS, WARPS, 1, 1, CHUNKS, STAGES, WIDE,
+                True,
+            )
+            own = own_slice(total, 1, WARPS)
+            own = own * factor.expand_dims(0).expand_dims(2).expand_dims(3).expand_dims(4)
+            hand_over(flat(own, sums), sums, done)
+            done += 1
+        stage = ahead.stage
+        phase = ahead.phase
 
 
 @gluon.jit
@@ -193,10 +207,7 @@ def gemm2_tokens(
     ring = Ring(
         gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS, 256], w_desc.layout),
         gl.allocate_shared_memory(gl.int32, [STAGES, TOPK, COLUMNS * 16], s_desc.layout),
-        None, barriers(STAGES, 1), barriers(STAGES, 1),
-    )
-    resident = gl.allocate_shared_memory(
-        gl.float8e4nv, [GROUPS, WARPS, 128], gl.NVMMASharedLayout(128, 8, 2)
+        make_rows(GROUPS, WARPS), barriers(STAGES, 1), barriers(STAGES, 1),
     )
     buffer = gl.allocate_shared_memory(
         gl.float32, [2, WARPS, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -205,8 +216,7 @@ def gemm2_tokens(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (multiply_tokens, (ring, resident, sums, h, routes, sizes, tokens,
-                               TOPK, CHUNKS, STAGES, WIDE)),
+            (multiply_tokens, (ring, sums, h, routes, sizes, tokens, TOPK, CHUNKS, STAGES, WIDE)),
             (stream_tokens, (w_desc, s_desc, ring, routes, sizes, tokens, TOPK, STAGES)),
             (store_tokens, (sums, out_ptr, w, routes, sizes, tokens, TOPK)),
         ],

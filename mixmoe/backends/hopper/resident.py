@@ -1,4 +1,4 @@
-"""Stage 2's matrix loop: h stays in shared memory as e4m3, the weights stream past it.
+"""Rows of h (or x) that stay in shared memory as e4m3, while the weights stream past them.
 
 h arrives as float32 and is quantised here, once for each block or token that a CTA works on (its
 share of the tiles is contiguous). So only h ties stage 2 to the kernel before it: under
@@ -12,24 +12,9 @@ from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from mixmoe.backends.hopper.decode import own_parity, zeros
-from mixmoe.backends.hopper.mainloop import (
-    advance,
-    chunk_of,
-    column_of,
-    cp_async,
-    cta_barrier,
-    decode,
-    fragment,
-    load_chunks,
-)
+from mixmoe.backends.hopper.mainloop import column_of, cp_async, cta_barrier
 from mixmoe.backends.hopper.slots import SlotRows
 
 TINY = gl.constexpr(2.0**-126)  # the least scale of a row, as in mixmoe.formats
@@ -67,15 +52,6 @@ def vector_layout(layout, dims):
     for dim in dims:
         layout = gl.SliceLayout(dim, layout)
     return layout
-
-
-@gluon.jit
-def share(total):
-    """The contiguous part [first, last) of `total` tiles that this CTA takes."""
-    grid = gl.num_programs(0)
-    first = gl.program_id(0).to(gl.int64) * total // grid
-    last = (gl.program_id(0) + 1).to(gl.int64) * total // grid
-    return first.to(gl.int32), last.to(gl.int32)
 
 
 @gluon.jit
@@ -210,59 +186,6 @@ def make_resident(resident, h, row, live, columns, SPAN: gl.constexpr, CHUNKS: g
     fence_async_shared()
     cta_barrier()  # every warp's fence before any warp's product
     return scale
-
-
-@gluon.jit
-def take(ring, stage, phase, live, CHUNKS: gl.constexpr):
-    """The words and scales of a ring stage, once they are there."""
-    mbarrier.wait(ring.full.index(stage), phase, pred=live)
-    return load_chunks(
-        ring.words.index(stage), ring.scales.index(stage), CHUNKS, gl.num_warps()
-    )
-
-
-@gluon.jit
-def multiply_tile(ring, resident, raw, scale, stage, phase, last, steps, SLICES: gl.constexpr,
-                  CHUNKS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
-    """float32 totals of one tile over the resident h, `own_parity` of each.
-
-    Takes the first stage's words and returns those of the stage after the tile's: they are read
-    while a product is under way. `last`: nothing follows this tile.
-    """
-    WARPS: gl.constexpr = gl.num_warps()
-    zero = zeros(1, resident.shape[1])
-    A: gl.constexpr = gl.DotOperandLayout(0, zero.type.layout, 4)
-    total = own_parity(zero, SLICES)
-    for step in range(steps):
-        lo, hi = decode(raw, scale, WIDE)
-        ahead, ahead_phase = advance(stage, phase, STAGES)
-        mbarrier.wait(ring.full.index(ahead), ahead_phase, pred=(step + 1 < steps) | (last == 0))
-        part = warpgroup_mma(
-            fragment(chunk_of(lo, 0), chunk_of(hi, 0), A, 1, WARPS),
-            resident.index(step * CHUNKS).permute((1, 0)), zero, use_acc=False, is_async=True,
-        )
-        if CHUNKS == 2:
-            second = warpgroup_mma(
-                fragment(chunk_of(lo, 1), chunk_of(hi, 1), A, 1, WARPS),
-                resident.index(step * CHUNKS + 1).permute((1, 0)), zero, use_acc=False,
-                is_async=True,
-            )
-            raw, scale = load_chunks(
-                ring.words.index(ahead), ring.scales.index(ahead), CHUNKS, WARPS
-            )
-            part, second = warpgroup_mma_wait(0, deps=[part, second])
-            mbarrier.arrive(ring.empty.index(stage), count=1)
-            total += own_parity(part, SLICES) + own_parity(second, SLICES)
-        else:
-            raw, scale = load_chunks(
-                ring.words.index(ahead), ring.scales.index(ahead), CHUNKS, WARPS
-            )
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(ring.empty.index(stage), count=1)
-            total += own_parity(part, SLICES)
-        stage = ahead
-        phase = ahead_phase
-    return total, raw, scale, stage, phase
 
 
 @gluon.jit

@@ -36,7 +36,7 @@ from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.backends.hopper.worklist import ROUTE_BLOCK
 from mixmoe.formats import Format, Quantised, ScaleKind
 from mixmoe.preshuffle import Packed
-from mixmoe.spec import Problem, Recipe, Weights
+from mixmoe.spec import Problem, Recipe, Tile, Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,16 +180,18 @@ class Decode:
         early: bool = False,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum over a token's routes, in one kernel where tokens are few."""
-        ids, topk_weights = routed.topk_ids, routed.topk_weights
-        sums = choose.decode_sums(routed.problem)
-        # the kernel takes float32 weights and contiguous rows, and trusts an expert map's length
-        plain = out.is_contiguous() and routed.expert_map is None
-        if sums is None or ids is None or topk_weights is None or not plain:
-            if isinstance(h, Tensor) and not choose.quantises_rows(routed.problem, routed.block):
-                fmt, position = recipe.activation, routed.position
-                h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, position)
+        p, sums = routed.problem, sums_of(routed, out)
+        itself = (
+            choose.quantises_rows(p, routed.block) if sums is None else choose.quantises_tokens(p)
+        )
+        if isinstance(h, Tensor) and not itself:
+            fmt, position = recipe.activation, routed.position
+            h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, position)
+        if sums is None:
             rows = self.rows(h, weights, routed, recipe, early)
             return combine(rows, routed, recipe.weight_on, out, early=True)
+        ids, topk_weights = routed.topk_ids, routed.topk_weights
+        assert ids is not None and topk_weights is not None
         return gemm2_decode.launch_tokens(
             h, weights, ids, topk_weights.to(torch.float32), None, recipe, sums, out
         )
@@ -211,20 +213,33 @@ class Decode:
         return self.finish(h, call.weights, routed, recipe, out, early=True)
 
     def single(self, call: Call, out: Tensor) -> Tensor:
-        """One token: two launches, no routing; stage 1 quantises x, stage 2 adds the experts up."""
+        """One token: no routing; stage 1 quantises x, stage 2 short h, and adds the experts up."""
         p, recipe = call.problem, call.recipe
         ids, shares = call.topk_ids.contiguous(), call.topk_weights.to(torch.float32).contiguous()
-        h = torch.empty((p.topk, p.intermediate), dtype=torch.float32, device=call.x.device)
+        rows = torch.empty((p.topk, p.intermediate), dtype=torch.float32, device=call.x.device)
         gemm1_token.launch(
-            call.x, call.weights, ids, shares, recipe, choose.one_token(p.hidden), h
+            call.x, call.weights, ids, shares, recipe, choose.one_token(p.hidden), rows
         )
+        h: Tensor | SlotRows = rows
+        if not choose.quantises_tokens(p):
+            h = quantise_stage.quantise_fp8(rows, recipe.activation, recipe.rounding)
         sums = choose.decode_sums(p)
         assert sums is not None
         return gemm2_decode.launch_tokens(h, call.weights, ids, shares, None, recipe, sums, out)
 
 
+def sums_of(routed: Placed, out: Tensor) -> Tile | None:
+    """The tile of the stage 2 that adds up a token's routes, if that one serves here.
+
+    It takes the caller's ids and contiguous rows, and trusts an expert map's length.
+    """
+    if routed.topk_ids is None or routed.topk_weights is None or routed.expert_map is not None:
+        return None
+    return choose.decode_sums(routed.problem) if out.is_contiguous() else None
+
+
 def is_single(call: Call, out: Tensor) -> bool:
-    """Whether the two launches for one token serve this layer."""
+    """Whether `Decode.single` serves this layer."""
     return (
         call.problem.tokens == 1
         and call.recipe.activation.name == "fp8_token"
