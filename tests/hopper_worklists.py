@@ -116,6 +116,16 @@ def test_segments_cover_blocks(
     assert bool((seen == 1).all())
 
 
+def test_parts_are_as_short_as_the_ctas_allow() -> None:
+    """264 CTAs for 128 experts of about eight blocks: no CTA keeps more than five."""
+    r = routed(128, 4096, 8, "uniform")
+    records = worklist.segments(r, worklist.Split(264, 9, 700)).records
+    blocks = (r.expert_counts + 31) // 32
+    longest = int((records[:, 0, 2] * (records[:, 0, 0] >= 0)).max())
+    shorter, parts = (int((-(-blocks // most)).sum()) for most in (longest - 1, longest))
+    assert shorter > 264 >= parts and longest < int(blocks.max())
+
+
 @pytest.mark.parametrize(
     "field, match", [((3, 0, -1), None), ((3, 3, 64), "without padding")],
     ids=["a lost block", "rows of padding"],

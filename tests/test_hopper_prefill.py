@@ -64,12 +64,14 @@ def test_work_lists_compile(other: int, room: int) -> None:
     assert made.clean()
 
 
-def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: bool = False,
-            wide: bool = False, clear: bool = False) -> Resources:  # fmt: skip
-    """`grouped_prefill` as a launch for E 256, topk 8, I 256 compiles it."""
-    cut = Cut.of(Problem(tokens, H, 256, 256, 8), precise)
+def grouped(
+    tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: bool = False,
+    wide: bool = False, clear: bool = False, intermediate: int = 256,
+) -> Resources:  # fmt: skip
+    """`grouped_prefill` as a launch for E 256, topk 8 compiles it."""
+    cut = Cut.of(Problem(tokens, H, intermediate, 256, 8), precise)
     units = Fake(torch.int32, (8192, 56, 256)), Fake(torch.int32, (8192, 896))
-    words = weight_descriptors(*units, 4, 1)
+    words = weight_descriptors(*units, cut.box, 1)
     gated = kind is not None
     x = Rows(Fake(torch.float8_e4m3fn), padded(H), F32, I32 if gated else None)
     act = Act(float("inf"), 1.702, 4.0, 25.0) if gated else None
@@ -83,16 +85,28 @@ def grouped(tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: b
 CASES: dict[str, dict[str, Any]] = {
     "fast": {"tokens": 8192, "precise": False, "kind": 0},
     "fast swiglu bias": {"tokens": 8192, "precise": False, "kind": 1, "bias": True, "H": 2880},
-    "fast 128": {"tokens": 4096, "precise": False, "kind": 0},
-    "fast 64": {"tokens": 2048, "precise": False, "kind": 0},
-    "fast paired wide": {"tokens": 1024, "precise": False, "kind": 0, "wide": True},
+    "fast tall 128": {"tokens": 4096, "precise": False, "kind": 0, "clear": True},
+    "fast tall 64": {"tokens": 2048, "precise": False, "kind": 1, "bias": True},
+    "fast tall few": {"tokens": 1024, "precise": False, "kind": 0, "wide": True},
+    "fast 128": {"tokens": 4096, "precise": False, "kind": 0, "intermediate": 192},
+    "fast 64": {"tokens": 2048, "precise": False, "kind": 0, "intermediate": 192},
+    "fast paired wide": {
+        "tokens": 1024, "precise": False, "kind": 0, "wide": True, "intermediate": 192,
+    },
     "precise": {"tokens": 8192, "precise": True, "kind": 0},
     "precise clearing": {"tokens": 8192, "precise": True, "kind": 0, "clear": True},
     "precise 128": {"tokens": 4096, "precise": True, "kind": 0},
     "precise joined": {"tokens": 5440, "precise": True, "kind": 0},
-    "precise paired": {"tokens": 1024, "precise": True, "kind": 1, "bias": True, "clear": True},
+    "precise paired": {
+        "tokens": 1024, "precise": True, "kind": 1, "bias": True, "clear": True,
+        "intermediate": 192,
+    },
+    "precise tall": {"tokens": 2048, "precise": True, "kind": 1, "bias": True, "clear": True},
+    "precise tall few": {"tokens": 1024, "precise": True, "kind": 0, "wide": True},
     "rows": {"tokens": 8192, "precise": False, "kind": None, "H": 2880, "bias": True},
     "two steps": {"tokens": 1024, "precise": True, "kind": 0, "H": 192},
+    "rows tall": {"tokens": 4096, "precise": False, "kind": None, "H": 2048, "bias": True},
+    "rows tall precise": {"tokens": 2048, "precise": True, "kind": None, "H": 2880},
     "rows precise": {"tokens": 8192, "precise": True, "kind": None, "H": 2880},
 }
 
@@ -254,11 +268,23 @@ def test_red_spans_the_columns() -> None:
     assert gemm2_red.span_of(112) == 7 and gemm2_red.span_of(64) == 8
 
 
-def test_form_follows_the_routes() -> None:
-    means = (16.0, 52.0, 64.0, 128.0, 171.0, 256.0)
-    wide = [(64, 0), (64, 0), (64, 32), (128, 32), (128, 64), (256, 32)]
-    assert [form_of(mean)[:2] for mean in means] == wide
-    assert [form_of(mean).ctas for mean in means] == [2, 2, 1, 1, 1, 1]
+TALL = [(64, 0, 256), (64, 0, 256), (64, 32, 256), (128, 32, 256), (128, 64, 128), (256, 32, 128)]
+SHORT = [(64, 0, 128), (64, 0, 128), (64, 32, 128), (128, 32, 128), (128, 64, 128), (256, 32, 128)]
+
+
+@pytest.mark.parametrize("intermediate, want, ctas", [(256, TALL, 1), (192, SHORT, 2)])
+def test_form_follows_the_routes(
+    intermediate: int, want: list[tuple[int, int, int]], ctas: int
+) -> None:
+    """Routes by the mean share; tall tiles where weight rows fill them; precise ones need room."""
+    tokens = (512, 1664, 2048, 4096, 5472, 8192)
+    problems = [Problem(t, 7168, intermediate, 256, 8) for t in tokens]
+    fast = [form_of(p, False) for p in problems]
+    assert [(f.main, f.extra, f.rows) for f in fast] == want
+    assert [f.ctas for f in fast] == [ctas, ctas, 1, 1, 1, 1]
+    precise = [form_of(p, True) for p in problems]
+    assert precise[3] == form_of(Problem(4096, 7168, 192, 256, 8), True)
+    assert [f for i, f in enumerate(precise) if i != 3] == [f for i, f in enumerate(fast) if i != 3]
 
 
 def test_few_tokens_store_rows() -> None:

@@ -31,8 +31,8 @@ def launch(
     bf16 tensor to zero on the way.
     """
     p = routed.problem
-    words, scales = weight_boxes(weights, 4, 1)
-    row_tiles = -(-p.intermediate // 64)
+    words, scales = weight_boxes(weights, cut.box, 1)
+    row_tiles = -(-2 * p.intermediate // cut.form.rows)
     weight = routed.sorted_weights if recipe.weight_on == 1 else None
     grouped_prefill[(cut.grid(out.device, tiles.room * row_tiles),)](
         words, scales, Rows(x.codes, x.codes.stride(0), x.scales, routed.sorted_token_ids), weight,

@@ -21,7 +21,6 @@ from mixmoe.fold import Fold
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Recipe
 
-ROWS = 128  # weight rows of a tile
 SCRATCH = 64 << 20  # bf16 values of rows that are always allowed: a group more costs two launches
 
 
@@ -50,9 +49,9 @@ def launch_group(
     h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut,
     base: int, count: int, rows: Tensor,
 ) -> None:
-    """`count` row tiles of 128 columns of H from tile `base` on -> rows (P, >= count * 128)."""
+    """`count` row tiles from tile `base` on -> rows (P, at least the columns of these tiles)."""
     p = routed.problem
-    words, scales = weight_boxes(weights, 4, 1)
+    words, scales = weight_boxes(weights, cut.box, 1)
     grouped_prefill[(cut.grid(rows.device, tiles.room * count),)](
         words, scales, Rows(h.codes, h.codes.stride(0), h.scales, None), None,
         Work(tiles.records, tiles.count), Sizes(-(-p.hidden // 16), count, base),
@@ -66,8 +65,8 @@ def product(
     h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles, cut: Cut
 ) -> Tensor:
     """h W2^T + b, bf16 (P, H), a row per sorted position, without routing weights."""
-    total = -(-routed.problem.hidden // ROWS)
-    shape = (h.codes.shape[0], total * ROWS)
+    total = -(-routed.problem.hidden // cut.form.rows)
+    shape = (h.codes.shape[0], total * cut.form.rows)
     rows = torch.empty(shape, dtype=torch.bfloat16, device=h.codes.device)
     launch_group(h, weights, bias, routed, tiles, cut, 0, total, rows)
     return rows[:, : routed.problem.hidden]
@@ -78,18 +77,18 @@ def launch(
     recipe: Recipe, cut: Cut, out: Tensor,
 ) -> Tensor:
     """Run stage 2 and the sum: out (T, H). Tiles as stage 1's, the rest as `gemm2_prefill`'s."""
-    p = routed.problem
+    p, width = routed.problem, cut.form.rows
     padded = h.codes.shape[0]
-    total = -(-p.hidden // ROWS)
-    most = max(1, max(SCRATCH, 2 * p.tokens * p.hidden) // (padded * ROWS))
+    total = -(-p.hidden // width)
+    most = max(1, max(SCRATCH, 2 * p.tokens * p.hidden) // (padded * width))
     group = -(-total // -(-total // most))
-    rows = torch.empty((padded, group * ROWS), dtype=torch.bfloat16, device=out.device)
+    rows = torch.empty((padded, group * width), dtype=torch.bfloat16, device=out.device)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
     for base in range(0, total, group):
         count = min(group, total - base)
-        columns = min(count * ROWS, p.hidden - base * ROWS)
+        columns = min(count * width, p.hidden - base * width)
         launch_group(h, weights, bias, routed, tiles, cut, base, count, rows)
-        add_up(rows, weight, routed, columns, out[:, base * ROWS :])
+        add_up(rows, weight, routed, columns, out[:, base * width :])
     return out
 
 

@@ -1,14 +1,14 @@
 """The grouped GEMM of both stages for many rows per expert, at the FP8 tensor rate.
 
-A tile is 128 weight rows x up to MAIN + EXTRA routes of one expert. Its rows of x are gathered by
-cp.async; an expert with slightly more than MAIN routes adds a second, narrow accumulator that
-reuses the dequantised weights. Persistent: CTA c takes items c, 2G - 1 - c, 2G + c, ... of a list
-sorted by size, so that loads come out even without a scheduler, and the CTAs that share rows of x
-run side by side.
+A tile is 128 or 256 weight rows x up to MAIN + EXTRA routes of one expert. Its rows of x are
+gathered by cp.async; an expert with slightly more than MAIN routes adds a second, narrow
+accumulator that reuses the dequantised weights. Persistent: CTA c takes items c, 2G - 1 - c,
+2G + c, ... of a list sorted by size, so that loads come out even without a scheduler, and the CTAs
+that share rows of x run side by side.
 
-Roles of a CTA: TEAMS x (8 / TEAMS) matrix warps and 4 warps that gather. Two teams (64 weight rows
-each) share the ring of x but not their time: while one dequantises or is in its epilogue the other
-has the tensor cores to itself.
+Roles of a CTA: two teams of 4 matrix warps, and 4 warps that gather. The teams (64 or 128 weight
+rows each) share the ring of x but not their time: while one dequantises or is in its epilogue the
+other has the tensor cores to itself.
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers
 from mixmoe.backends.hopper.mainloop import activate, advance, cp_async, smem_cast, tma_load
 from mixmoe.backends.hopper.prefill_products import (
+    TEAMS,
     Ring,
     multiply,
     multiply_precise,
@@ -86,7 +87,7 @@ class Factors(NamedTuple):
 
 class End(NamedTuple):
     """What the epilogue makes of a tile, and where it transposes it; weights None: no routing
-    weights; base: the launch's first row tile."""
+    weights; base: the launch's first block of weight rows."""
 
     staging: Any
     out: Any
@@ -97,7 +98,7 @@ class End(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A work item: its expert, its first sorted position, its routes; its team's row block."""
+    """A work item: its expert, first sorted position and routes; a fragment's block of rows."""
 
     expert: Any
     start: Any
@@ -160,8 +161,7 @@ def put_values(target, first: gl.constexpr, ptr, at, live):
 
 @gluon.jit
 def load_weights(w_desc, s_desc, ring, unit, k, stage):
-    """Every team's weights of a step of K, by TMA."""
-    TEAMS: gl.constexpr = ring.words.shape[0] // ring.rows.shape[0]
+    """Both teams' weights of a step of K, by TMA."""
     ready = ring.full.index(stage)
     mbarrier.expect(ready, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
     for t in gl.static_range(TEAMS):
@@ -180,7 +180,6 @@ def gather(w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, ste
     """
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [gl.num_warps(), 1], [1, 0])
     STAGES: gl.constexpr = ring.rows.shape[0]
-    TEAMS: gl.constexpr = ring.words.shape[0] // STAGES
     MAIN: gl.constexpr = ring.rows.shape[1]
     EXTRA: gl.constexpr = ring.extra.shape[1]
     items = all_items(work, sizes)
@@ -272,8 +271,8 @@ def finish_gated(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexp
 
 @gluon.jit
 def finish_plain(acc, factors, first: gl.constexpr, tile, end):
-    """Stage 2: scales and bias. A block is 16 rows times warps, from row tile `base` on. Long tiles
-    go through the staging buffer in two halves."""
+    """Stage 2: scales and bias. A block is 16 rows times warps, from block `base` on. Long tiles go
+    through the staging buffer in two halves."""
     N: gl.constexpr = acc.shape[1]
     M: gl.constexpr = acc.shape[0]
     ROOM: gl.constexpr = end.staging.shape[0] * end.staging.shape[1]
@@ -285,7 +284,7 @@ def finish_plain(acc, factors, first: gl.constexpr, tile, end):
         L: gl.constexpr = acc.type.layout
         columns = end.out.columns
         acc = acc * factors.scales.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
-        m = (end.base * 2 + tile.block) * M + gl.arange(0, M, layout=gl.SliceLayout(1, L))
+        m = (end.base + tile.block) * M + gl.arange(0, M, layout=gl.SliceLayout(1, L))
         at = tile.expert.to(gl.int64) * columns + m
         acc = acc * gl.load(end.columns.scale + at, mask=m < columns, other=0.0)[:, None]
         if end.columns.bias is not None:
@@ -294,7 +293,7 @@ def finish_plain(acc, factors, first: gl.constexpr, tile, end):
             end.staging, gl.bfloat16, [ROOM // M, M], gl.NVMMASharedLayout(128, 16, 2)
         )
         store_rows(
-            acc, whole, end.out.rows, end.out.pitch, columns - end.base * (2 * M),
+            acc, whole, end.out.rows, end.out.pitch, columns - end.base * M,
             tile.block * M, first, tile, M,
         )  # fmt: skip
 
@@ -309,10 +308,11 @@ def finish(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexpr):
 
 
 @gluon.jit
-def own_tile(items, turn, team: gl.constexpr, TEAMS: gl.constexpr):
-    """The record of the turn-th item, as a team needs it."""
+def own_tile(items, turn, team: gl.constexpr, FRAGMENTS: gl.constexpr):
+    """The record of the turn-th item, as a team's first fragment needs it."""
     at, row_tile, more = item(items, turn)
-    return Tile(gl.load(at), gl.load(at + 1), gl.load(at + 2), row_tile * TEAMS + team)
+    block = (row_tile * TEAMS + team) * FRAGMENTS
+    return Tile(gl.load(at), gl.load(at + 1), gl.load(at + 2), block)
 
 
 @gluon.jit
@@ -321,21 +321,19 @@ def run_tile(
     N2: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read late: registers are short."""
-    TEAMS: gl.constexpr = ring.words.shape[0] // ring.rows.shape[0]
+    FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
+    PARTS: gl.constexpr = parts_of(N, N2, FRAGMENTS) if PRECISE else 1
     if PRECISE:
-        PARTS: gl.constexpr = parts_of(N, N2)
-        totals, acc2, stage, phase = multiply_precise(
-            ring, stage, phase, steps, team, N, N2, PARTS, WIDE
+        sums, stage, phase = multiply_precise(
+            ring, stage, phase, steps, team, N, N2, PARTS, FRAGMENTS, WIDE
         )
-        tile = own_tile(items, turn, team, TEAMS)
-        for i in gl.static_range(PARTS):
-            finish(totals[i], factors, i * totals[i].shape[1], tile, end, KIND)
     else:
-        acc, acc2, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, WIDE)
-        tile = own_tile(items, turn, team, TEAMS)
-        finish(acc, factors, 0, tile, end, KIND)
-    if N2 > 8:
-        finish(acc2, factors, N, tile, end, KIND)
+        sums, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, FRAGMENTS, WIDE)
+    tile = own_tile(items, turn, team, FRAGMENTS)
+    EACH: gl.constexpr = len(sums) // FRAGMENTS
+    for i in gl.static_range(EACH * FRAGMENTS):
+        mine = Tile(tile.expert, tile.start, tile.routes, tile.block + i // EACH)
+        finish(sums[i], factors, i % EACH * (N // PARTS), mine, end, KIND)
     return stage, phase
 
 
@@ -374,9 +372,8 @@ def consume(
 
 
 @gluon.jit
-def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
-              TEAMS: gl.constexpr):  # fmt: skip
-    """STAGES of every team's weights and of the rows they share."""
+def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr):
+    """STAGES of both teams' weights and of the rows they share."""
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
@@ -393,7 +390,7 @@ def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: g
 def grouped_prefill(
     w_desc, s_desc, x, weight_ptr, work, sizes, out, columns, act, clear, K,
     MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
-    TEAMS: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """out (P, I or H) = epilogue of x times the weights, a row per sorted position.
@@ -403,7 +400,7 @@ def grouped_prefill(
     KIND None: the plain epilogue, act None.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES, TEAMS)
+    ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     factors = Factors(
         gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat),
@@ -418,13 +415,14 @@ def grouped_prefill(
         gdc_wait()
     steps = (K + 127) // 128
     low, high = staging.index(0), staging.index(1)
+    base = sizes.base * (TEAMS * w_desc.block_type.shape[0] // WARPS)
     gl.warp_specialize(
         [
             (consume, (0, ring, factors, work, sizes,
-                       End(low, out, columns, weight_ptr, act, sizes.base),
+                       End(low, out, columns, weight_ptr, act, base),
                        steps, SMALL, KIND, WIDE, PRECISE)),
             (consume, (1, ring, factors, work, sizes,
-                       End(high, out, columns, weight_ptr, act, sizes.base),
+                       End(high, out, columns, weight_ptr, act, base),
                        steps, SMALL, KIND, WIDE, PRECISE)),
             (gather, (w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, steps)),
         ],

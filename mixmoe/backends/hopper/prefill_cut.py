@@ -8,19 +8,22 @@ import torch
 from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.spec import Problem
 
-# Mean shares of an expert up to which a form is taken (stage 1, H100, 2026-11-28, us: 64 routes two
-# to an SM / alone: mean 32 196 / 206, mean 48 207 / 218, mean 64 300 / 235; 128 + 64 / 256 routes:
-# mean 171 585 / 678). Beyond them 256 + 32.
-PAIRED_TO, SINGLE_TO, HALF_TO, JOINED_TO = 52, 72, 144, 190
+# Mean shares of an expert up to which a form is taken: docs/measured-prefill.md, "Tall tiles".
+# Where weight rows do not fill those, H100, us: 64 routes two to an SM / alone: mean 48 207 / 218,
+# mean 64 300 / 235. Wide tiles: 128 + 64 / 256 routes: mean 171 585 / 678. Beyond them 256 + 32.
+FEW_TO, SINGLE_TO, HALF_TO, JOINED_TO = 52, 72, 144, 190
+TALL_TO = {True: 96, False: 75}  # precise, fast: 64 + 32 routes, then 128 + 32
+FILLED = 0.9  # of the weight rows of tall tiles
 
 
 class Form(NamedTuple):
-    """A tile of up to main + extra routes, ring stages, CTAs an SM."""
+    """A tile of up to main + extra routes x `rows` weight rows, ring stages, CTAs an SM."""
 
     main: int
     extra: int
     stages: int
     ctas: int
+    rows: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class Cut:
     @classmethod
     def of(cls, problem: Problem, precise: bool) -> "Cut":
         """For an expert's mean share of the routes."""
-        form = form_of(problem.routes / problem.experts)
-        registers = (96, 48) if form.ctas == 2 else (224, 56) if precise else (208, 88)
+        form = form_of(problem, precise)
+        many = precise or form.main * form.rows > 128 * 128 and form.rows > 128
+        registers = (96, 48) if form.ctas == 2 else (224, 56) if many else (208, 88)
         return cls(form, registers, precise)
 
     @property
@@ -52,27 +56,40 @@ class Cut:
         """Routes that an expert's last tile may have beyond that."""
         return self.form.extra
 
+    @property
+    def box(self) -> int:
+        """16-row units of weights of each of the two teams."""
+        return self.form.rows // 32
+
     def grid(self, device: torch.device, items: int) -> int:
         """Persistent CTAs."""
         return min(multiprocessors(device) * self.form.ctas, items)
 
     def options(self, k: int) -> dict[str, Any]:
         """Keywords of `prefill.grouped_prefill`'s launch for rows of k columns."""
-        main, extra, stages, ctas = self.form
+        main, extra, stages, ctas, _ = self.form
         stages = min(stages, -(-k // 128))  # the kernel's double buffers rely on it
         threads = 32 * 12
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
             "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
-            "TEAMS": 2, "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
+            "PRECISE": self.precise, "TEAM_REGISTERS": self.registers[0],
             "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
             "launch_pdl": True, **registers,
         }  # fmt: skip
 
 
-def form_of(mean: float) -> Form:
-    """The narrowest form that an expert's mean share of the routes fills."""
-    if mean <= PAIRED_TO:
+def form_of(problem: Problem, precise: bool) -> Form:
+    """The form that an expert's mean share of the routes fills."""
+    mean, rows = problem.routes / problem.experts, 2 * problem.intermediate
+    if rows >= FILLED * 256 * -(-rows // 256):
+        if mean <= FEW_TO:
+            return Form(64, 0, 8, 1, 256)
+        if mean <= TALL_TO[precise]:
+            return Form(64, 32, 7, 1, 256)
+        if mean <= HALF_TO and not precise:
+            return Form(128, 32, 5, 1, 256)
+    if mean <= FEW_TO:
         return Form(64, 0, 5, 2)
     if mean <= SINGLE_TO:
         return Form(64, 32, 8, 1)

@@ -1,9 +1,12 @@
 """The products of `prefill.grouped_prefill`: all of K for one tile, by one team of matrix warps.
 
 `multiply` leaves the sum to the tensor cores' accumulator, `multiply_precise` adds it in float32
-every 128 of K. A team waits for its own product inside every step, and the other team multiplies:
-with two teams ptxas would serialise wgmma in flight over a loop edge (C7512). Before it waits it
-reads the words of the next step, and decodes them behind the wait (before it: C7513).
+every 128 of K. A team has one or two fragments of 64 weight rows. Sums come as a tuple: for each
+fragment the parts of the main routes, then the extra ones (N2 > 8).
+
+A team waits for its own product inside every step, and the other team multiplies: with two teams
+ptxas would serialise wgmma in flight over a loop edge (C7512). Before it waits it reads the words
+of the next step, and decodes them behind the wait (before it: C7513).
 """
 
 from typing import Any, NamedTuple
@@ -26,10 +29,12 @@ from mixmoe.backends.hopper.mainloop import (
     load_raw,
 )
 
+TEAMS = gl.constexpr(2)
+
 
 class Ring(NamedTuple):
-    """Stages of every team's weights, of the rows of a tile's main routes and of its extra ones;
-    `full` and `empty` guard each stage."""
+    """Stages of both teams' boxes of weights, of the rows of a tile's main routes and of its extra
+    ones; `full` and `empty` guard each stage."""
 
     words: Any
     scales: Any
@@ -40,138 +45,152 @@ class Ring(NamedTuple):
 
 
 @constexpr_function
-def parts_of(n, n2):
+def parts_of(n, n2, fragments):
     """Into how many products `multiply_precise` cuts the n routes of a tile: of 64, or of 32 where
-    n is less than 128, or 256 and n2 more."""
-    part = 32 if n < 128 or (n == 256 and n2 > 8) else 64
+    there are few, or 256 and n2 more."""
+    part = 32 if n * fragments < 128 or (n == 256 and n2 > 8) else 64
     return n // part
 
 
 @gluon.jit
 def next_words(ring, stage, phase, team: gl.constexpr, more):
-    """The words and scale bytes of a stage once it is full; undefined where there is no `more`."""
-    slot = stage * (ring.words.shape[0] // ring.rows.shape[0]) + team
+    """The words and the scale bytes of each fragment once a stage is full; undefined where there is
+    no `more`."""
+    WARPS: gl.constexpr = gl.num_warps()
+    slot = stage * TEAMS + team
     mbarrier.wait(ring.full.index(stage), phase, pred=more)
     fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
-    return load_raw(ring.words.index(slot), ring.scales.index(slot), 1, gl.num_warps())
+    words = ()
+    scales = ()
+    for f in gl.static_range(ring.words.shape[1] // WARPS):
+        raw, scale = load_raw(
+            ring.words.index(slot).slice(f * WARPS, WARPS, dim=0),
+            ring.scales.index(slot).slice(f * WARPS, WARPS, dim=0), 1, WARPS,
+        )  # fmt: skip
+        words = words + (raw,)  # type: ignore[assignment]
+        scales = scales + (scale,)  # type: ignore[assignment]
+    return words, scales
+
+
+@gluon.jit
+def zeros(N: gl.constexpr):
+    """The sums of 64 weight rows x N routes."""
+    WARPS: gl.constexpr = gl.num_warps()
+    L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 32]
+    )
+    return gl.zeros([WARPS * 16, N], gl.float32, L)
+
+
+@gluon.jit
+def no_sums(N: gl.constexpr, N2: gl.constexpr, PARTS: gl.constexpr, FRAGMENTS: gl.constexpr):
+    """The tuple of sums, all zero."""
+    sums = ()
+    for _ in gl.static_range(FRAGMENTS):
+        for _part in gl.static_range(PARTS):
+            sums = sums + (zeros(N // PARTS),)  # type: ignore[assignment]
+        if N2 > 8:
+            sums = sums + (zeros(N2),)  # type: ignore[assignment]
+    return sums
 
 
 @gluon.jit
 def multiply(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    WIDE: gl.constexpr,
+    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
 ):
-    """All of K for one tile: acc (rows, N) and, if N2 > 8, acc2 (rows, N2).
+    """All of K for one tile: (rows, N) and, if N2 > 8, (rows, N2) of each fragment.
 
-    The second half of a step is dequantised while the first multiplies.
+    What follows is dequantised while what is there multiplies.
     """
-    WARPS: gl.constexpr = gl.num_warps()
     STAGES: gl.constexpr = ring.rows.shape[0]
-    L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 32]
-    )
-    L2: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N2, 32]
-    )
-    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
-    A2: gl.constexpr = gl.DotOperandLayout(0, L2, 4)
-    acc = gl.zeros([WARPS * 16, N], gl.float32, L)
-    acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    raw, scale = next_words(ring, stage, phase, team, steps > 0)
+    BOTH: gl.constexpr = 2 if N2 > 8 else 1
+    sums = no_sums(N, N2, 1, FRAGMENTS)
+    words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
         x = ring.rows.index(stage)
-        x2 = ring.extra.index(stage)
         if ring.rows.shape[1] != N:
             x = x.slice(0, N, dim=0)
-        lo, hi = decode(raw, scale, WIDE)
-        low, high = halves(lo), halves(hi)
-        for h in gl.static_range(2):
-            a = half_fragment(low[h], high[h], A, 1, WARPS)
-            acc = warpgroup_mma(
-                a, x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, is_async=True
-            )
+        issued = ()
+        for f in gl.static_range(FRAGMENTS):
+            lo, hi = decode(words[f], scales[f], WIDE)
+            acc = add_product(lo, hi, x, sums[f * BOTH])
+            issued = issued + (acc,)  # type: ignore[assignment]
             if N2 > 8:
-                a2 = gl.convert_layout(a, A2, assert_trivial=True)
-                acc2 = warpgroup_mma(
-                    a2, x2.slice(h * 64, 64, dim=1).permute((1, 0)), acc2, is_async=True
-                )
+                acc = add_product(lo, hi, ring.extra.index(stage), sums[f * BOTH + 1])
+                issued = issued + (acc,)  # type: ignore[assignment]
         ahead, ahead_phase = advance(stage, phase, STAGES)
-        raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
-        if N2 > 8:
-            acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
+        words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
+        if FRAGMENTS * BOTH > 1:
+            sums = warpgroup_mma_wait(0, deps=issued)
         else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            sums = (warpgroup_mma_wait(0, deps=issued),)
         mbarrier.arrive(ring.empty.index(stage), count=1)
         stage = ahead
         phase = ahead_phase
-    return acc, acc2, stage, phase
+    return sums, stage, phase
 
 
 @gluon.jit
 def multiply_precise(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr,
+    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
 ):
-    """`multiply` with every 128 of K added in float32: totals (rows, N / PARTS), acc2.
+    """`multiply` with every 128 of K added in float32, the main routes in parts (rows, N / PARTS).
 
-    FP8 tensor cores keep about 14 bits of a running sum. Two parts of the rows of x are in flight:
-    one is added to its total while the tensor cores have the next.
+    FP8 tensor cores keep about 14 bits of a running sum. Two products are in flight: one is added
+    to its total while the tensor cores have the next.
     """
-    WARPS: gl.constexpr = gl.num_warps()
     STAGES: gl.constexpr = ring.rows.shape[0]
-    L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N // PARTS, 32]
-    )
-    L2: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N2, 32]
-    )
-    zero = gl.zeros([WARPS * 16, N // PARTS], gl.float32, L)
-    totals = ()
-    for _ in gl.static_range(PARTS):
-        totals = totals + (zero,)  # type: ignore[assignment]
-    acc2 = gl.zeros([WARPS * 16, N2], gl.float32, L2)
-    raw, scale = next_words(ring, stage, phase, team, steps > 0)
+    EACH: gl.constexpr = PARTS + (1 if N2 > 8 else 0)
+    COUNT: gl.constexpr = EACH * FRAGMENTS
+    totals = no_sums(N, N2, PARTS, FRAGMENTS)
+    words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
-        lo, hi = decode(raw, scale, WIDE)
-        low, high = halves(lo), halves(hi)
+        lo, hi = decode(words[0], scales[0], WIDE)
         sums = ()
-        part = product(low, high, ring.rows.index(stage), 0, zero)
+        part = product(lo, hi, ring, stage, 0, PARTS, totals[0])
         ahead, ahead_phase = advance(stage, phase, STAGES)
-        for i in gl.static_range(PARTS):
-            if i + 1 < PARTS:
-                following = product(low, high, ring.rows.index(stage), i + 1, zero)
-                part = warpgroup_mma_wait(2, deps=[part])
-            elif N2 > 8:
-                following = product(low, high, ring.extra.index(stage), 0, acc2)
+        for i in gl.static_range(COUNT):
+            if i + 1 < COUNT:
+                if (i + 1) % EACH == 0:
+                    lo, hi = decode(words[(i + 1) // EACH], scales[(i + 1) // EACH], WIDE)
+                following = product(lo, hi, ring, stage, (i + 1) % EACH, PARTS, totals[i + 1])
                 part = warpgroup_mma_wait(2, deps=[part])
             else:
-                raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
+                words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
                 part = warpgroup_mma_wait(0, deps=[part])
             sums = sums + (totals[i] + part,)  # type: ignore[assignment]
-            if i + 1 < PARTS or N2 > 8:
+            if i + 1 < COUNT:
                 part = following
-        if N2 > 8:
-            raw, scale = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
-            acc2 += warpgroup_mma_wait(0, deps=[part])
         totals = sums
         mbarrier.arrive(ring.empty.index(stage), count=1)
         stage = ahead
         phase = ahead_phase
-    return totals, acc2, stage, phase
+    return totals, stage, phase
 
 
 @gluon.jit
-def product(low, high, rows, part: gl.constexpr, like):
-    """Issue the dequantised weights times rows part * N .. of a stage of x."""
-    L: gl.constexpr = like.type.layout
+def product(lo, hi, ring, stage, part: gl.constexpr, PARTS: gl.constexpr, like):
+    """Issue a fragment times a part of a stage's rows: the extra ones are the part after PARTS."""
     N: gl.constexpr = like.shape[1]
-    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
+    nothing = zeros(N)
+    if part < PARTS:
+        x = ring.rows.index(stage).slice(part * N, N, dim=0)
+        return add_product(lo, hi, x, nothing, ADD=False)
+    else:
+        return add_product(lo, hi, ring.extra.index(stage), nothing, ADD=False)
+
+
+@gluon.jit
+def add_product(lo, hi, x, acc, ADD: gl.constexpr = True):
+    """Issue acc + a decoded fragment times rows x (N, 128), or the product alone."""
     WARPS: gl.constexpr = gl.num_warps()
-    acc = gl.zeros([WARPS * 16, N], gl.float32, L)
+    A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
+    low, high = halves(lo), halves(hi)
     for h in gl.static_range(2):
-        x = rows.slice(part * N, N, dim=0).slice(h * 64, 64, dim=1)
         acc = warpgroup_mma(
-            half_fragment(low[h], high[h], A, 1, WARPS), x.permute((1, 0)), acc, use_acc=h > 0,
-            is_async=True,
+            half_fragment(low[h], high[h], A, 1, WARPS),
+            x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=ADD or h > 0, is_async=True,
         )  # fmt: skip
     return acc

@@ -8,7 +8,8 @@ tiles     (room, 4) int32: expert, first sorted position, routes, 0. An expert's
           from memory once (H200, 2026-11-28, T 8192: 437 us, 450 with the largest first).
 segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks,
           routes (the last block is padded). What each CTA of `gemm2_ring` keeps in shared memory:
-          whole experts where there are CTAs enough, else equal cuts of the line of all blocks.
+          a part of one expert where there are CTAs enough, and as short a one as they allow, else
+          equal cuts of the line of all blocks.
 
 Both follow from the counts alone, so a captured graph replays with any routing.
 """
@@ -105,7 +106,11 @@ def write_segments(
     blocks = (routes + 31) // 32
     end = begin + blocks
     last = start + routes
-    parts = (blocks + ROOM - 1) // ROOM
+    most = ROOM
+    for smaller in tl.static_range(1, ROOM):  # the shortest parts for which there are CTAs enough
+        size = ROOM - smaller
+        most = tl.where(tl.sum((blocks + size - 1) // size, 0) <= ctas, size, most)
+    parts = (blocks + most - 1) // most
     part_end = tl.cumsum(parts, 0)
     total_parts = tl.sum(parts, 0)
     total = tl.sum(blocks, 0)
