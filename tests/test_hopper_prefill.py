@@ -32,7 +32,7 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
     grouped_prefill,
 )
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
-from mixmoe.backends.hopper.prefill_schedule import ring_of, rows_of  # noqa: E402
+from mixmoe.backends.hopper.prefill_schedule import pass_of, ring_of, rows_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
 from mixmoe.backends.hopper.worklist import list_work  # noqa: E402
 from mixmoe.shapes import shape_named  # noqa: E402
@@ -74,7 +74,7 @@ def grouped(
     words = weight_descriptors(*units, cut.box, 1)
     gated = kind is not None
     x = Rows(Fake(torch.float8_e4m3fn), padded(H), F32, I32 if gated else None)
-    act = Act(float("inf"), 1.702, 4.0, 25.0) if gated else None
+    act = Act(7.0 if kind == 1 else None, 1.702, 4.0, 25.0) if gated else None
     return compile_gluon(
         grouped_prefill, *words, x, F32 if bias and gated else None, Work(I32, I32),
         Sizes(32, 4, 0), Result(BF16, 256, 256), Columns(F32, F32 if bias else None), act,
@@ -285,6 +285,16 @@ def test_form_follows_the_routes(
     precise = [form_of(p, True) for p in problems]
     assert precise[3] == form_of(Problem(4096, 7168, 192, 256, 8), True)
     assert [f for i, f in enumerate(precise) if i != 3] == [f for i, f in enumerate(fast) if i != 3]
+
+
+@pytest.mark.skipif(not TUNED_FOR, reason="the ring does not compile")
+def test_a_pass_holds_the_ring() -> None:
+    """Half the tokens where all are more than the ring holds; all where half would not help."""
+    for name, tokens, want in [
+        ("dsv3_tp8", 16384, 8192), ("qwen3_tp4", 8192, 4096), ("qwen3_tp4", 16384, 4096),
+        ("qwen3_tp4", 5000, 8192), ("gptoss120b", 8192, 8192), ("dsv3_tp8", 64, 8192),
+    ]:  # fmt: skip
+        assert pass_of(problem_of(name, tokens), DEVICE) == want
 
 
 def test_few_tokens_store_rows() -> None:
