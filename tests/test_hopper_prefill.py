@@ -118,6 +118,8 @@ def test_grouped_compiles(name: str) -> None:
     ctas = 2 if made.registers == 80 else 1
     assert made.registers == (80 if ctas == 2 else 168) and made.warps == 12
     assert ctas * (made.shared + 1024) <= 228 * 1024
+    # The matrix warps load nothing from global memory: no product hides it.
+    assert not any(op.startswith("LDG") for _, ops in made.loops() for op in ops)
     # The gated precise form keeps a few values of a tile in local memory; no inner loop does.
     inner = min(made.loops(), key=lambda loop: loop[0])[1]
     assert sum(n for op, n in inner.items() if op.startswith(("STL", "LDL"))) <= 1

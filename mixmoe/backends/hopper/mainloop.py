@@ -151,12 +151,18 @@ def advance(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def read_record(records, i):
     """The four int32 of the i-th record in shared memory, for every thread."""
+    return fields_of(records.index(i))
+
+
+@gluon.jit
+def fields_of(record):
+    """The four int32 of a record in shared memory, for every thread."""
     L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
     field = gl.arange(0, 4, layout=L)
-    record = records.index(i).load(L)
+    value = record.load(L)
     return (
-        gl.sum(gl.where(field == 0, record, 0), 0), gl.sum(gl.where(field == 1, record, 0), 0),
-        gl.sum(gl.where(field == 2, record, 0), 0), gl.sum(gl.where(field == 3, record, 0), 0),
+        gl.sum(gl.where(field == 0, value, 0), 0), gl.sum(gl.where(field == 1, value, 0), 0),
+        gl.sum(gl.where(field == 2, value, 0), 0), gl.sum(gl.where(field == 3, value, 0), 0),
     )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers
-from mixmoe.backends.hopper.mainloop import activate, advance, cp_async, smem_cast, tma_load
+from mixmoe.backends.hopper.mainloop import advance, cp_async, fields_of, tma_load
+from mixmoe.backends.hopper.prefill_end import End, Factors, Tile, finish
 from mixmoe.backends.hopper.prefill_products import (
     TEAMS,
     Ring,
@@ -78,34 +79,6 @@ class Clear(NamedTuple):
     end: Any
 
 
-class Factors(NamedTuple):
-    """Scales of a tile's rows and routing weights: of two tiles, or of one."""
-
-    scales: Any
-    weights: Any
-
-
-class End(NamedTuple):
-    """What the epilogue makes of a tile, and where it transposes it; weights None: no routing
-    weights; base: the launch's first block of weight rows."""
-
-    staging: Any
-    out: Any
-    columns: Any
-    weights: Any
-    act: Any
-    base: Any
-
-
-class Tile(NamedTuple):
-    """A work item: its expert, first sorted position and routes; a fragment's block of rows."""
-
-    expert: Any
-    start: Any
-    routes: Any
-    block: Any
-
-
 @gluon.jit
 def all_items(work, sizes):
     """The items of this launch."""
@@ -115,11 +88,17 @@ def all_items(work, sizes):
 @gluon.jit
 def item(items, turn):
     """The turn-th item of this CTA: its tile's record address, its row tile, whether it exists."""
-    grid = gl.num_programs(0)
-    c = gl.program_id(0)
-    index = turn * grid + gl.where(turn % 2 == 0, c, grid - 1 - c)
+    index = item_index(turn)
     at = items.records + index // items.row_tiles * 4
     return at, index % items.row_tiles, index < items.total
+
+
+@gluon.jit
+def item_index(turn):
+    """The turn-th item of this CTA, by its number."""
+    grid = gl.num_programs(0)
+    c = gl.program_id(0)
+    return turn * grid + gl.where(turn % 2 == 0, c, grid - 1 - c)
 
 
 @gluon.jit
@@ -160,6 +139,27 @@ def put_values(target, first: gl.constexpr, ptr, at, live):
 
 
 @gluon.jit
+def weight_rows(expert, row_tile, columns, ROWS: gl.constexpr, GATED: gl.constexpr):
+    """Where a tile's weight rows have their scales and biases, in the order of the accumulators,
+    and which rows exist. Gated: 8 gate rows, then the 8 up rows of the same columns."""
+    r = gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    expert = expert.to(gl.int64)
+    if GATED:
+        m = row_tile * (ROWS // 2) + r // 16 * 8 + r % 8
+        return expert * (2 * columns) + r // 8 % 2 * columns + m, m < columns
+    else:
+        m = row_tile * ROWS + r
+        return expert * columns + m, m < columns
+
+
+@gluon.jit
+def put_record(target, start, routes, row_tile):
+    """The three numbers of a tile that the matrix warps need."""
+    field = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    target.store(gl.where(field == 0, start, gl.where(field == 1, routes, row_tile)))
+
+
+@gluon.jit
 def load_weights(w_desc, s_desc, ring, unit, k, stage):
     """Both teams' weights of a step of K, by TMA."""
     ready = ring.full.index(stage)
@@ -172,9 +172,14 @@ def load_weights(w_desc, s_desc, ring, unit, k, stage):
 
 
 @gluon.jit
-def gather(w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, steps):
-    """Role of the gathering warps: weights by TMA, rows of x by cp.async, scales of the rows.
+def gather(
+    w_desc, s_desc, x, weight_ptr, columns, width, clear, work, sizes, ring, factors, steps,
+    GATED: gl.constexpr,
+):
+    """Role of the gathering warps: weights by TMA, rows of x by cp.async, the tile's `Factors`.
 
+    width: columns of the layer. The matrix warps load nothing from global memory: a tile's record,
+    then its scales, then its epilogue would be a chain of latencies that no product hides.
     Beside that they zero their share of what a later kernel adds to, a little in every step: the
     memory is idle enough here to take it.
     """
@@ -189,16 +194,25 @@ def gather(w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, ste
     if clear is not None:
         clear_at, clear_end = own_share(clear)
     while more:
-        unit = gl.load(at) * sizes.units
-        unit += (sizes.base + row_tile) * (TEAMS * w_desc.block_type.shape[0])
+        expert = gl.load(at)
+        row_units = (sizes.base + row_tile) * (TEAMS * w_desc.block_type.shape[0])
+        unit = expert * sizes.units + row_units
         start = gl.load(at + 1)
         routes = gl.load(at + 2)
         offset, mask, row, live = addresses(x, start, 0, routes, MAIN, L)
         offset2, mask2, row2, live2 = addresses(x, start, MAIN, routes, EXTRA, L)
+        m, exists = weight_rows(
+            expert, sizes.base + row_tile, width, factors.columns.shape[1], GATED
+        )
+        scale = gl.load(columns.scale + m, mask=exists, other=0.0)
         parity = turn % 2
-        # A free stage means that both teams are past the tile that used these scales last: a tile
+        # A free stage means that both teams are past the tile that used these factors last: a tile
         # has at least as many steps as the ring has stages.
         mbarrier.wait(ring.empty.index(stage), phase)
+        put_record(factors.record.index(parity), start, routes, row_tile)
+        factors.columns.index(parity).store(scale)
+        if columns.bias is not None:
+            put_values(factors.bias.index(parity), 0, columns.bias, m, exists)
         put_values(factors.scales.index(parity), 0, x.scales, row, live)
         put_values(factors.scales.index(parity), MAIN, x.scales, row2, live2)
         if weight_ptr is not None:
@@ -224,103 +238,38 @@ def gather(w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, ste
 
 
 @gluon.jit
-def store_rows(value, staging, ptr, pitch, columns, column, first, tile, COLUMNS: gl.constexpr):
-    """value (COLUMNS, N) -> bf16 rows first .. of a tile, columns from `column`, through smem."""
-    N: gl.constexpr = value.shape[1]
-    memory = staging.slice(0, N, dim=0)
-    memory.permute((1, 0)).store(value.to(gl.bfloat16))
-    L: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // COLUMNS, COLUMNS // 8], [gl.num_warps(), 1], [1, 0]
-    )
-    n = first + gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    m = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, L))
-    gl.store(
-        ptr + (tile.start + n).to(gl.int64)[:, None] * pitch + m[None, :], memory.load(L),
-        mask=(n < tile.routes)[:, None] & (m < columns)[None, :],
-    )
+def own_tile(factors, team: gl.constexpr, FRAGMENTS: gl.constexpr):
+    """A tile's record, as a team's first fragment needs it."""
+    start, routes, row_tile, _ = fields_of(factors.record)
+    return Tile(start, routes, (row_tile * TEAMS + team) * FRAGMENTS)
 
 
 @gluon.jit
-def finish_gated(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexpr):
-    """Stage 1: scales, bias, activation, routing weight. A block is 8 row pairs times warps."""
-    WARPS: gl.constexpr = gl.num_warps()
-    N: gl.constexpr = acc.shape[1]
-    acc = acc * factors.scales.slice(first, N).load(gl.SliceLayout(0, acc.type.layout))[None, :]
-    gate, up = acc.reshape([WARPS, 2, 8, N]).permute((0, 2, 3, 1)).split()
-    gate = gate.reshape([WARPS * 8, N])
-    up = up.reshape([WARPS * 8, N])
-    L: gl.constexpr = gate.type.layout
-    columns = end.out.columns
-    m = tile.block * (WARPS * 8) + gl.arange(0, WARPS * 8, layout=gl.SliceLayout(1, L))
-    at = tile.expert.to(gl.int64) * (2 * columns) + m
-    live = m < columns
-    gate = gate * gl.load(end.columns.scale + at, mask=live, other=0.0)[:, None]
-    up = up * gl.load(end.columns.scale + at + columns, mask=live, other=0.0)[:, None]
-    if end.columns.bias is not None:
-        gate += gl.load(end.columns.bias + at, mask=live, other=0.0)[:, None]
-        up += gl.load(end.columns.bias + at + columns, mask=live, other=0.0)[:, None]
-    act = end.act
-    h = activate(gate, up, act.limit, act.alpha, act.beta, act.beta2, KIND)
-    if end.weights is not None:
-        h *= factors.weights.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
-    store_rows(
-        h, end.staging, end.out.rows, columns, columns, tile.block * (WARPS * 8), first, tile,
-        WARPS * 8,
+def factors_of(factors, turn):
+    """Those of the turn-th tile."""
+    parity = turn % 2
+    return Factors(
+        factors.record.index(parity), factors.scales.index(parity), factors.weights.index(parity),
+        factors.columns.index(parity), factors.bias.index(parity),
     )  # fmt: skip
 
 
 @gluon.jit
-def finish_plain(acc, factors, first: gl.constexpr, tile, end):
-    """Stage 2: scales and bias. A block is 16 rows times warps, from block `base` on. Long tiles go
-    through the staging buffer in two halves."""
-    N: gl.constexpr = acc.shape[1]
-    M: gl.constexpr = acc.shape[0]
-    ROOM: gl.constexpr = end.staging.shape[0] * end.staging.shape[1]
-    if M * N > ROOM:
-        low, high = acc.reshape([M, 2, N // 2]).permute((0, 2, 1)).split()
-        finish_plain(low, factors, first, tile, end)
-        finish_plain(high, factors, first + N // 2, tile, end)
-    else:
-        L: gl.constexpr = acc.type.layout
-        columns = end.out.columns
-        acc = acc * factors.scales.slice(first, N).load(gl.SliceLayout(0, L))[None, :]
-        m = (end.base + tile.block) * M + gl.arange(0, M, layout=gl.SliceLayout(1, L))
-        at = tile.expert.to(gl.int64) * columns + m
-        acc = acc * gl.load(end.columns.scale + at, mask=m < columns, other=0.0)[:, None]
-        if end.columns.bias is not None:
-            acc += gl.load(end.columns.bias + at, mask=m < columns, other=0.0)[:, None]
-        whole = smem_cast(
-            end.staging, gl.bfloat16, [ROOM // M, M], gl.NVMMASharedLayout(128, 16, 2)
-        )
-        store_rows(
-            acc, whole, end.out.rows, end.out.pitch, columns - end.base * M,
-            tile.block * M, first, tile, M,
-        )  # fmt: skip
-
-
-@gluon.jit
-def finish(acc, factors, first: gl.constexpr, tile, end, KIND: gl.constexpr):
-    """The epilogue of rows first .. of a tile."""
-    if KIND is None:
-        finish_plain(acc, factors, first, tile, end)
-    else:
-        finish_gated(acc, factors, first, tile, end, KIND)
-
-
-@gluon.jit
-def own_tile(items, turn, team: gl.constexpr, FRAGMENTS: gl.constexpr):
-    """The record of the turn-th item, as a team's first fragment needs it."""
-    at, row_tile, more = item(items, turn)
-    block = (row_tile * TEAMS + team) * FRAGMENTS
-    return Tile(gl.load(at), gl.load(at + 1), gl.load(at + 2), block)
+def of_fragment(factors, fragment: gl.constexpr):
+    """A tile's factors with those of 64 of its weight rows."""
+    ROWS: gl.constexpr = gl.num_warps() * 16
+    return Factors(
+        factors.record, factors.scales, factors.weights,
+        factors.columns.slice(fragment * ROWS, ROWS), factors.bias.slice(fragment * ROWS, ROWS),
+    )  # fmt: skip
 
 
 @gluon.jit
 def run_tile(
-    ring, factors, items, end, stage, phase, turn, steps, team: gl.constexpr, N: gl.constexpr,
+    ring, factors, end, stage, phase, steps, team: gl.constexpr, N: gl.constexpr,
     N2: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
 ):
-    """N, and if N2 > 8 N2 more, routes. The record is read late: registers are short."""
+    """N, and if N2 > 8 N2 more, routes. The record is read again, late: registers are short."""
     FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
     PARTS: gl.constexpr = parts_of(N, N2, FRAGMENTS) if PRECISE else 1
     if PRECISE:
@@ -329,11 +278,12 @@ def run_tile(
         )
     else:
         sums, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, FRAGMENTS, WIDE)
-    tile = own_tile(items, turn, team, FRAGMENTS)
+    tile = own_tile(factors, team, FRAGMENTS)
     EACH: gl.constexpr = len(sums) // FRAGMENTS
     for i in gl.static_range(EACH * FRAGMENTS):
-        mine = Tile(tile.expert, tile.start, tile.routes, tile.block + i // EACH)
-        finish(sums[i], factors, i % EACH * (N // PARTS), mine, end, KIND)
+        mine = Tile(tile.start, tile.routes, tile.block + i // EACH)
+        its = of_fragment(factors, team * FRAGMENTS + i // EACH)
+        finish(sums[i], its, i % EACH * (N // PARTS), mine, end, KIND)
     return stage, phase
 
 
@@ -345,30 +295,26 @@ def consume(
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
     MAIN: gl.constexpr = ring.rows.shape[1]
     EXTRA: gl.constexpr = ring.extra.shape[1]
-    items = all_items(work, sizes)
+    total = all_items(work, sizes).total
     turn = 0
-    at, row_tile, more = item(items, turn)
     stage, phase = 0, 0
-    while more:
-        routes = gl.load(at + 2)
-        mine = Factors(factors.scales.index(turn % 2), factors.weights.index(turn % 2))
+    while item_index(turn) < total:
+        mine = factors_of(factors, turn)
+        mbarrier.wait(ring.full.index(stage), phase)  # the factors come before the first stage
+        _, routes, _, _ = fields_of(mine.record)
         if routes > MAIN:
             stage, phase = run_tile(
-                ring, mine, items, end, stage, phase, turn, steps, team, MAIN, EXTRA, KIND, WIDE,
-                PRECISE,
-            )  # fmt: skip
+                ring, mine, end, stage, phase, steps, team, MAIN, EXTRA, KIND, WIDE, PRECISE
+            )
         elif routes > SMALL:
             stage, phase = run_tile(
-                ring, mine, items, end, stage, phase, turn, steps, team, MAIN, 8, KIND, WIDE,
-                PRECISE,
-            )  # fmt: skip
+                ring, mine, end, stage, phase, steps, team, MAIN, 8, KIND, WIDE, PRECISE
+            )
         else:
             stage, phase = run_tile(
-                ring, mine, items, end, stage, phase, turn, steps, team, SMALL, 8, KIND, WIDE,
-                PRECISE,
-            )  # fmt: skip
+                ring, mine, end, stage, phase, steps, team, SMALL, 8, KIND, WIDE, PRECISE
+            )
         turn += 1
-        at, row_tile, more = item(items, turn)
 
 
 @gluon.jit
@@ -386,6 +332,19 @@ def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: g
     return Ring(words, scales, rows, extra, barriers(STAGES, 1 + 32 * 4), barriers(STAGES, TEAMS))
 
 
+@gluon.jit
+def make_factors(ROUTES: gl.constexpr, ROWS: gl.constexpr):
+    """Room for the `Factors` of two tiles."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return Factors(
+        gl.allocate_shared_memory(gl.int32, [2, 4], flat),
+        gl.allocate_shared_memory(gl.float32, [2, ROUTES], flat),
+        gl.allocate_shared_memory(gl.float32, [2, ROUTES], flat),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], flat),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS], flat),
+    )
+
+
 @gluon.jit(do_not_specialize=["sizes"])
 def grouped_prefill(
     w_desc, s_desc, x, weight_ptr, work, sizes, out, columns, act, clear, K,
@@ -401,11 +360,7 @@ def grouped_prefill(
     """
     WARPS: gl.constexpr = gl.num_warps()
     ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    factors = Factors(
-        gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat),
-        gl.allocate_shared_memory(gl.float32, [2, 2 * MAIN], flat),
-    )
+    factors = make_factors(2 * MAIN, TEAMS * w_desc.block_type.shape[0] * 16)
     staging = gl.allocate_shared_memory(
         gl.bfloat16, [TEAMS, MAIN, WARPS * 8], gl.NVMMASharedLayout(WARPS * 16, 16, 2)
     )
@@ -419,12 +374,13 @@ def grouped_prefill(
     gl.warp_specialize(
         [
             (consume, (0, ring, factors, work, sizes,
-                       End(low, out, columns, weight_ptr, act, base),
+                       End(low, out, weight_ptr, columns.bias, act, base),
                        steps, SMALL, KIND, WIDE, PRECISE)),
             (consume, (1, ring, factors, work, sizes,
-                       End(high, out, columns, weight_ptr, act, base),
+                       End(high, out, weight_ptr, columns.bias, act, base),
                        steps, SMALL, KIND, WIDE, PRECISE)),
-            (gather, (w_desc, s_desc, x, weight_ptr, clear, work, sizes, ring, factors, steps)),
+            (gather, (w_desc, s_desc, x, weight_ptr, columns, out.columns, clear, work, sizes, ring,
+                      factors, steps, KIND is not None)),
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],
     )
