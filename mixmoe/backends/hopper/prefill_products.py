@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from mixmoe.backends.hopper.mainloop import (
     advance,
     decode,
+    fragment,
     half_fragment,
     halves,
     load_raw,
@@ -156,7 +157,7 @@ def multiply_precise(
                 if (i + 1) % EACH == 0:
                     lo, hi = decode(words[(i + 1) // EACH], scales[(i + 1) // EACH], WIDE)
                 following = product(lo, hi, ring, stage, (i + 1) % EACH, PARTS, totals[i + 1])
-                part = warpgroup_mma_wait(2, deps=[part])
+                part = warpgroup_mma_wait(2 if (i + 1) % EACH == 0 else 1, deps=[part])
             else:
                 words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
                 part = warpgroup_mma_wait(0, deps=[part])
@@ -175,16 +176,20 @@ def product(lo, hi, ring, stage, part: gl.constexpr, PARTS: gl.constexpr, like):
     """Issue a fragment times a part of a stage's rows: the extra ones are the part after PARTS."""
     N: gl.constexpr = like.shape[1]
     nothing = zeros(N)
-    if part < PARTS:
-        x = ring.rows.index(stage).slice(part * N, N, dim=0)
+    if part == 0:
+        x = ring.rows.index(stage).slice(0, N, dim=0)
         return add_product(lo, hi, x, nothing, ADD=False)
+    elif part < PARTS:
+        x = ring.rows.index(stage).slice(part * N, N, dim=0)
+        return whole_product(lo, hi, x, nothing)
     else:
-        return add_product(lo, hi, ring.extra.index(stage), nothing, ADD=False)
+        return whole_product(lo, hi, ring.extra.index(stage), nothing)
 
 
 @gluon.jit
 def add_product(lo, hi, x, acc, ADD: gl.constexpr = True):
-    """Issue acc + a decoded fragment times rows x (N, 128), or the product alone."""
+    """Issue acc + a decoded fragment times rows x (N, 128), or the product alone, in two halves of
+    K: the first does not wait until the second is decoded."""
     WARPS: gl.constexpr = gl.num_warps()
     A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 4)
     low, high = halves(lo), halves(hi)
@@ -194,3 +199,12 @@ def add_product(lo, hi, x, acc, ADD: gl.constexpr = True):
             x.slice(h * 64, 64, dim=1).permute((1, 0)), acc, use_acc=ADD or h > 0, is_async=True,
         )  # fmt: skip
     return acc
+
+
+@gluon.jit
+def whole_product(lo, hi, x, like):
+    """Issue a decoded fragment times rows x (N, 128) at once: a group and a descriptor less."""
+    WARPS: gl.constexpr = gl.num_warps()
+    A: gl.constexpr = gl.DotOperandLayout(0, like.type.layout, 4)
+    a = fragment(lo, hi, A, 1, WARPS)
+    return warpgroup_mma(a, x.permute((1, 0)), like, use_acc=False, is_async=True)
