@@ -60,20 +60,19 @@ def e2m1_code(y):
 
 @triton.jit
 def quotient(x, scale):
-    """``x / scale`` rounded as IEEE division, for |x / scale| < 2^10, in five instructions.
+    """``x / scale`` rounded as IEEE division, for |x / scale| < 2^10, in four instructions.
 
-    Markstein: with r = 1/s correctly rounded and q within an ulp, ``q + r (x - q s)`` is the
+    Markstein: with r = 1/s correctly rounded and q within an ulp, ``q - r (q s - x)`` is the
     rounded quotient while the remainder is exact, so rows of tiny scale are scaled up first. The
+    signs are those of factors of a row, so that a zero keeps its own and no value is negated. The
     IEEE division of Triton made this kernel 66 us instead of 40 (8192 x 7168, H200, 2026-11-24).
     """
     lift = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
     s = scale * lift
-    r = tl.div_rn(1.0, s)
-    up = x * lift
-    q = up * r
-    bits = tl.fma(tl.fma(-q, s, up), r, q).to(tl.int32, bitcast=True)
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000  # the sums above lose the sign of a zero
-    return (bits | sign).to(tl.float32, bitcast=True)
+    minus_r = tl.div_rn(-1.0, s)
+    minus_x = x * -lift
+    q = minus_x * minus_r
+    return tl.fma(tl.fma(q, s, minus_x), minus_r, q)
 
 
 @triton.jit
