@@ -34,8 +34,8 @@ TEAMS = gl.constexpr(2)
 
 
 class Ring(NamedTuple):
-    """Stages of both teams' boxes of weights, of the rows of a tile's main routes and of its extra
-    ones; `full` and `empty` guard each stage."""
+    """Stages of both teams' weights, of the rows of a tile's main routes and of its extra ones;
+    `full` and `empty` guard each stage."""
 
     words: Any
     scales: Any
@@ -102,7 +102,7 @@ def multiply(
 ):
     """All of K for one tile: (rows, N) and, if N2 > 8, (rows, N2) of each fragment.
 
-    What follows is dequantised while what is there multiplies.
+    Half of a fragment's K is dequantised while the half before it multiplies.
     """
     STAGES: gl.constexpr = ring.rows.shape[0]
     BOTH: gl.constexpr = 2 if N2 > 8 else 1
