@@ -1,4 +1,4 @@
-"""The decode rings, played through on paper: no deadlock and no stale stage under any timing.
+"""The rings of decode and prefill, played through on paper: no deadlock and nothing stale.
 
 Neither a compiler nor Triton's interpreter runs warp-specialised kernels on the CPU, and a GPU
 shows a wrong wait only when the timing is bad. So the roles' waits and arrivals are restated here,
@@ -15,6 +15,7 @@ import pytest
 from hopper_mbarrier import Barrier, Role
 
 from mixmoe.backends.hopper import choose
+from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.spec import Problem, Tile
 
 
@@ -172,6 +173,56 @@ def epilogue(sums: Sums, tiles: int, hasty: bool = False) -> Role:
             sums.taken[tile & 1].arrive()
 
 
+def gather_tiles(ring: Ring, factors: list[object], tiles: int, steps: int) -> Role:
+    """`prefill.gather`: the factors of a tile before its first stage, rows that land late."""
+    stage, phase = 0, 1
+
+    def landing(stage: int, what: object) -> Callable[[], None]:
+        def land() -> None:
+            ring.rows[stage] = what
+            ring.full[stage].arrive()
+
+        return land
+
+    for tile in range(tiles):
+        yield ring.empty[stage].done(phase)
+        factors[tile % 2] = tile
+        for step in range(steps):
+            yield ring.empty[stage].done(phase)
+            ring.tma(stage, (tile, step))
+            ring.copies.append(landing(stage, (tile, step)))
+            stage, phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+
+
+def run_tiles(
+    ring: Ring, factors: list[object], tiles: int, steps: int, blind: bool = False
+) -> Role:
+    """`prefill.consume`: the record once the first stage is full (blind: before), the factors in
+    the epilogue, which ends before the next tile's first stage is waited for."""
+    stage, phase = 0, 0
+    for tile in range(tiles):
+        if not blind:
+            yield ring.full[stage].done(phase)
+        assert factors[tile % 2] == tile, "stale factors"
+        yield ring.full[stage].done(phase)
+        for step in range(steps):
+            assert ring.weights[stage] == ring.rows[stage] == (tile, step), "stale"
+            ahead, ahead_phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
+            if step + 1 < steps:
+                yield ring.full[ahead].done(ahead_phase)
+            ring.empty[stage].arrive()
+            stage, phase = ahead, ahead_phase
+        yield lambda: True
+        assert factors[tile % 2] == tile, "stale factors"
+
+
+def tiled(stages: int, tiles: int, steps: int, seed: int, blind: bool = False) -> None:
+    """The prefill GEMM: two teams share every stage and the factors of two tiles."""
+    ring, factors = Ring.of(stages, 2, 2), [None, None]
+    teams = [run_tiles(ring, factors, tiles, steps, blind) for _ in range(2)]
+    play([gather_tiles(ring, factors, tiles, steps), *teams], ring, seed)
+
+
 def resident(stages: int, tiles: int, steps: int, seed: int) -> None:
     """Stage 2 of rows that stay: the teams take turns in tiles."""
     ring = Ring.of(stages, 1, 1)
@@ -238,6 +289,27 @@ def test_rings_of_tokens(inter: int, parts: list[int]) -> None:
         for seed in range(50):
             ring = Ring.of(tile.stages, 1, 1)
             play([stream(ring, sum(parts), steps), by_token(ring, parts, steps, True)], ring, seed)
+
+
+@pytest.mark.parametrize("k", [192, 256, 384, 512, 2048, 2880])
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192])
+def test_rings_of_tiles(k: int, tokens: int) -> None:
+    for precise in (False, True):
+        cut = Cut.of(Problem(tokens, k, 256, 256, 8), precise)
+        for seed in range(5):
+            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed)
+
+
+def test_factors_of_tiles_shorter_than_the_ring_are_lost() -> None:
+    with pytest.raises(AssertionError, match="stale factors"):
+        for seed in range(50):
+            tiled(8, 6, 3, seed)
+
+
+def test_a_record_read_before_its_stage_is_full_is_stale() -> None:
+    with pytest.raises(AssertionError, match="stale factors"):
+        for seed in range(50):
+            tiled(4, 4, 6, seed, blind=True)
 
 
 def test_a_ring_shorter_than_a_tile_reads_stale_words() -> None:
