@@ -23,3 +23,17 @@ def mixmoe(monkeypatch, capsys):
         return stop.value.code or 0, out.out, out.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def registered():
+    """mixmoe known to transformers."""
+    from mixmoe import hf
+
+    hf.register()
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield

@@ -27,17 +27,7 @@ from mixmoe.hf.models import SMALL  # noqa: E402
 # Seeds whose greedy path keeps its two best logits apart, by 3 times the drift and more.
 SEEDS = {"qwen3-moe": 9, "mixtral": 7, "deepseek-v3": 3, "gpt-oss": 5}
 RECIPES = ["a16w4", "a16i4", "a8w4", "a8w8", "a8w8_block", "a8w4_mx", "a4w4", "w8a8", "w4a8"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    hf.register()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("registered", "no_grad")
 
 
 # A layer: every recipe within its noise of transformers' own run on the same input.

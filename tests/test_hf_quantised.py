@@ -26,16 +26,7 @@ from mixmoe import MixMoEError, Recipe, accuracy, hf  # noqa: E402
 from mixmoe.formats import format_named  # noqa: E402
 from mixmoe.hf import stored  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    hf.register()
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("registered", "no_grad")
 
 
 # FP8 modules.

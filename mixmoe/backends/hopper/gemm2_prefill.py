@@ -60,7 +60,6 @@ from mixmoe.backends.hopper.gemm2_prefill_load import (
     count_of,
     keep_list,
     produce,
-    segment,
 )
 from mixmoe.backends.hopper.gemm2_prefill_sum import (
     Counters,
@@ -77,6 +76,7 @@ from mixmoe.backends.hopper.mainloop import (
     half_fragment,
     halves,
     load_units,
+    read_record,
     smem_cast,
 )
 from mixmoe.backends.hopper.route import Placed
@@ -206,7 +206,7 @@ def multiply(
             place = (slot * GROUP + s - group * GROUP) * sizes.slot_rows
             first = 0
             for i in range(count):
-                expert, block, blocks, routes = segment(records, i)
+                expert, block, blocks, routes = read_record(records, i)
                 mbarrier.wait(weights.full.index(stage), phase)
                 scale = vector(weights.vectors.scale, stage, L)
                 bias = None

@@ -61,19 +61,13 @@ def keep_list(list_ptr, ROOM: gl.constexpr):
 
 
 @gluon.jit
-def segment(records, i):
-    """A record of the work list: expert (-1 ends the list), first sorted block, blocks, routes."""
-    return read_record(records, i)
-
-
-@gluon.jit
 def count_of(records):
-    """How many segments a list has."""
+    """How many segments a list has; expert -1 ends it."""
     count = gl.program_id(0) * 0
-    expert, block, blocks, routes = segment(records, count)
+    expert, block, blocks, routes = read_record(records, count)
     while expert >= 0:
         count += 1
-        expert, block, blocks, routes = segment(records, count)
+        expert, block, blocks, routes = read_record(records, count)
     return count
 
 
@@ -83,7 +77,7 @@ def load_rows(h_desc, records, count, held, STEPS: gl.constexpr):
     ROOM: gl.constexpr = held.rows.shape[0] // STEPS
     used = count * 0
     for i in range(count):
-        expert, block, blocks, routes = segment(records, i)
+        expert, block, blocks, routes = read_record(records, i)
         for b in range(blocks):
             mbarrier.expect(held.full, STEPS * h_desc.block_type.nbytes)
             for k in gl.static_range(STEPS):
@@ -134,7 +128,7 @@ def produce(
     due = GROUP * count - 1 + STAGES
     for s in range(sizes.slices):
         for i in range(count):
-            expert, block, blocks, routes = segment(records, i)
+            expert, block, blocks, routes = read_record(records, i)
             unit = expert * sizes.units + s * 4
             mbarrier.wait(weights.empty.index(stage), phase)
             load_slice(boxes, weights, stage, unit, expert, s)
