@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from mixmoe.backends.hopper.mainloop import column_of, cp_async, cta_barrier
+from mixmoe.backends.hopper.quantise import quotient
 from mixmoe.backends.hopper.slots import SlotRows
 
 TINY = gl.constexpr(2.0**-126)  # the least scale of a row, as in mixmoe.formats
@@ -106,18 +107,9 @@ def amax_of(values, SPAN: gl.constexpr, L: gl.constexpr):
 def encode(value, scale):
     """e4m3 codes of value (N, K) over scale (N,): rne of the correctly rounded quotient, saturated.
 
-    The quotient by `mixmoe.backends.hopper.quantise.quotient`'s four instructions, not by division,
-    whose slow path is a call for each value.
+    Not by IEEE division, whose slow path is a call for each value.
     """
-    lift = gl.where(scale < 2.0**-60, 2.0**64, 1.0)
-    s = scale * lift
-    minus_r = gl.div_rn(gl.full(s.shape, -1.0, gl.float32, s.type.layout), s)
-    s, value = gl.broadcast(s.expand_dims(1), value)
-    minus_r, value = gl.broadcast(minus_r.expand_dims(1), value)
-    minus_lift, value = gl.broadcast((-lift).expand_dims(1), value)
-    minus_x = value * minus_lift
-    q = minus_x * minus_r
-    q = gl.fma(gl.fma(q, s, minus_x), minus_r, q)
+    q = quotient(value, scale.expand_dims(1))
     return gl.minimum(gl.maximum(q, -448.0), 448.0).to(gl.float8e4nv)
 
 
