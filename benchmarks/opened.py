@@ -121,13 +121,15 @@ def _decode_stage2(call: Call, chosen: Any, routed: Any) -> Run:
     )
 
 
-def _passes(call: Call) -> list[tuple[slice, slice]]:
+def _passes(call: Call, deterministic: bool = True) -> list[tuple[slice, slice]]:
     """Tokens and routes of the passes that prefill makes."""
-    from mixmoe.backends.hopper.prefill_schedule import CHUNK
+    from mixmoe.backends.hopper.prefill_schedule import CHUNK, pass_of
 
     topk, tokens = call.case.routing.topk, call.case.tokens
-    starts = range(0, tokens, CHUNK)
-    ends = [min(start + CHUNK, tokens) for start in starts]
+    x = call.case.x
+    most = pass_of(call.routed().problem, x.device) if deterministic else CHUNK
+    starts = range(0, tokens, most)
+    ends = [min(start + most, tokens) for start in starts]
     return [(slice(a, b), slice(a * topk, b * topk)) for a, b in zip(starts, ends, strict=True)]
 
 
@@ -138,7 +140,6 @@ def _part(rows: Operand, part: slice) -> Operand:
 def _prefill_stage1(call: Call, chosen: Any) -> Run:
     from mixmoe.backends.hopper.prefill_schedule import cut_tiles
     from mixmoe.backends.hopper.quantise import quantise_fp8, slot_rows
-    from mixmoe.backends.hopper.slots import SlotRows
 
     recipe, x = call.recipe, call.case.x_in("fp8_token")
     passes = []
@@ -146,26 +147,24 @@ def _prefill_stage1(call: Call, chosen: Any) -> Run:
         routed = call.routed(tokens)
         work = cut_tiles(routed, recipe)
         passes.append((slot_rows(call.quantised(_part(x, tokens))), routed, work, routes))
-    out: list[Any] = []
+    out: list[Tensor] = []
 
     def launch() -> None:
-        found = []
+        out.clear()
         for rows, routed, work, _ in passes:
             h = chosen.stage1(rows, call.weights, routed, recipe, *work)
-            found.append(quantise_fp8(h, recipe.activation, recipe.rounding))
-        out[:] = found
+            quantise_fp8(h, recipe.activation, recipe.rounding)
+            out.append(h)
 
     def rows(routes: Tensor) -> Tensor:
         shape = (len(routes), call.case.shape.intermediate)
         picked = torch.zeros(shape, dtype=torch.float64, device=routes.device)
         for h, (_, routed, _, span) in zip(out, passes, strict=True):
             here = (routes >= span.start) & (routes < span.stop)
-            where = routed.position[routes[here] - span.start].long()
-            some = SlotRows(h.codes[where], h.scales[where]).natural(shape[1])
-            picked[here] = rows_of(some, slice(None)).double()
+            picked[here] = h[routed.position[routes[here] - span.start].long()].double()
         return picked
 
-    return Run(launch, rows, Shows.HIDDEN_REQUANTISED)
+    return Run(launch, rows, Shows.HIDDEN)
 
 
 def _prefill_stage2(call: Call, chosen: Any) -> Run:
@@ -191,7 +190,7 @@ def atomics_of(call: Call) -> list[tuple[Any, Any]]:
     from mixmoe.backends.hopper.stages import schedule_for
 
     found = []
-    for tokens, _ in _passes(call):
+    for tokens, _ in _passes(call, deterministic=False):
         routed = call.routed(tokens)
         p = routed.problem
         red = red_of(p, call.case.x)
@@ -208,7 +207,8 @@ def stage2_by_atomics(call: Call) -> Run:
 
     h, y = call.case.h_in("fp8_token"), torch.empty_like(call.case.x)
     passes = []
-    for (tokens, routes), (red, routed) in zip(_passes(call), atomics_of(call), strict=True):
+    spans = _passes(call, deterministic=False)
+    for (tokens, routes), (red, routed) in zip(spans, atomics_of(call), strict=True):
         rows = PREFILL.sorted_rows(call.quantised(_part(h, routes)), routed)
         passes.append((rows, routed, red, y[tokens]))
 
