@@ -216,19 +216,33 @@ def test_both_stages_share_their_loop(compiled):
         assert_lean(wide)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_stage1_of_one_token(compiled, shape):
+FEW = [(shape, 1) for shape in SHAPES] + [("qwen3_tp4", 2), ("qwen3_tp8", 2)]
+
+
+@pytest.mark.parametrize(("shape", "tokens"), FEW)
+def test_stage1_of_few_tokens(compiled, shape, tokens):
     hidden_size, inter, experts, topk = SHAPES[shape]
-    tile, w = choose.one_token(hidden_size), weights(SHAPES[shape], bias=shape == "gptoss")
-    ids, given = meta(1, topk, dtype=torch.int64), meta(1, topk)
+    tile, w = choose.few_tokens(hidden_size), weights(SHAPES[shape], bias=shape == "gptoss")
+    ids, given = meta(tokens, topk, dtype=torch.int64), meta(tokens, topk)
     resources = compiled(
         gemm1_token, "gemm1_token",
         lambda: gemm1_token.launch(
-            meta(1, hidden_size, dtype=torch.bfloat16), w, ids, given, Recipe.named("a8w4"), tile,
-            meta(topk, inter),
+            meta(tokens, hidden_size, dtype=torch.bfloat16), w, ids, given, Recipe.named("a8w4"),
+            tile, meta(tokens * topk, inter),
         ),
     )
     assert_good(resources, tile)
+
+
+def test_few_tokens_go_without_routing():
+    """One token always; two of them where a CTA's quantisation of x is short (as measured)."""
+    served = {
+        (shape, tokens)
+        for shape, sizes in SHAPES.items() for tokens in range(5)
+        if choose.is_few(Problem(tokens, *sizes))
+    }  # fmt: skip
+    short = {(shape, 2) for shape, sizes in SHAPES.items() if sizes[0] <= 4096}
+    assert served == {(shape, 1) for shape in SHAPES} | short
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -267,7 +281,7 @@ def test_long_rows_of_one_token_are_quantised_apart(shape, monkeypatch):
         x, weights(SHAPES[shape]), meta(1, topk, dtype=torch.int64), meta(1, topk), None,
         Recipe.named("a8w4"), Problem(1, hidden_size, inter, experts, topk),
     )
-    DECODE.single(call, torch.empty_like(x))
+    DECODE.few(call, torch.empty_like(x))
     assert len(seen) == 1 and isinstance(seen[0], SlotRows) == (shape not in SHORT)
 
 

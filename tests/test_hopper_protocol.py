@@ -143,7 +143,7 @@ def together(team: int, ring: Ring, sums: Sums | None, tiles: int, steps: int) -
 
 
 def by_token(ring: Ring, parts: list[int], steps: int, blind: bool = False) -> Role:
-    """`gemm2_tokens.multiply_tokens`: `parts` tiles of a token after the other. Nothing is read
+    """`multiply_tokens` of either stage: `parts` tiles of a token after the other. Nothing is read
     ahead over a token's end; blind: nor is its first stage waited for."""
     stage, phase, first = 0, 0, 0
     for tiles in parts:
@@ -289,6 +289,20 @@ def test_rings_of_tokens(inter: int, parts: list[int]) -> None:
         for seed in range(50):
             ring = Ring.of(tile.stages, 1, 1)
             play([stream(ring, sum(parts), steps), by_token(ring, parts, steps, True)], ring, seed)
+
+
+@pytest.mark.parametrize("hidden", [256, 2880, 4096])
+def test_rings_of_tokens_in_stage1(hidden: int) -> None:
+    tile = choose.few_tokens(hidden)
+    steps = steps_of(tile, hidden)
+    for seed in range(20):
+        for parts in ([1], [2], [1, 3], [1, 1, 1]):
+            ring = Ring.of(tile.stages, 1, 1)
+            play([stream(ring, sum(parts), steps), by_token(ring, parts, steps)], ring, seed)
+    with pytest.raises(AssertionError, match="stale"):
+        for seed in range(50):
+            ring = Ring.of(tile.stages, 1, 1)
+            play([stream(ring, 4, steps), by_token(ring, [1, 3], steps, True)], ring, seed)
 
 
 @pytest.mark.parametrize("k", [192, 256, 384, 512, 2048, 2880])

@@ -213,6 +213,9 @@ RESIDENT_COLUMNS = 384
 # Tokens up to which a layer's stage 2 adds the experts up in one kernel: as far as rows and a sum
 # behind them were not faster; rows longer than RESIDENT_COLUMNS: one token (H200, 2026-11-28).
 SUM_TOKENS = 4
+# Values of x up to which a layer of two tokens, or three, goes without routing: CTAs quantise x for
+# themselves (H200, 2026-11-28, T 2, us: H 4096 17.7 of 19.5 and 12.3 of 14.8, H 7168 22.4 of 21.6).
+FEW_VALUES = 8192
 # By routes of a block: columns that a slice of K takes in a stage, slices of K. Few routes take
 # many slices, because tiles of few weight rows end together; 1: each team has rows of its own
 # (H200, 2026-11-28).
@@ -243,8 +246,9 @@ def decode_stream(block: int) -> Tile:
     return replace(ring(block, k, slices, None), warps=4)
 
 
-def one_token(hidden: int) -> Tile:
-    """Decode stage 1 of one token, x resident: one 16-row unit, K over the 8 matrix warps."""
+def few_tokens(hidden: int) -> Tile:
+    """Decode stage 1 of `is_few` tokens, a row of x resident: one 16-row unit, K over the 8 matrix
+    warps."""
     return ring(1, 128, 8, resident_bytes(hidden, 128 * 8))
 
 
@@ -286,6 +290,11 @@ def quantises_tokens(problem: Problem) -> bool:
     """The same where stage 2 adds up a token's routes. Every CTA then quantises all of a token's
     rows: at I 2048 that is 64 KB, two times out of the L2, before its first product."""
     return problem.intermediate <= RESIDENT_COLUMNS
+
+
+def is_few(problem: Problem) -> bool:
+    """Whether a layer of tokens that `decode_sums` serves skips the routing."""
+    return problem.tokens == 1 or 0 < problem.tokens * problem.hidden <= FEW_VALUES
 
 
 def decode_sums(problem: Problem) -> Tile | None:

@@ -63,7 +63,7 @@ class Sums(NamedTuple):
 class Blocks(NamedTuple):
     """Pointers of a `Routed`: routes, the expert of each block, how many routes with padding.
 
-    ids and total are None where a token's own topk_ids stand for the experts (`gemm1_token`).
+    ids and total are None where the tokens' own topk_ids stand for the experts (`gemm1_token`).
     """
 
     ids: Any

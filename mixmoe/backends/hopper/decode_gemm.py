@@ -16,7 +16,7 @@ start once this one has seen its input.
 
 What differs between the stages is in the records: which row of the activation a route reads
 (`Rows.topk`), how many weight units an expert has (`Sizes.units`), what the epilogue makes of a
-unit. One token without routing (`gemm1_token`) is the same with one team of eight warps, its row
+unit. Few tokens without routing (`gemm1_token`): the same with one team of eight warps, a row
 resident instead of gathered.
 
 EARLY: the lists of routing were complete when the kernel before started its dependents, so they are
@@ -139,9 +139,29 @@ def tiles_of(blocks, sizes, BLOCK: gl.constexpr):
 
 
 @gluon.jit
+def share(total):
+    """The contiguous part [first, last) of `total` tiles that this CTA takes. The first CTAs take
+    one more: those are spread over all SMs before any SM has two of them."""
+    each = total // gl.num_programs(0)
+    more = total - each * gl.num_programs(0)
+    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
+    return first, first + each + (gl.program_id(0) < more).to(gl.int32)
+
+
+@gluon.jit
+def turns_of(tiles, SHARED: gl.constexpr):
+    """This CTA's tiles: first, end, step. SHARED: a contiguous part, else a sweep."""
+    if SHARED:
+        first, last = share(tiles)
+        return first, last, 1
+    else:
+        return gl.program_id(0), tiles, gl.num_programs(0)
+
+
+@gluon.jit
 def routes_of(blocks, block, n, limit, BLOCK: gl.constexpr):
     """Routes n of a block, token | slot << 24; no token where the block or the list is shorter."""
-    if blocks.ids is None:  # of one token, a block each
+    if blocks.ids is None:  # a block each, whose number stands for the slot
         return gl.where(n < BLOCK, block << 24, SENTINEL_MASK)
     else:
         return gl.load(
@@ -168,7 +188,7 @@ def known(expert, sizes):
 @gluon.jit
 def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constexpr,
                    TEAMS: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr,
-                   EARLY: gl.constexpr):
+                   EARLY: gl.constexpr, SHARED: gl.constexpr = False):
     """Role of the producer warp: the weights of every tile of this CTA.
 
     The experts of `limit` blocks may be read, so that the first load waits for no count.
@@ -177,14 +197,18 @@ def stream_weights(w_desc, s_desc, ring, blocks, sizes, limit, BLOCK: gl.constex
         gdc_wait()
     UNITS: gl.constexpr = w_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = w_desc.block_type.shape[1]
-    expert = gl.load(blocks.experts + gl.program_id(0) // sizes.row_tiles).to(gl.int32)
+    if not SHARED:  # at once: how many tiles there are is not known yet
+        expert = gl.load(blocks.experts + gl.program_id(0) // sizes.row_tiles).to(gl.int32)
     tiles = tiles_of(blocks, sizes, BLOCK)
+    begin, end, turn = turns_of(tiles, SHARED)
+    if SHARED:
+        expert = gl.load(blocks.experts + begin // sizes.row_tiles).to(gl.int32)
     stage = tiles * 0
     phase = stage + 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(begin, end, turn):
         unit = known(expert, sizes) * sizes.units
         unit += tile % sizes.row_tiles * (UNITS * (TEAMS // SPLIT))
-        block = (tile + gl.num_programs(0)) // sizes.row_tiles
+        block = (tile + turn) // sizes.row_tiles
         expert = gl.load(blocks.experts + block, mask=block < limit, other=0).to(gl.int32)
         for step in range(sizes.steps):
             barrier = ring.full.index(stage)

@@ -30,6 +30,7 @@ from mixmoe.backends.hopper.decode_gemm import (
     tile_total,
     tiles_of,
     tokens_of,
+    turns_of,
     unit_total,
 )
 from mixmoe.backends.hopper.mainloop import KINDS, activate, activation_scalars
@@ -51,7 +52,7 @@ class Activated(NamedTuple):
     `Act` and its kind.
 
     x_memory: where the matrix warps have put the scale of the only token, 8 times; or None, and
-    x_scales are loaded.
+    x_scales are loaded. Neither: the sums hold the scales already.
     """
 
     h: Any
@@ -73,7 +74,7 @@ def load_pair(ptr, expert, columns, column):
 
 @gluon.jit
 def activate_tiles(sums, to, blocks, sizes, tokens, BLOCK: gl.constexpr, TOKENS: gl.constexpr,
-                   TEAMS: gl.constexpr, EARLY: gl.constexpr):
+                   TEAMS: gl.constexpr, EARLY: gl.constexpr, SHARED: gl.constexpr = False):
     """Role of the epilogue warps: sums over the slices -> scale, bias, activation -> h (float32).
 
     A row unit at a time; what does not depend on the sums is fetched before they are waited for.
@@ -92,7 +93,8 @@ def activate_tiles(sums, to, blocks, sizes, tokens, BLOCK: gl.constexpr, TOKENS:
     gdc_wait()
     tiles = tiles_of(blocks, sizes, BLOCK)
     done = tiles * 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    begin, end, turn = turns_of(tiles, SHARED)
+    for tile in range(begin, end, turn):
         block = tile // sizes.row_tiles
         expert = known(gl.load(blocks.experts + block).to(gl.int64), sizes)
         packed = routes_of(blocks, block, n, block + 1, BLOCK)
@@ -101,7 +103,8 @@ def activate_tiles(sums, to, blocks, sizes, tokens, BLOCK: gl.constexpr, TOKENS:
         gate_scale, up_scale = load_pair(w.scale, expert, I, column)
         if w.bias is not None:
             gate_bias, up_bias = load_pair(w.bias, expert, I, column)
-        if x_memory is None:
+        x_scale = 1.0
+        if x_scales is not None:
             x_scale = gl.load(x_scales + token, mask=token < tokens, other=0.0)
         if weight_ptr is not None:
             weight = gl.load(weight_ptr + block * BLOCK + n, mask=n < BLOCK, other=0.0)

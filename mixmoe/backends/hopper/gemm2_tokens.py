@@ -27,7 +27,7 @@ from mixmoe.backends.hopper.decode import (
     own_slice,
     zeros,
 )
-from mixmoe.backends.hopper.decode_gemm import make_rows, read_ahead, tile_total
+from mixmoe.backends.hopper.decode_gemm import make_rows, read_ahead, share, tile_total
 from mixmoe.backends.hopper.mainloop import advance, smem_cast, tma_load
 from mixmoe.backends.hopper.resident import (
     Sizes,
@@ -58,18 +58,6 @@ def expert_of(routes, route, live, experts):
         known = expert >= 0
         expert = gl.load(routes.map + expert, mask=live & known, other=-1).to(gl.int32)
     return gl.where((expert >= 0) & (expert < experts), expert, -1)
-
-
-@gluon.jit
-def share(total):
-    """The contiguous part [first, last) of `total` tiles that this CTA takes.
-
-    The first CTAs take one more: those are spread over all SMs before any SM has two of them.
-    """
-    each = total // gl.num_programs(0)
-    more = total - each * gl.num_programs(0)
-    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
-    return first, first + each + (gl.program_id(0) < more).to(gl.int32)
 
 
 @gluon.jit

@@ -199,8 +199,8 @@ class Decode:
     def layer(self, call: Call, out: Tensor) -> Tensor:
         """See :class:`Schedule`."""
         p, fmt, recipe = call.problem, call.recipe.activation, call.recipe
-        if is_single(call, out):
-            return self.single(call, out)
+        if is_few(call, out):
+            return self.few(call, out)
         x = quantise_stage.empty_rows(p.tokens, p.hidden, call.x.device)
         routed = route_with_codes(
             call, choose.block_for(p), x.codes, x.scales, x.codes.shape[1],
@@ -212,13 +212,14 @@ class Decode:
             h = quantise_stage.quantise_fp8(h, fmt, recipe.rounding, routed.position)
         return self.finish(h, call.weights, routed, recipe, out, early=True)
 
-    def single(self, call: Call, out: Tensor) -> Tensor:
-        """One token: no routing; stage 1 quantises x, stage 2 short h, and adds the experts up."""
+    def few(self, call: Call, out: Tensor) -> Tensor:
+        """Very few tokens: no routing; stage 1 quantises x, stage 2 short h, and adds the experts
+        up."""
         p, recipe = call.problem, call.recipe
         ids, shares = call.topk_ids.contiguous(), call.topk_weights.to(torch.float32).contiguous()
-        rows = torch.empty((p.topk, p.intermediate), dtype=torch.float32, device=call.x.device)
+        rows = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=call.x.device)
         gemm1_token.launch(
-            call.x, call.weights, ids, shares, recipe, choose.one_token(p.hidden), rows
+            call.x, call.weights, ids, shares, recipe, choose.few_tokens(p.hidden), rows
         )
         h: Tensor | SlotRows = rows
         if not choose.quantises_tokens(p):
@@ -238,10 +239,10 @@ def sums_of(routed: Placed, out: Tensor) -> Tile | None:
     return choose.decode_sums(routed.problem) if out.is_contiguous() else None
 
 
-def is_single(call: Call, out: Tensor) -> bool:
-    """Whether `Decode.single` serves this layer."""
+def is_few(call: Call, out: Tensor) -> bool:
+    """Whether `Decode.few` serves this layer."""
     return (
-        call.problem.tokens == 1
+        choose.is_few(call.problem)
         and call.recipe.activation.name == "fp8_token"
         and call.expert_map is None
         and choose.decode_sums(call.problem) is not None
