@@ -195,11 +195,13 @@ def gather_tiles(ring: Ring, factors: list[object], tiles: int, steps: int) -> R
 
 
 def run_tiles(
-    ring: Ring, factors: list[object], tiles: int, steps: int, blind: bool = False
+    ring: Ring, factors: list[object], tiles: int, steps: int, blind: bool = False, span: int = 1
 ) -> Role:
     """`prefill.consume`: the record once the first stage is full (blind: before), the factors in
-    the epilogue, which ends before the next tile's first stage is waited for."""
+    the epilogue, which ends before the next tile's first stage is waited for. span: stages that are
+    given back together, once the one after them is full (`multiply_pairs`: 2)."""
     stage, phase = 0, 0
+    held: list[int] = []
     for tile in range(tiles):
         if not blind:
             yield ring.full[stage].done(phase)
@@ -210,16 +212,21 @@ def run_tiles(
             ahead, ahead_phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
             if step + 1 < steps:
                 yield ring.full[ahead].done(ahead_phase)
-            ring.empty[stage].arrive()
+            held.append(stage)
+            if step % span == span - 1 or step + 1 == steps:
+                while held:
+                    ring.empty[held.pop()].arrive()
             stage, phase = ahead, ahead_phase
         yield lambda: True
         assert factors[tile % 2] == tile, "stale factors"
 
 
-def tiled(stages: int, tiles: int, steps: int, seed: int, blind: bool = False) -> None:
+def tiled(
+    stages: int, tiles: int, steps: int, seed: int, blind: bool = False, span: int = 1
+) -> None:
     """The prefill GEMM: two teams share every stage and the factors of two tiles."""
     ring, factors = Ring.of(stages, 2, 2), [None, None]
-    teams = [run_tiles(ring, factors, tiles, steps, blind) for _ in range(2)]
+    teams = [run_tiles(ring, factors, tiles, steps, blind, span) for _ in range(2)]
     play([gather_tiles(ring, factors, tiles, steps), *teams], ring, seed)
 
 
@@ -306,18 +313,23 @@ def test_rings_of_tokens_in_stage1(hidden: int) -> None:
 
 
 @pytest.mark.parametrize("k", [192, 256, 384, 512, 2048, 2880])
-@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 5440, 8192])
 def test_rings_of_tiles(k: int, tokens: int) -> None:
     for precise in (False, True):
         cut = Cut.of(Problem(tokens, k, 256, 256, 8), precise)
         for seed in range(5):
-            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed)
+            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed, span=cut.added // 128 or 1)
 
 
 def test_factors_of_tiles_shorter_than_the_ring_are_lost() -> None:
     with pytest.raises(AssertionError, match="stale factors"):
         for seed in range(50):
             tiled(8, 6, 3, seed)
+
+
+def test_pairs_of_stages_need_a_third() -> None:
+    with pytest.raises(TimeoutError):
+        tiled(2, 2, 4, 0, span=2)
 
 
 def test_a_record_read_before_its_stage_is_full_is_stale() -> None:

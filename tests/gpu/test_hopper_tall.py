@@ -1,4 +1,5 @@
-"""Prefill tiles of 256 weight rows on the GPU: every form, weights that overhang, same bits."""
+"""Prefill tiles of 256 weight rows, and of 128 added every 256 of K, on the GPU: every form, same
+bits, weights that overhang."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from mixmoe.backends.hopper.prefill_cut import Cut
 DEVICE, BACKEND = "cuda", hopper()
 # Tokens of four experts, topk 2 -> routes of a tile, precise and fast.
 FORMS = {64: ((64, 0), (64, 0)), 130: ((64, 32), (64, 32)), 160: ((64, 32), (128, 32)),
-         240: ((128, 32), (128, 32))}  # fmt: skip
+         240: ((128, 32), (128, 32)), 340: ((128, 64), (128, 64))}  # fmt: skip
 SIZES = {"256": (512, 256), "overhang": (352, 704), "long": (448, 2880)}
 
 
@@ -28,7 +29,7 @@ def case_of(tokens: int, size: str, precise: bool, **how: Any) -> cases.Case:
     case = cases.make_case(recipe, tokens, hidden, inter, 4, 2, bias=size != "256", **how)
     form = Cut.of(case.problem, precise).form
     assert (form.main, form.extra) == FORMS[tokens][0 if precise else 1]
-    assert form.rows == (128 if precise and tokens == 240 else 256)
+    assert form.rows == (128 if tokens == 340 or precise and tokens == 240 else 256)
     return case
 
 

@@ -26,6 +26,7 @@ from mixmoe.backends.hopper.prefill_products import (
     TEAMS,
     Ring,
     multiply,
+    multiply_pairs,
     multiply_precise,
     parts_of,
 )
@@ -271,8 +272,11 @@ def run_tile(
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read again, late: registers are short."""
     FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
-    PARTS: gl.constexpr = parts_of(N, N2, FRAGMENTS) if PRECISE else 1
-    if PRECISE:
+    PAIRED: gl.constexpr = PRECISE == 256
+    PARTS: gl.constexpr = parts_of(N, N2, FRAGMENTS, PAIRED) if PRECISE else 1
+    if PAIRED:
+        sums, stage, phase = multiply_pairs(ring, stage, phase, steps, team, N, N2, PARTS, WIDE)
+    elif PRECISE:
         sums, stage, phase = multiply_precise(
             ring, stage, phase, steps, team, N, N2, PARTS, FRAGMENTS, WIDE
         )
@@ -356,7 +360,8 @@ def grouped_prefill(
 
     columns: scales and biases of the weights' rows (`decode.Columns`); weight_ptr: routing weights
     by sorted position, or None; clear: a `Clear`, or None.
-    KIND None: the plain epilogue, act None.
+    KIND None: the plain epilogue, act None. PRECISE: columns of K after which products are added
+    in float32; 0: never.
     """
     WARPS: gl.constexpr = gl.num_warps()
     ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)

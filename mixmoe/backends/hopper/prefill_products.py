@@ -1,8 +1,8 @@
 """The products of `prefill.grouped_prefill`: all of K for one tile, by one team of matrix warps.
 
-`multiply` leaves the sum to the tensor cores' accumulator, `multiply_precise` adds it in float32
-every 128 of K. A team has one or two fragments of 64 weight rows. Sums come as a tuple: for each
-fragment the parts of the main routes, then the extra ones (N2 > 8).
+`multiply` leaves the sum to the tensor cores' accumulator; `multiply_precise` adds it in float32
+every 128 of K, `multiply_pairs` every 256. A team has one or two fragments of 64 weight rows. Sums
+come as a tuple: for each fragment the parts of the main routes, then the extra ones (N2 > 8).
 
 A team waits for its own product inside every step, and the other team multiplies: with two teams
 ptxas would serialise wgmma in flight over a loop edge (C7512). Before it waits it reads the words
@@ -46,11 +46,11 @@ class Ring(NamedTuple):
 
 
 @constexpr_function
-def parts_of(n, n2, fragments):
-    """Into how many products `multiply_precise` cuts the n routes of a tile: of 64, or of 32 where
-    there are few, or 256 and n2 more."""
-    part = 32 if n * fragments < 128 or (n == 256 and n2 > 8) else 64
-    return n // part
+def parts_of(n, n2, fragments, paired):
+    """Into how many products `multiply_precise` and (paired) `multiply_pairs` cut the n routes of a
+    tile: of 64, or of 32 where there are few, or where registers allow no more."""
+    many = (n == 256 and n2 > 8) or (paired and n2 == 64)
+    return n // (32 if n * fragments < 128 or many else 64)
 
 
 @gluon.jit
@@ -169,6 +169,86 @@ def multiply_precise(
         stage = ahead
         phase = ahead_phase
     return totals, stage, phase
+
+
+@gluon.jit
+def multiply_pairs(
+    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr,
+):
+    """`multiply_precise` of one fragment, added every 256 of K.
+
+    Half as many additions, but two stages are given back at once, so the ring is long: with four
+    stages of 288 routes this is slower (docs/measured-prefill.md).
+    """
+    totals = no_sums(N, N2, PARTS, 1)
+    words, scales = next_words(ring, stage, phase, team, steps > 0)
+    left = steps
+    for _ in range(steps // 2):
+        totals, words, scales, stage, phase = add_stages(
+            ring, totals, words, scales, stage, phase, left, team, PARTS, 2, WIDE
+        )
+        left -= 2
+    for _ in range(steps % 2):
+        totals, words, scales, stage, phase = add_stages(
+            ring, totals, words, scales, stage, phase, left, team, PARTS, 1, WIDE
+        )
+    return totals, stage, phase
+
+
+@gluon.jit
+def add_stages(
+    ring, totals, words, scales, stage, phase, left, team: gl.constexpr, PARTS: gl.constexpr,
+    SPAN: gl.constexpr, WIDE: gl.constexpr,
+):
+    """totals + the products of SPAN stages, of which the first one's words are there; then the
+    words of the stage after them, if there are more `left`."""
+    STAGES: gl.constexpr = ring.rows.shape[0]
+    COUNT: gl.constexpr = len(totals)
+    after, after_phase = advance(stage, phase, STAGES)
+    lo, hi = decode(words[0], scales[0], WIDE)
+    first = (lo, hi, stage)
+    part = product(lo, hi, ring, stage, 0, PARTS, totals[0])
+    second = first
+    ahead, ahead_phase = after, after_phase
+    if SPAN == 2:
+        words, scales = next_words(ring, after, after_phase, team, True)
+        lo, hi = decode(words[0], scales[0], WIDE)
+        second = (lo, hi, after)
+        part = more_product(second, ring, 0, PARTS, part, totals[0])
+        ahead, ahead_phase = advance(after, after_phase, STAGES)
+    sums = ()
+    for i in gl.static_range(COUNT):
+        if i + 1 < COUNT:
+            following = product(first[0], first[1], ring, stage, i + 1, PARTS, totals[i + 1])
+            if SPAN == 2:
+                following = more_product(second, ring, i + 1, PARTS, following, totals[i + 1])
+            part = warpgroup_mma_wait(SPAN, deps=[part])
+        else:
+            words, scales = next_words(ring, ahead, ahead_phase, team, left > SPAN)
+            part = warpgroup_mma_wait(0, deps=[part])
+        sums = sums + (totals[i] + part,)  # type: ignore[assignment]
+        if i + 1 < COUNT:
+            part = following
+    mbarrier.arrive(ring.empty.index(stage), count=1)
+    if SPAN == 2:
+        mbarrier.arrive(ring.empty.index(after), count=1)
+    return sums, words, scales, ahead, ahead_phase
+
+
+@gluon.jit
+def more_product(weights, ring, part: gl.constexpr, PARTS: gl.constexpr, acc, like):
+    """Issue acc, whose type is that of `like`, + weights (lo, hi, stage) times a part of their
+    stage's rows."""
+    lo, hi, stage = weights
+    N: gl.constexpr = like.shape[1]
+    A: gl.constexpr = gl.DotOperandLayout(0, like.type.layout, 4)
+    if part < PARTS:
+        x = ring.rows.index(stage).slice(part * N, N, dim=0)
+    else:
+        x = ring.extra.index(stage)
+    a = fragment(lo, hi, A, 1, gl.num_warps())
+    return warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
