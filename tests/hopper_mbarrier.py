@@ -1,5 +1,6 @@
 """An mbarrier on paper, for tests that play a kernel's waits and arrivals through."""
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -35,3 +36,29 @@ class Barrier:
     def done(self, parity: int) -> Callable[[], bool]:
         """What `mbarrier.wait(parity)` waits for: that the current phase is of the other parity."""
         return lambda: self.phase & 1 != parity
+
+
+def step(
+    roles: list[Role], flying: list[tuple[int, Callable[[], None]]], rng: random.Random,
+    patience: int = 200,
+) -> None:  # fmt: skip
+    """Steps the roles and landings of `flying` in random order until the roles have ended;
+    TimeoutError where nothing can move any more. Some are slow in one run, others in the next."""
+    waiting = [next(role, None) for role in roles]
+    weight = [rng.choice((1, 1, 8, 40)) for _ in roles] + [rng.choice((1, 8, 40))]
+    choices = range(len(roles) + 1)
+    idle = 0
+    while any(waiting):
+        idle += 1
+        choice = rng.choices(choices, weight)[0]
+        if choice == len(roles):
+            if flying:
+                flying.pop(rng.randrange(len(flying)))[1]()
+                idle = 0
+        elif (condition := waiting[choice]) is not None and condition():
+            waiting[choice] = next(roles[choice], None)
+            idle = 0
+        if idle > patience:
+            if not flying and not any(ready() for ready in waiting if ready is not None):
+                raise TimeoutError("deadlock")
+            idle = 0

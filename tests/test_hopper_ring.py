@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from hopper_mbarrier import Barrier, Role
+from hopper_mbarrier import Barrier, Role, step
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,30 +171,11 @@ class Cta:
         yield from (self.multiply(), self.reduce(), self.produce(), self.watch())
 
 
-def play(cut: Cut, seed: int, patience: int = 200) -> None:
-    """Steps all roles and stores in random order; TimeoutError where nothing can move any more."""
-    rng = random.Random(seed)
+def play(cut: Cut, seed: int) -> None:
+    """Everything, and what must be left at the end."""
     device = Device(cut)
     roles = [role for i in range(len(cut.segments)) for role in Cta(i, device).roles()]
-    waiting = [next(role, None) for role in roles]
-    # Some roles are slow in one run, others in the next.
-    weight = [rng.choice((1, 1, 8, 40)) for _ in roles] + [rng.choice((1, 8, 40))]
-    choices = range(len(roles) + 1)
-    idle = 0
-    while any(waiting):
-        idle += 1
-        choice = rng.choices(choices, weight)[0]
-        if choice == len(roles):
-            if device.flying:
-                device.flying.pop(rng.randrange(len(device.flying)))[1]()
-                idle = 0
-        elif (condition := waiting[choice]) is not None and condition():
-            waiting[choice] = next(roles[choice], None)
-            idle = 0
-        if idle > patience:
-            if not device.flying and not any(ready() for ready in waiting if ready is not None):
-                raise TimeoutError("deadlock")
-            idle = 0
+    step(roles, device.flying, random.Random(seed))
     assert not device.flying and device.reduced == [len(cut.segments)] * cut.groups
 
 

@@ -28,7 +28,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "two tokens": {"tokens": 2, "skew": "masked", "bias": True},
     "decode": {"tokens": 7, "bias": True, "skew": "masked"},
     "decode of long rows": {"tokens": 7, "inter": 416},
-    "prefill, stored rows": {"tokens": 40, "skew": "masked"},
+    "prefill, sums": {"tokens": 40, "skew": "masked"},
     "prefill, long rows": {"tokens": 40, "inter": 416, "bias": True},
     "prefill, ring": {"tokens": 40, "ring": True, "bias": True},
     "prefill, atomics": {"tokens": 40, "deterministic": False},

@@ -5,11 +5,10 @@ from typing import Any
 import hopper_cases as cases
 import pytest
 import torch
+from hopper_stage2 import DEVICE, runs
 
 from mixmoe.activations import silu
-from mixmoe.backends.hopper import gemm2_prefill, hopper, prefill_schedule
-
-DEVICE, BACKEND = "cuda", hopper()
+from mixmoe.backends.hopper import gemm2_prefill, prefill_schedule
 
 
 @pytest.fixture
@@ -24,26 +23,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(prefill_schedule, "RING_FROM", 1)
     monkeypatch.setattr(gemm2_prefill, "launch", record)
     return seen
-
-
-def runs(case: cases.Case, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """float64 stage 2 and sum of the backend's own h, and so many results of `down`."""
-    recipe, p = case.recipe, case.problem
-    weights = BACKEND.prepare(case.weights, recipe).to(DEVICE)
-    ids, topk = case.ids.to(DEVICE), case.topk_weights.to(DEVICE)
-    routed = BACKEND.route(ids, topk, p, None, None)
-    x = BACKEND.quantise(case.x.to(DEVICE), weights, routed, recipe)
-    h = BACKEND.gemm1(x, weights, routed, recipe)
-    placed = cases.REFERENCE.route(case.ids, case.topk_weights, p, None, 32)
-    rows = cases.REFERENCE.gemm2(cases.to_cpu(h), case.weights, placed, recipe)
-    want = torch.empty(p.tokens, p.hidden, dtype=torch.float64)
-    cases.REFERENCE.combine(rows, placed, recipe, want)
-    results = []
-    for _ in range(count):
-        out = torch.full((p.tokens, p.hidden), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-        BACKEND.down(h, weights, routed, recipe, out)
-        results.append(out.cpu())
-    return want, results
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Boxes(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """By sorted position: token | slot << 24, scales of h, routing weights or None."""
+    """By sorted position: token | slot << 24 or None, scales of h, routing weights or None."""
 
     ids: Any
     scales: Any
@@ -169,10 +169,8 @@ def load_weights(boxes, weights, stage, phase, unit, count):
 
 
 @gluon.jit
-def produce(
-    boxes, work, routes, weights, held, items, sizes, BIASED: gl.constexpr, ADDS: gl.constexpr
-):
-    """Role of the producer warp. Targets are the routes' tokens, or their own rows."""
+def produce(boxes, work, routes, weights, held, items, sizes, BIASED: gl.constexpr):
+    """Role of the producer warp. Targets are the routes' tokens, or without them their own rows."""
     STEPS: gl.constexpr = weights.words.shape[0] // weights.full.shape[0]
     MAIN: gl.constexpr = held.rows.shape[1]
     n = gl.arange(0, MAIN, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -184,7 +182,7 @@ def produce(
         expert, start, count = gl.load(at), gl.load(at + 1), gl.load(at + 2)
         live = n < count
         target = start + n
-        if ADDS:
+        if routes.ids is not None:
             target = gl.load(routes.ids + start + n, mask=live, other=0) & SENTINEL_MASK
         factor = gl.load(routes.scales + start + n, mask=live, other=0.0)
         weight = gl.full([MAIN], 1.0, gl.float32, n.type.layout)
@@ -305,18 +303,15 @@ def multiply(
 
 
 @gluon.jit
-def put_rows(value, y, target, m, ADDS: gl.constexpr):
-    """y[target] += (or =) value, bf16; targets -1 and columns past H are left out."""
+def add_rows(value, y, target, m):
+    """y[target] += value, bf16; targets -1 and columns past H are left out."""
     at = y.rows + target.to(gl.int64)[:, None] * y.pitch + m[None, :]
     mask = (target >= 0)[:, None] & (m < y.columns)[None, :]
-    if ADDS:
-        gl.atomic_add(at, value, mask=mask, sem="relaxed")
-    else:
-        gl.store(at, value, mask=mask)
+    gl.atomic_add(at, value, mask=mask, sem="relaxed")
 
 
 @gluon.jit
-def add(y, outs, items, ADDS: gl.constexpr):
+def add(y, outs, items):
     """Role of the adding warps. A tile is taken in two halves, for want of registers, and given
     back when both have been added: a barrier does not wait for a warp's loads from shared memory,
     an addition waits for the loads it needs."""
@@ -334,9 +329,9 @@ def add(y, outs, items, ADDS: gl.constexpr):
         for _ in range(count):
             mbarrier.wait(outs.full.index(stage), phase)
             tile = outs.tiles.index(stage)
-            put_rows(tile.slice(0, HALF, dim=0).load(L), y, low, m, ADDS)
+            add_rows(tile.slice(0, HALF, dim=0).load(L), y, low, m)
             if routes > HALF:
-                put_rows(tile.slice(HALF, HALF, dim=0).load(L), y, high, m, ADDS)
+                add_rows(tile.slice(HALF, HALF, dim=0).load(L), y, high, m)
             mbarrier.arrive(outs.empty.index(stage), count=1)
             m += 64
             stage, phase = advance(stage, phase, outs.full.shape[0])
@@ -346,14 +341,11 @@ def add(y, outs, items, ADDS: gl.constexpr):
 
 
 @gluon.jit
-def gemm2_red(
-    w_desc, s_desc, h_desc, work, routes, columns, y, sizes,
-    MAIN: gl.constexpr, SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
-    HOLDS: gl.constexpr, OUTS: gl.constexpr, ADDS: gl.constexpr, WIDE: gl.constexpr,
-    REGISTERS: gl.constexpr, PDL: gl.constexpr,
-):
-    """ADDS: y (T, H) += by token; else y (P, H) = by sorted position. columns: scales and biases of
-    the weights' rows."""
+def memory(
+    w_desc, s_desc, MAIN: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    HOLDS: gl.constexpr, OUTS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory of a CTA: weights, rows of h, finished tiles, records of items."""
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * STEPS] + w_desc.block_type.shape, w_desc.layout
     )
@@ -373,6 +365,18 @@ def gemm2_red(
     weights = Weights(words, scales, barriers(STAGES, 1), barriers(STAGES, 1))
     held = Held(rows, factors, barriers(HOLDS, MAIN // 32 + 1), barriers(HOLDS, 1))
     outs = Outs(tiles, barriers(OUTS, 1), barriers(OUTS, 1))
+    return weights, held, outs, items
+
+
+@gluon.jit
+def gemm2_red(
+    w_desc, s_desc, h_desc, work, routes, columns, y, sizes,
+    MAIN: gl.constexpr, SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    HOLDS: gl.constexpr, OUTS: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """y (T, H) += by token. columns: scales and biases of the weights' rows."""
+    weights, held, outs, items = memory(w_desc, s_desc, MAIN, STEPS, STAGES, HOLDS, OUTS)
     boxes = Boxes(w_desc, s_desc, h_desc)
     fence_async_shared()
     if PDL:
@@ -381,9 +385,9 @@ def gemm2_red(
     gl.warp_specialize(
         [
             (multiply, (weights, held, outs, items.records, columns, y.columns, SMALL, WIDE)),
-            (add, (y, outs, items, ADDS)),
+            (add, (y, outs, items)),
             (produce, (boxes, work, routes, weights, held, items, sizes,
-                       columns.bias is not None, ADDS)),
+                       columns.bias is not None)),
         ],
         [2, 1],
         [REGISTERS, REGISTERS],
@@ -435,14 +439,12 @@ def span_of(columns: int, least: int = 5, most: int = 9, wanted: int = 7) -> int
 
 def launch(
     h: SlotRows, weights: Packed, bias: Tensor | None, routed: Placed, tiles: Tiles,
-    recipe: Recipe, red: Red, out: Tensor, adds: bool = True,
+    recipe: Recipe, red: Red, out: Tensor,
 ) -> Tensor:  # fmt: skip
     """Add stage 2 and the sum over a token's routes to out (T, H) bf16, which holds zeros.
 
     h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
-    _wide); tiles: `worklist.tiles_by_expert(routed, red.main)`, drawn by one launch.
-    Without `adds` out is (P, H), rows in sorted order, weighted, for `gemm2_rows.sum_routes`.
-    """
+    _wide); tiles: `worklist.tiles_by_expert(routed, red.main)`, drawn by one launch.    """
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
@@ -452,6 +454,6 @@ def launch(
         Work(tiles.records, tiles.count), Routes(routed.sorted_token_ids, h.scales, weight),
         Columns(weights.row_scale, bias), Result(out, out.stride(0), p.hidden),
         Sizes(-(-p.hidden // 16), red.span, -(-p.hidden // COLUMNS)),
-        ADDS=adds, WIDE=weights.order.fold is Fold.WIDE, **red.options(),
+        WIDE=weights.order.fold is Fold.WIDE, **red.options(),
     )  # fmt: skip
     return out

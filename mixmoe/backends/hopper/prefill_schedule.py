@@ -1,8 +1,9 @@
 """The schedule for many rows per expert: packed mxfp4 weights, FP8-like activations.
 
     route, x to fp8 rows -> work lists of both stages -> stage 1 (h bf16, sorted order)
-          -> h to fp8 rows -> stage 2 and the sum: `gemm2_prefill` (short K) or `gemm2_rows`;
-             `gemm2_red` (short K) where the sum need not be deterministic
+          -> h to fp8 rows -> stage 2 and the sum: `gemm2_red_sum` or, for many tokens,
+             `gemm2_prefill` (short K), or `gemm2_rows`; `gemm2_red` (short K) where the sum need
+             not be deterministic
 
 Inside the layer h stays in sorted order, the order in which stage 2 loads it. Tokens beyond `CHUNK`
 go through in several passes: what stage 2 keeps on the chip grows with the tokens, while a pass
@@ -15,11 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixmoe.backends.hopper import gemm1_prefill, gemm2_prefill, gemm2_red, gemm2_rows
+from mixmoe.backends.hopper import (
+    gemm1_prefill,
+    gemm2_prefill,
+    gemm2_red,
+    gemm2_red_sum,
+    gemm2_rows,
+)
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
 from mixmoe.backends.hopper.gemm2_prefill import COMPILES, Ring
 from mixmoe.backends.hopper.gemm2_red import Red
+from mixmoe.backends.hopper.gemm2_red_sum import Sums
 from mixmoe.backends.hopper.prefill_cut import Cut
 from mixmoe.backends.hopper.quantise import slot_rows
 from mixmoe.backends.hopper.route import Placed
@@ -46,7 +54,6 @@ MEAN = 17
 # 1024 / 2048 / 4096: ring 166 (not timed since its rows are whole lines) / 204 / 316, stored rows
 # and their sum 149 / 244 / 409).
 RING_FROM = 1537
-STORED = True  # below, rows come from `gemm2_red`, which can store them; else from `gemm2_rows`
 
 
 def suits(problem: Problem) -> bool:
@@ -71,9 +78,9 @@ def pass_of(problem: Problem, device: torch.device) -> int:
     return CHUNK
 
 
-def rows_of(problem: Problem) -> Red | None:
-    """How `gemm2_red` is cut to store rows; None: `gemm2_rows` makes them."""
-    return Red.of(problem) if STORED else None
+def sums_of(problem: Problem, device: torch.device) -> Sums | None:
+    """How `gemm2_red_sum` is cut; None where `gemm2_rows` makes rows and a kernel adds them."""
+    return Sums.of(problem, device)
 
 
 def cut_tiles(routed: Placed, recipe: Recipe) -> tuple[Cut, Tiles]:
@@ -137,13 +144,17 @@ class Prefill:
         others: Tiles | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum, h in sorted order; the lists, where they are there already."""
-        ring, red = ring_of(routed.problem, out.device), rows_of(routed.problem)
+        ring, sums = ring_of(routed.problem, out.device), sums_of(routed.problem, out.device)
         if ring is not None:
             return gemm2_prefill.launch(
                 h, weights.w2, weights.w2_bias, routed, recipe, ring, out, segments  # type: ignore[arg-type]
             )
-        if red is not None:
-            return self.store(h, weights, routed, recipe, red, out, others)
+        if sums is not None:
+            if others is None:
+                others = tiles_by_expert(routed, sums.red.main, sums.counters)
+            return gemm2_red_sum.launch(
+                h, weights.w2, weights.w2_bias, routed, others, recipe, sums, out  # type: ignore[arg-type]
+            )
         cut, tiled = cut_tiles(routed, recipe) if work is None else work
         return gemm2_rows.launch(
             h, weights.w2, weights.w2_bias, routed, tiled, recipe, cut, out  # type: ignore[arg-type]
@@ -158,21 +169,6 @@ class Prefill:
         return gemm2_red.launch(
             h, weights.w2, weights.w2_bias, routed, work, recipe, red, out  # type: ignore[arg-type]
         )
-
-    def store(
-        self, h: SlotRows, weights: Weights, routed: Placed, recipe: Recipe, red: Red, out: Tensor,
-        work: Tiles | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Stage 2 as weighted rows (P, H), then the sum."""
-        p = routed.problem
-        work = tiles_by_expert(routed, red.main) if work is None else work
-        shape = (h.codes.shape[0], -(-p.hidden // 64) * 64)
-        rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
-        gemm2_red.launch(
-            h, weights.w2, weights.w2_bias, routed, work, recipe, red, rows, adds=False  # type: ignore[arg-type]
-        )
-        gemm2_rows.add_up(rows, None, routed, p.hidden, out)
-        return out
 
     def layer(self, call: "Call", out: Tensor) -> Tensor:
         """Everything, from x and topk_ids to out, a pass after the other."""
@@ -198,10 +194,11 @@ class Prefill:
         cut = Cut.of(p, recipe.accumulate == "precise")
         red = None if call.deterministic else red_of(p, y)
         ring = ring_of(p, x.device) if red is None else None
-        other = red if red else rows_of(p) if ring is None else None
+        sums = sums_of(p, x.device) if red is ring is None else None
+        other = red or (sums.red if sums else None)
         lists = work_lists(
             routed, cut.main, cut.extra, other.main if other else 0,
-            ring.split(p) if ring else None,
+            ring.split(p) if ring else None, sums.counters if sums else 0,
         )  # fmt: skip
         assert lists.tiles is not None
         if beside:

@@ -91,17 +91,20 @@ def write_tiles(
 
 
 @triton.jit
-def write_segments(
-    routes, start, e, cta, ctas, segments_ptr, counters_ptr, counters, ROOM: tl.constexpr,
-):  # fmt: skip
-    """The list of CTA number `cta`, and a share of zeroed counters.
+def clear_counters(counters_ptr, counters, worker, workers):
+    """A worker's share of zeros."""
+    for first in range(worker * 256, counters, workers * 256):
+        c = first + tl.arange(0, 256)
+        tl.store(counters_ptr + c, tl.zeros((256,), tl.int32), mask=c < counters)
+
+
+@triton.jit
+def write_segments(routes, start, e, cta, ctas, segments_ptr, ROOM: tl.constexpr):
+    """The list of CTA number `cta`.
 
     One warp makes it, so that the sums over experts stay within a warp: 16 lists a program of eight
     warps took 23 us (H200, 2026-11-28).
     """
-    for first in range(cta * 256, counters, ctas * 256):
-        c = first + tl.arange(0, 256)
-        tl.store(counters_ptr + c, tl.zeros((256,), tl.int32), mask=c < counters)
     begin = start // 32
     blocks = (routes + 31) // 32
     end = begin + blocks
@@ -144,7 +147,8 @@ def list_work(
     MAIN: tl.constexpr, EXTRA: tl.constexpr, OTHER: tl.constexpr, ROOM: tl.constexpr,
     EP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program 0: tiles of MAIN; the others: tiles of OTHER (one program), or segments. 0: none."""
+    """Program 0: tiles of MAIN; the others: tiles of OTHER (one program), or segments, and zeroed
+    counters. 0: none."""
     start_dependents(PDL)
     e = tl.arange(0, EP)
     routes = tl.load(counts_ptr + e, mask=e < E, other=0)
@@ -154,29 +158,30 @@ def list_work(
         if MAIN > 0:
             write_tiles(routes, start, e, tiles_ptr + 4, tiles_ptr, MAIN, EXTRA, EP, by_size)
     else:
+        clear_counters(counters_ptr, counters, worker, tl.num_programs(0) - 1)
         if OTHER > 0:
             write_tiles(routes, start, e, others_ptr + 4, others_ptr, OTHER, 0, EP, by_expert)
         if ROOM > 0:
-            write_segments(
-                routes, start, e, worker, ctas, segments_ptr, counters_ptr, counters, ROOM
-            )
+            write_segments(routes, start, e, worker, ctas, segments_ptr, ROOM)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Tiles: records, (how many, drawn) on the device, and the bound on them."""
+    """Tiles: records, (how many, drawn) on the device, the bound on them, zeroed counters."""
 
     records: Tensor
     count: Tensor
     room: int
+    counters: Tensor
 
     @classmethod
-    def empty(cls, routed: Routed, main: int) -> "Tiles":
-        """Room for as many tiles as any routing makes."""
+    def empty(cls, routed: Routed, main: int, counters: int = 0) -> "Tiles":
+        """Room for as many tiles as any routing makes, and for counters beside them."""
         p = routed.problem
         room = min(p.experts, p.routes) + routed.sorted_token_ids.shape[0] // main
-        memory = torch.empty((room + 1, 4), dtype=torch.int32, device=routed.expert_counts.device)
-        return cls(memory[1:], memory[0], room)
+        ints = 4 * (room + 1)
+        memory = torch.empty(ints + counters, dtype=torch.int32, device=routed.expert_counts.device)
+        return cls(memory[4:ints].view(room, 4), memory[:4], room, memory[ints:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,21 +218,23 @@ class Lists:
 
 
 def work_lists(
-    routed: Routed, main: int, extra: int, other: int = 0, split: Split | None = None
+    routed: Routed, main: int, extra: int, other: int = 0, split: Split | None = None,
+    counters: int = 0,
 ) -> Lists:
     """One launch: tiles of `main` routes, the last of an expert up to `main + extra`; tiles of
-    `other` routes, by expert; segments. 0 and None leave a list out."""
+    `other` routes, by expert, with `counters` zeros; segments. 0 and None leave a list out."""
     device, experts = routed.expert_counts.device, routed.problem.experts
     nothing = routed.expert_counts
     first = Tiles.empty(routed, main) if main else None
-    second = Tiles.empty(routed, other) if other else None
+    second = Tiles.empty(routed, other, counters) if other else None
     segments = Segments.empty(split, device) if split else None
+    zeros = segments.counters if segments else second.counters if second else nothing[:0]
     workers = split.ctas if split else int(other > 0)
     list_work[(1 + workers,)](
         routed.expert_counts, routed.expert_offsets,
         first.count if first else nothing, second.count if second else nothing,
-        segments.records if segments else nothing, segments.counters if segments else nothing,
-        split.counters if split else 0, experts, split.ctas if split else 0,
+        segments.records if segments else nothing, zeros, zeros.shape[0], experts,
+        split.ctas if split else 0,
         MAIN=main // ROUTE_BLOCK, EXTRA=extra // ROUTE_BLOCK, OTHER=other // ROUTE_BLOCK,
         ROOM=split.room if split else 0, EP=pow2(experts), num_warps=1 if split else 8,
         **options(device),
@@ -242,9 +249,9 @@ def tiles(routed: Routed, main: int, extra: int) -> Tiles:
     return made
 
 
-def tiles_by_expert(routed: Routed, main: int) -> Tiles:
+def tiles_by_expert(routed: Routed, main: int, counters: int = 0) -> Tiles:
     """Tiles of stage 2 alone."""
-    made = work_lists(routed, 0, 0, main).others
+    made = work_lists(routed, 0, 0, main, None, counters).others
     assert made is not None
     return made
 

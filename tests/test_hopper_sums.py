@@ -1,0 +1,209 @@
+"""Stage 2 that sums column groups beside its product, played through on paper.
+
+The roles' waits and arrivals are restated as `gemm2_red_sum` and `gemm2_red` make them and stepped
+in random order, some roles slow. Stores land late and in any order; only a release waits for those
+issued before it. Every row that is read is compared with the group it should be of.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hopper_mbarrier import Barrier, Role, step
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """tiles: column tiles' worth of routes; span: column tiles of an item. What a mutation changes:
+    `trusting` warps store without waiting for a slot, `hasty` ones count an item before they store
+    it, items go `tile_first`."""
+
+    ctas: int
+    tiles: int
+    groups: int = 7
+    slots: int = 3
+    span: int = 2
+    stages: int = 2
+    records: int = 4
+    trusting: bool = False
+    hasty: bool = False
+    tile_first: bool = False
+
+
+@dataclass
+class Device:
+    """Counters, the group whose rows of a tile lie in a slot, and stores under way."""
+
+    cut: Cut
+    drawn: int = 0
+    written: list[int] = field(init=False)
+    reduced: list[int] = field(init=False)
+    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    flying: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.written = [0] * self.cut.groups
+        self.reduced = [0] * self.cut.groups
+
+    def draw(self) -> tuple[int, int] | None:
+        """Group and tile of the next item."""
+        cut, index = self.cut, self.drawn
+        self.drawn += 1
+        if index >= cut.groups * cut.tiles:
+            return None
+        if cut.tile_first:
+            return index % cut.groups, index // cut.groups
+        return index // cut.tiles, index % cut.tiles
+
+    def store(self, cta: int, at: tuple[int, int, int], group: int) -> None:
+        """A store that lands some time."""
+        self.flying.append((cta, lambda: self.rows.update({at: group})))
+
+    def landed(self, cta: int) -> Callable[[], bool]:
+        """Whether all stores that the CTA has issued by now have landed."""
+        mine = [store for store in self.flying if store[0] == cta]
+        return lambda: not any(store in self.flying for store in mine)
+
+
+Item = tuple[int, int] | None
+
+
+@dataclass
+class Cta:
+    """The barriers of a CTA, and what lies in its shared memory."""
+
+    index: int
+    device: Device
+    full: list[Barrier] = field(init=False)
+    empty: list[Barrier] = field(init=False)
+    weights: list[object] = field(init=False)
+    held: tuple[Barrier, Barrier] = field(init=False)
+    outs: list[tuple[Barrier, Barrier]] = field(init=False)
+    tiles: list[object] = field(init=False)
+    records: list[Item] = field(init=False)
+
+    def __post_init__(self) -> None:
+        cut = self.device.cut
+        self.full = [Barrier(1) for _ in range(cut.stages)]
+        self.empty = [Barrier(1) for _ in range(cut.stages)]
+        self.weights = [None] * cut.stages
+        self.held = Barrier(1), Barrier(1)
+        self.outs = [(Barrier(1), Barrier(1)) for _ in range(2)]
+        self.tiles = [None, None]
+        self.records = [None] * cut.records
+
+    def produce(self) -> Role:
+        cut, filled, turn = self.device.cut, 0, 0
+        item: Item = (0, 0)
+        while item is not None:
+            item = self.device.draw()
+            yield self.held[1].done(turn & 1 ^ 1)
+            self.records[turn % cut.records] = item
+            self.held[0].arrive()
+            turn += 1
+            for c in range(cut.span if item else 0):
+                stage = filled % cut.stages
+                yield self.empty[stage].done(filled // cut.stages & 1 ^ 1)
+                self.weights[stage] = item, c
+                self.full[stage].arrive()
+                filled += 1
+
+    def multiply(self) -> Role:
+        cut, done, turn = self.device.cut, 0, 0
+        while True:
+            yield self.held[0].done(turn & 1)
+            item = self.records[turn % cut.records]
+            turn += 1
+            if item is None:
+                break
+            for c in range(cut.span):
+                stage, (full, empty) = done % cut.stages, self.outs[done % 2]
+                yield self.full[stage].done(done // cut.stages & 1)
+                assert self.weights[stage] == (item, c), "stale weights"
+                self.empty[stage].arrive()
+                yield empty.done(done // 2 & 1 ^ 1)
+                self.tiles[done % 2] = item, c
+                full.arrive()
+                done += 1
+            self.held[1].arrive()
+        full, empty = self.outs[done % 2]
+        yield empty.done(done // 2 & 1 ^ 1)
+        full.arrive()
+
+    def store(self) -> Role:
+        cut, device, done, turn, free = self.device.cut, self.device, 0, 0, 0
+        while True:
+            full, empty = self.outs[done % 2]
+            yield full.done(done // 2 & 1)
+            item = self.records[turn % cut.records]
+            turn += 1
+            if item is None:
+                break
+            group, tile = item
+            while free + cut.slots <= group and not cut.trusting:
+                yield lambda free=free: device.reduced[free] == cut.ctas  # type: ignore[misc]
+                free += 1
+            if cut.hasty:
+                device.written[group] += 1
+            for c in range(cut.span):
+                full, empty = self.outs[done % 2]
+                yield full.done(done // 2 & 1)
+                assert self.tiles[done % 2] == (item, c), "stale tile or record"
+                device.store(self.index, (group % cut.slots, tile, c), group)
+                empty.arrive()
+                done += 1
+            if not cut.hasty:
+                yield device.landed(self.index)
+                device.written[group] += 1
+
+    def sum(self) -> Role:
+        cut, device = self.device.cut, self.device
+        for group in range(cut.groups):
+            yield lambda group=group: device.written[group] == cut.tiles  # type: ignore[misc]
+            for tile in range(cut.tiles):
+                for c in range(cut.span):
+                    yield lambda: True
+                    seen = device.rows.get((group % cut.slots, tile, c))
+                    assert seen == group, "rows of another group"
+            device.reduced[group] += 1
+
+    def roles(self) -> Iterator[Role]:
+        yield from (self.produce(), self.multiply(), self.store(), self.sum())
+
+
+def play(cut: Cut, seed: int) -> None:
+    """Everything, and what must be left at the end."""
+    device = Device(cut)
+    roles = [role for i in range(cut.ctas) for role in Cta(i, device).roles()]
+    step(roles, device.flying, random.Random(seed))
+    assert not device.flying and device.drawn == cut.groups * cut.tiles + cut.ctas
+    assert device.written == [cut.tiles] * cut.groups
+    assert device.reduced == [cut.ctas] * cut.groups
+
+
+@pytest.mark.parametrize("ctas, tiles", [(3, 5), (4, 2), (2, 9), (1, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("slots, span", [(1, 1), (2, 3), (3, 2), (7, 2)])
+def test_no_deadlock_and_no_stale_row(ctas: int, tiles: int, slots: int, span: int) -> None:
+    for seed in range(4):
+        play(Cut(ctas, tiles, slots=slots, span=span), seed)
+
+
+@pytest.mark.parametrize(
+    "fault, match",
+    [({"trusting": True}, "another group"), ({"hasty": True}, "another group"),
+     ({"tile_first": True}, "deadlock"), ({"records": 1}, "stale")],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_faults_are_seen(fault: dict[str, int], match: str) -> None:
+    with pytest.raises((AssertionError, TimeoutError), match=match):
+        for seed in range(50):
+            play(Cut(3, 5, **fault), seed)  # type: ignore[arg-type]
+
+
+def test_an_unordered_store_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting without a release."""
+    monkeypatch.setattr(Device, "landed", lambda self, cta: lambda: True)
+    with pytest.raises(AssertionError, match="another group"):
+        for seed in range(50):
+            play(Cut(3, 5), seed)
