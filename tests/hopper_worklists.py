@@ -86,9 +86,19 @@ def test_tiles_cover_routes(
 
 @pytest.mark.parametrize("skew", ["zipf", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tiles_of_an_expert_are_adjacent(shape: tuple[int, int, int], skew: str) -> None:
+def test_tiles_of_an_expert_are_adjacent(
+    shape: tuple[int, int, int], skew: str, dirty: None
+) -> None:
     r = routed(*shape, skew)
-    assert adjacent(covering(worklist.tiles_by_expert(r, 128), r, 128))
+    made = worklist.tiles_by_expert(r, 128, 700)
+    assert adjacent(covering(made, r, 128))
+    assert len(made.counters) == 700 and not made.counters.any() and int(made.count[1]) == 0
+
+
+def test_counters_are_dirty_before(dirty: None) -> None:
+    """Or the zeros above would prove nothing."""
+    empty = worklist.Tiles.empty(routed(8, 512, 2, "zipf"), 128, 700)
+    assert bool((empty.counters == 3).all())
 
 
 def test_adjacency_check_sees_other_orders() -> None:
@@ -153,7 +163,8 @@ def test_cover_check_sees(
 def test_one_launch_lists_all(shape: tuple[int, int, int], dirty: None) -> None:
     """Tiles of both stages, and tiles with segments, are those that are listed alone."""
     r, split = routed(*shape, "zipf"), worklist.Split(17, 20, 60)
-    both = worklist.work_lists(r, 256, 32, 128)
+    both = worklist.work_lists(r, 256, 32, 128, None, 700)
+    assert both.others is not None and not both.others.counters.any()
     mixed = worklist.work_lists(r, 64, 32, 0, split)
     pairs = [
         (both.tiles, worklist.tiles(r, 256, 32)), (both.others, worklist.tiles_by_expert(r, 128)),

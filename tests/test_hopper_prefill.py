@@ -17,7 +17,12 @@ pytest.importorskip("triton")
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from mixmoe.backends.hopper import gemm2_prefill, gemm2_prefill_sum, gemm2_red  # noqa: E402
+from mixmoe.backends.hopper import (  # noqa: E402
+    gemm2_prefill,
+    gemm2_prefill_sum,
+    gemm2_red,
+    gemm2_red_sum,
+)
 from mixmoe.backends.hopper.decode import Columns  # noqa: E402
 from mixmoe.backends.hopper.gemm1_decode import Act  # noqa: E402
 from mixmoe.backends.hopper.gemm2_decode import row_box  # noqa: E402
@@ -32,7 +37,7 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
     grouped_prefill,
 )
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
-from mixmoe.backends.hopper.prefill_schedule import pass_of, ring_of, rows_of  # noqa: E402
+from mixmoe.backends.hopper.prefill_schedule import pass_of, ring_of, sums_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
 from mixmoe.backends.hopper.worklist import list_work  # noqa: E402
 from mixmoe.shapes import shape_named  # noqa: E402
@@ -209,12 +214,12 @@ def test_ring_of_more_than_half_an_sm_is_refused() -> None:
 
 
 def test_ring_is_none_where_no_cut_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then rows are stored, as for other versions of Triton."""
+    """Then `gemm2_red_sum` serves, as for other versions of Triton."""
     p = problem_of("kimik2_tp8", 8192)
     monkeypatch.setattr(gemm2_prefill, "CUTS", {2: ((9, 3, 120), (10, 3, 120))})
     assert gemm2_prefill.Ring.of(p, DEVICE) is None and ring_of(p, DEVICE) is None
     assert gemm2_prefill.Ring.of(problem_of("dsv3_tp8", 8192), DEVICE) is not None
-    assert rows_of(p) is not None
+    assert sums_of(p, DEVICE) is not None
 
 
 def test_ring_cuts() -> None:
@@ -231,34 +236,88 @@ def test_ring_cuts() -> None:
     assert gemm2_prefill.Ring.of(replace(few, tokens=16384), DEVICE) is None
 
 
-def red(I: int, tokens: int, adds: bool, bias: bool, wide: bool) -> Resources:
-    """`gemm2_red` for E 256, topk 8, H 7168."""
-    cut = gemm2_red.Red.of(Problem(tokens, 7168, I, 256, 8))
-    assert cut is not None
+def red_operands(problem: Problem, cut: gemm2_red.Red, ids: Any) -> tuple[Any, ...]:
+    """What `gemm2_red` and `gemm2_red_sum` take first: weights, h, work and routes."""
     words = weight_descriptors(
         Fake(torch.int32, (114688, cut.steps, 256)),
         Fake(torch.int32, (114688, 16 * cut.steps)), 4, 1,
     )  # fmt: skip
     h = TensorDescriptor.from_tensor(
-        Fake(torch.float8_e4m3fn, (40704, padded(I))), [32, 128], gl.NVMMASharedLayout(128, 8, 2)
+        Fake(torch.float8_e4m3fn, (40704, padded(problem.intermediate))), [32, 128],
+        gl.NVMMASharedLayout(128, 8, 2),
     )
+    return *words, h, Work(I32, I32), gemm2_red.Routes(ids, F32, F32)
+
+
+@pytest.mark.parametrize("I, tokens", [(128, 8192), (256, 8192), (384, 2048)])
+def test_red_compiles(I: int, tokens: int) -> None:
+    p = Problem(tokens, 7168, I, 256, 8)
+    cut = gemm2_red.Red.of(p)
+    assert cut is not None
+    made = compile_gluon(
+        gemm2_red.gemm2_red, *red_operands(p, cut, I32), Columns(F32, F32 if I == 384 else None),
+        gemm2_red.Result(BF16, 7168, 7168), gemm2_red.Sizes(448, cut.span, 112), WIDE=I == 128,
+        **cut.options(),
+    )  # fmt: skip
+    assert made.clean() and made.qgmma, (made.spills, made.messages)
+    assert made.registers == 128 and made.warps == 8
+    assert 2 * (made.shared + 1024) <= LIMIT, "two CTAs share an SM"
+    added = len(re.findall(r"REDG\.E\.ADD\.BF16x8", made.sass))
+    assert added == made.count("REDG") and added
+
+
+SUMMED = [
+    ("dsv3_tp8", 640), ("dsv3_tp8", 1536), ("dsv3_tp8", 8192), ("kimik2_tp8", 1536),
+    ("kimik2_tp8", 8192), ("qwen3_tp4", 512), ("qwen3_tp4", 8192), ("qwen3_tp8", 1536),
+]  # fmt: skip
+
+
+@cache
+def summing(cut: gemm2_red_sum.Sums, problem: Problem, bias: bool = False) -> Resources:
+    """`gemm2_red_sum`, with biases also with the wide fold."""
+    columns = -(-problem.hidden // 64)
     return compile_gluon(
-        gemm2_red.gemm2_red, *words, h, Work(I32, I32), gemm2_red.Routes(I32, F32, F32),
-        Columns(F32, F32 if bias else None), gemm2_red.Result(BF16, 7168, 7168),
-        gemm2_red.Sizes(448, cut.span, 112), ADDS=adds, WIDE=wide, **cut.options(),
+        gemm2_red_sum.gemm2_red_sum, *red_operands(problem, cut.red, None), I32,
+        Columns(F32, F32 if bias else None), gemm2_red_sum.Scratch(BF16, 40704, cut.slots),
+        Counters(I32, I32),
+        gemm2_prefill_sum.Result(BF16, problem.hidden, problem.tokens, problem.hidden),
+        gemm2_red.Sizes(columns * 4, cut.red.span, columns), WIDE=bias,
+        **cut.options(problem.topk),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "I, tokens, adds", [(128, 8192, True), (256, 8192, True), (384, 2048, True), (256, 8192, False)]
-)
-def test_red_compiles(I: int, tokens: int, adds: bool) -> None:
-    made = red(I, tokens, adds, I == 384, I == 128)
+@pytest.mark.parametrize("name, tokens", SUMMED)
+def test_red_sum_compiles(name: str, tokens: int) -> None:
+    """Two CTAs share an SM, with at most as much of it as `Sums.shared` says."""
+    p = problem_of(name, tokens)
+    cut = sums_of(p, DEVICE)
+    assert cut is not None
+    made = summing(cut, p, tokens == 1536)
     assert made.clean() and made.qgmma, (made.spills, made.messages)
     assert made.registers == 128 and made.warps == 8
-    assert 2 * (made.shared + 1024) <= 228 * 1024, "two CTAs share an SM"
-    added = len(re.findall(r"REDG\.E\.ADD\.BF16x8", made.sass))
-    assert added == (made.count("REDG") if adds else 0) and bool(added) == adds
+    assert 0 <= cut.shared(p) - made.shared <= 128 and 2 * (made.shared + 1024) <= LIMIT
+
+
+def test_red_sum_reads_past_the_l1_and_counts_once() -> None:
+    """Rows come by copies that pass the L1 and write zeros for routes that are skipped; whole lines
+    are stored; one release an item, and one count of a group."""
+    p = problem_of("dsv3_tp8", 1024)
+    cut = sums_of(p, DEVICE)
+    assert cut is not None
+    made = summing(cut, p)
+    zeroing = r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10, %r\d+;"
+    assert len(re.findall(zeroing, made.ptx)) == 8 == made.ptx.count("cp.async.cg")
+    assert made.count("STG.E.128") == 8 and made.count("STG.E.EF.128") == 1
+    assert made.count("MEMBAR.ALL.GPU") == 1 and made.count("REDG") == 2
+
+
+def test_red_sum_of_more_than_half_an_sm_is_refused() -> None:
+    p = problem_of("dsv3_tp8", 8192)
+    cut = gemm2_red_sum.Sums.of(p, DEVICE)
+    assert cut is not None and cut.red.main == 128
+    wrong = replace(cut, depth=cut.depth + 1)
+    assert wrong.shared(p) > gemm2_red_sum.SHARED and 2 * (summing(wrong, p).shared + 1024) > LIMIT
+    assert gemm2_red_sum.Sums.of(replace(p, topk=64), DEVICE) is None
 
 
 def test_red_spans_the_columns() -> None:
@@ -299,8 +358,8 @@ def test_a_pass_holds_the_ring() -> None:
         assert pass_of(problem_of(name, tokens), DEVICE) == want
 
 
-def test_few_tokens_store_rows() -> None:
+def test_few_tokens_are_summed_by_groups() -> None:
     few, many = (Problem(tokens, 7168, 256, 256, 8) for tokens in (1024, 2048))
-    device = torch.device("cpu")
-    assert (ring_of(many, device) is not None) == TUNED_FOR and ring_of(few, device) is None
-    assert rows_of(few) is not None and rows_of(Problem(2048, 2880, 2880, 128, 4)) is None
+    assert (ring_of(many, DEVICE) is not None) == TUNED_FOR and ring_of(few, DEVICE) is None
+    assert sums_of(few, DEVICE) is not None
+    assert sums_of(Problem(2048, 2880, 2880, 128, 4), DEVICE) is None, "rows, then their sum"
