@@ -15,13 +15,14 @@ from hopper_mbarrier import Barrier, Role, step
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """tiles: column tiles' worth of routes; span: column tiles of an item. What a mutation changes:
-    `trusting` warps store without waiting for a slot, `hasty` ones count an item before they store
-    it, items go `tile_first`."""
+    """tiles: of routes; parts: groups of an item; span: column tiles of a group. What a mutation
+    changes: `trusting` warps store without waiting for a slot, `hasty` ones count an item before
+    they store it, items go `tile_first`."""
 
     ctas: int
     tiles: int
     groups: int = 7
+    parts: int = 2
     slots: int = 3
     span: int = 2
     stages: int = 2
@@ -29,6 +30,17 @@ class Cut:
     trusting: bool = False
     hasty: bool = False
     tile_first: bool = False
+
+    @property
+    def items(self) -> int:
+        """Items of a tile."""
+        return -(-self.groups // self.parts)
+
+    def groups_of(self, item: int) -> range:
+        return range(item * self.parts, min((item + 1) * self.parts, self.groups))
+
+    def columns_of(self, item: int) -> int:
+        return self.span * len(self.groups_of(item))
 
 
 @dataclass
@@ -47,13 +59,13 @@ class Device:
         self.reduced = [0] * self.cut.groups
 
     def draw(self) -> tuple[int, int] | None:
-        """Group and tile of the next item."""
+        """Which groups and which tile the next item has."""
         cut, index = self.cut, self.drawn
         self.drawn += 1
-        if index >= cut.groups * cut.tiles:
+        if index >= cut.items * cut.tiles:
             return None
         if cut.tile_first:
-            return index % cut.groups, index // cut.groups
+            return index % cut.items, index // cut.items
         return index // cut.tiles, index % cut.tiles
 
     def store(self, cta: int, at: tuple[int, int, int], group: int) -> None:
@@ -82,6 +94,8 @@ class Cta:
     outs: list[tuple[Barrier, Barrier]] = field(init=False)
     tiles: list[object] = field(init=False)
     records: list[Item] = field(init=False)
+    stored: int = 0
+    free: int = 0
 
     def __post_init__(self) -> None:
         cut = self.device.cut
@@ -102,7 +116,7 @@ class Cta:
             self.records[turn % cut.records] = item
             self.held[0].arrive()
             turn += 1
-            for c in range(cut.span if item else 0):
+            for c in range(cut.columns_of(item[0]) if item else 0):
                 stage = filled % cut.stages
                 yield self.empty[stage].done(filled // cut.stages & 1 ^ 1)
                 self.weights[stage] = item, c
@@ -117,7 +131,7 @@ class Cta:
             turn += 1
             if item is None:
                 break
-            for c in range(cut.span):
+            for c in range(cut.columns_of(item[0])):
                 stage, (full, empty) = done % cut.stages, self.outs[done % 2]
                 yield self.full[stage].done(done // cut.stages & 1)
                 assert self.weights[stage] == (item, c), "stale weights"
@@ -132,27 +146,31 @@ class Cta:
         full.arrive()
 
     def store(self) -> Role:
-        cut, device, done, turn, free = self.device.cut, self.device, 0, 0, 0
+        cut, turn = self.device.cut, 0
         while True:
-            full, empty = self.outs[done % 2]
-            yield full.done(done // 2 & 1)
+            yield self.outs[self.stored % 2][0].done(self.stored // 2 & 1)
             item = self.records[turn % cut.records]
             turn += 1
             if item is None:
                 break
-            group, tile = item
-            while free + cut.slots <= group and not cut.trusting:
-                yield lambda free=free: device.reduced[free] == cut.ctas  # type: ignore[misc]
-                free += 1
+            yield from self.store_item(item)
+
+    def store_item(self, item: tuple[int, int]) -> Role:
+        cut, device, tile = self.device.cut, self.device, item[1]
+        for group in cut.groups_of(item[0]):
+            while self.free + cut.slots <= group and not cut.trusting:
+                yield lambda: device.reduced[self.free] == cut.ctas
+                self.free += 1
             if cut.hasty:
                 device.written[group] += 1
             for c in range(cut.span):
-                full, empty = self.outs[done % 2]
-                yield full.done(done // 2 & 1)
-                assert self.tiles[done % 2] == (item, c), "stale tile or record"
+                full, empty = self.outs[self.stored % 2]
+                yield full.done(self.stored // 2 & 1)
+                column = group % cut.parts * cut.span + c
+                assert self.tiles[self.stored % 2] == (item, column), "stale tile or record"
                 device.store(self.index, (group % cut.slots, tile, c), group)
                 empty.arrive()
-                done += 1
+                self.stored += 1
             if not cut.hasty:
                 yield device.landed(self.index)
                 device.written[group] += 1
@@ -177,22 +195,27 @@ def play(cut: Cut, seed: int) -> None:
     device = Device(cut)
     roles = [role for i in range(cut.ctas) for role in Cta(i, device).roles()]
     step(roles, device.flying, random.Random(seed))
-    assert not device.flying and device.drawn == cut.groups * cut.tiles + cut.ctas
+    assert not device.flying and device.drawn == cut.items * cut.tiles + cut.ctas
     assert device.written == [cut.tiles] * cut.groups
     assert device.reduced == [cut.ctas] * cut.groups
 
 
 @pytest.mark.parametrize("ctas, tiles", [(3, 5), (4, 2), (2, 9), (1, 3), (2, 0)], ids=str)
-@pytest.mark.parametrize("slots, span", [(1, 1), (2, 3), (3, 2), (7, 2)])
-def test_no_deadlock_and_no_stale_row(ctas: int, tiles: int, slots: int, span: int) -> None:
-    for seed in range(4):
-        play(Cut(ctas, tiles, slots=slots, span=span), seed)
+@pytest.mark.parametrize(
+    "parts, slots, span", [(1, 1, 1), (1, 2, 3), (2, 2, 1), (2, 3, 2), (3, 4, 1), (1, 7, 2)]
+)
+def test_no_deadlock_and_no_stale_row(
+    ctas: int, tiles: int, parts: int, slots: int, span: int
+) -> None:
+    for seed in range(3):
+        play(Cut(ctas, tiles, parts=parts, slots=slots, span=span), seed)
 
 
 @pytest.mark.parametrize(
     "fault, match",
     [({"trusting": True}, "another group"), ({"hasty": True}, "another group"),
-     ({"tile_first": True}, "deadlock"), ({"records": 1}, "stale")],
+     ({"tile_first": True}, "deadlock"), ({"records": 1}, "stale"),
+     ({"parts": 3, "slots": 2}, "deadlock")],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else None,
 )  # fmt: skip
 def test_faults_are_seen(fault: dict[str, int], match: str) -> None:

@@ -1,6 +1,7 @@
 """Stage 2 that sums column groups beside its product, on the GPU: against float64, the same bits
-every run and for every number of slots, and what it keeps."""
+every run and in every cut."""
 
+from dataclasses import replace
 from typing import Any
 
 import hopper_cases as cases
@@ -10,6 +11,7 @@ from hopper_stage2 import runs
 
 from mixmoe.activations import silu
 from mixmoe.backends.hopper import gemm2_red_sum, prefill_schedule
+from mixmoe.spec import Problem
 
 
 @pytest.fixture
@@ -21,12 +23,24 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(operands[6])
         return launch(*operands, **more)
 
-    monkeypatch.setattr(prefill_schedule, "RING_FROM", 1 << 30)
+    monkeypatch.setattr(prefill_schedule, "ring_of", lambda problem, device: None)
     monkeypatch.setattr(gemm2_red_sum, "launch", record)
     return seen
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 0])
+def cut_as(patch: pytest.MonkeyPatch, group: int, parts: int, slots: int) -> None:
+    """Items of `parts` groups of so many column tiles, of which so many are kept."""
+
+    def cut(problem: Problem, device: torch.device) -> gemm2_red_sum.Sums:
+        made = gemm2_red_sum.Sums.of(problem, device)
+        assert made is not None
+        red = replace(made.red, span=group * parts)
+        return replace(made, red=red, group=group, slots=slots)
+
+    patch.setattr(prefill_schedule, "sums_of", cut)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 99])
 @pytest.mark.parametrize(
     "inter, hidden, tokens, bias, weight_on",
     [(128, 320, 300, False, 2), (192, 448, 900, True, 2), (256, 7168, 700, False, 1),
@@ -36,23 +50,23 @@ def test_sums(
     inter: int, hidden: int, tokens: int, bias: bool, weight_on: int, slots: int,
     launches: list[Any], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(gemm2_red_sum, "SLOTS", slots)
+    cut_as(monkeypatch, 4, 2, slots)
     recipe = cases.with_act(cases.RECIPES["a8w4"], silu(), weight_on)
     case = cases.make_case(recipe, tokens, hidden, inter, 7, 3, bias=bias, skew="masked")
     want, results = runs(case, 6)
     assert cases.worst_row(results[0], want) < 2.0**-8 * 1.5
     assert all(torch.equal(results[0], other) for other in results)
-    assert len(launches) == 6 and launches[0].slots == min(slots or 99, launches[0].groups)
+    assert len(launches) == 6
 
 
-def test_slots_change_no_bit(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuts_change_no_bit(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a scratch as small as may be."""
     case = cases.make_case(cases.RECIPES["a8w4"], 700, 4096, 256, 32, 8)
     found = []
-    for slots in (0, 1, 2, 5):
-        monkeypatch.setattr(gemm2_red_sum, "SLOTS", slots)
+    for group, parts, slots in [(4, 2, 2), (4, 2, 5), (2, 4, 4), (3, 1, 1), (5, 3, 99)]:
+        cut_as(monkeypatch, group, parts, slots)
         found.append(runs(case, 1)[1][0])
     assert all(torch.equal(found[0], other) for other in found)
-    assert [cut.slots for cut in launches] == [launches[0].groups, 1, 2, 5]
 
 
 def test_judge_sees_a_stale_row(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,13 +49,13 @@ from mixmoe.spec import Problem, Recipe
 
 SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
 KEPT = 640  # bytes of it, at most, for barriers and what Triton hands to the roles
-SLOTS = 0  # groups whose rows are kept; 0: all
+GROUP, PARTS = 4, 2  # column tiles of a group, groups of an item
 DEPTH = 6  # pieces that a summing warp has under way, where they fit
 TOKENS = gl.constexpr(4)  # that a summing warp takes at a time: eight lanes read a line of each
 
 
 class Scratch(NamedTuple):
-    """Rows (slots, P, span x 64) bf16, rows of a slot (P), slots."""
+    """Rows (slots, P, group x 64) bf16, rows of a slot (P), slots."""
 
     rows: Any
     room: Any
@@ -63,18 +63,27 @@ class Scratch(NamedTuple):
 
 
 @gluon.jit
-def store_rows(value, at, target, SPAN: gl.constexpr):
-    """A row of 64 columns of each target, but -1."""
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
-    gl.store(at + (target[:, None] * (SPAN * 64) + c[None, :]), value, mask=(target >= 0)[:, None])
+def slot_of(scratch, group, GROUP: gl.constexpr):
+    """The first row of a group's slot."""
+    return scratch.rows + (group % scratch.slots * scratch.room).to(gl.int64) * (GROUP * 64)
 
 
 @gluon.jit
-def store(scratch, outs, items, counters, groups, SPAN: gl.constexpr):
+def store_rows(value, at, target, GROUP: gl.constexpr):
+    """A row of 64 columns of each target, but -1."""
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, value.type.layout))
+    gl.store(
+        at + (target[:, None] * (GROUP * 64) + c[None, :]), value, mask=(target >= 0)[:, None]
+    )
+
+
+@gluon.jit
+def store(scratch, outs, items, counters, groups, GROUP: gl.constexpr):
     """Role of the storing warps, those that add in `gemm2_red`: a tile in two halves, given back
     when both are stored.
 
-    An item's one release counts it: it orders the stores of both warps, which met in a barrier.
+    An item has several groups. One release counts it for each: it orders the stores of both warps,
+    which met in a barrier.
     """
     HALF: gl.constexpr = outs.tiles.shape[1] // 2
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -84,65 +93,62 @@ def store(scratch, outs, items, counters, groups, SPAN: gl.constexpr):
     mbarrier.wait(outs.full.index(stage), phase)
     expert, first, routes, count = read_record(items.records, slot)
     while expert >= 0:
-        group = first // SPAN
-        free += (seen == grid).to(gl.int32)
-        # Needs no acquire: the loads had returned before they were counted.
-        while free + scratch.slots <= group:
-            seen = glance(counters.reduced + free * PITCH)
-            free += (seen == grid).to(gl.int32)
         mine = items.targets.index(slot)
         low = mine.slice(0, HALF).load(gl.SliceLayout(1, L))
         high = mine.slice(HALF, HALF).load(gl.SliceLayout(1, L))
-        at = scratch.rows + (group % scratch.slots * scratch.room).to(gl.int64) * (SPAN * 64)
-        for _ in range(count):
-            mbarrier.wait(outs.full.index(stage), phase)
-            tile = outs.tiles.index(stage)
-            store_rows(tile.slice(0, HALF, dim=0).load(L), at, low, SPAN)
-            if routes > HALF:
-                store_rows(tile.slice(HALF, HALF, dim=0).load(L), at, high, SPAN)
-            mbarrier.arrive(outs.empty.index(stage), count=1)
-            at += 64
-            stage, phase = advance(stage, phase, outs.full.shape[0])
-        cta_barrier()
-        gl.atomic_add(counters.written + group * PITCH, 1, sem="release")
-        seen = glance(counters.reduced + gl.minimum(free, groups - 1) * PITCH)  # for the next item
+        for part in range((count + GROUP - 1) // GROUP):
+            group = first // GROUP + part
+            free += (seen == grid).to(gl.int32)
+            # Needs no acquire: the loads had returned before they were counted.
+            while free + scratch.slots <= group:
+                seen = glance(counters.reduced + free * PITCH)
+                free += (seen == grid).to(gl.int32)
+            at = slot_of(scratch, group, GROUP)
+            for _ in range(gl.minimum(count - part * GROUP, GROUP)):
+                mbarrier.wait(outs.full.index(stage), phase)
+                tile = outs.tiles.index(stage)
+                store_rows(tile.slice(0, HALF, dim=0).load(L), at, low, GROUP)
+                if routes > HALF:
+                    store_rows(tile.slice(HALF, HALF, dim=0).load(L), at, high, GROUP)
+                mbarrier.arrive(outs.empty.index(stage), count=1)
+                at += 64
+                stage, phase = advance(stage, phase, outs.full.shape[0])
+            cta_barrier()
+            gl.atomic_add(counters.written + group * PITCH, 1, sem="release")
+            seen = glance(counters.reduced + gl.minimum(free, groups - 1) * PITCH)  # for the next
         slot = (slot + 1) % RECORDS
         mbarrier.wait(outs.full.index(stage), phase)
         expert, first, routes, count = read_record(items.records, slot)
 
 
 @gluon.jit
-def place(position_ptr, places, t0, t1, TOPK: gl.constexpr, L: gl.constexpr):
-    """Where the rows of this CTA's tokens lie in a slot (-1: nowhere)."""
+def place(position_ptr, places, first, tokens, TOPK: gl.constexpr, L: gl.constexpr):
+    """Where in a slot the rows of the tokens from `first` on lie (-1: nowhere)."""
     N: gl.constexpr = places.shape[1]
     n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
     for i in range(places.shape[0] // TOPK):
-        t = t0 + i * N + n
+        t = first + i * N + n
         for k in gl.static_range(TOPK):
-            p = gl.load(position_ptr + t * TOPK + k, mask=t < t1, other=-1)
+            p = gl.load(position_ptr + t * TOPK + k, mask=t < tokens, other=-1)
             places.index(i * TOPK + k).store(p)
 
 
 @gluon.jit
 def ask(
-    base, places, buffers, first, turn, chunk, TOPK: gl.constexpr, SPAN: gl.constexpr,
+    base, places, buffers, first, turn, tile, TOPK: gl.constexpr, GROUP: gl.constexpr,
     L: gl.constexpr,
 ):  # fmt: skip
-    """Copy of each token of a turn its rows of a chunk of columns to the buffers from `first` on;
-    zeros where it has none."""
-    CHUNK: gl.constexpr = buffers.shape[2]
-    c = chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, L))
+    """Copy of each token of a turn its rows of a column tile to the buffers from `first` on; zeros
+    where it has none."""
+    c = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, L))
     position = ()
     for k in gl.static_range(TOPK):
         p = places.index(turn * TOPK + k).load(gl.SliceLayout(1, L))
         position = position + (p,)  # type: ignore[assignment]
     for k in gl.static_range(TOPK):
         p = position[k]
-        mask = (p >= 0)[:, None]  # type: ignore[index]
-        if SPAN * 64 % CHUNK > 0:
-            mask = mask & (c < SPAN * 64)[None, :]
-        at = base + (p[:, None] * (SPAN * 64) + c[None, :])
-        cp_async(buffers.index(first + k), at, mask=mask)
+        at = base + (p[:, None] * (GROUP * 64) + c[None, :])
+        cp_async(buffers.index(first + k), at, mask=(p >= 0)[:, None])  # type: ignore[index]
 
 
 @gluon.jit
@@ -164,44 +170,45 @@ def await_count(ptr, wanted):
 @gluon.jit
 def sum_groups(
     scratch, out, position_ptr, places, buffers, counters, count_ptr, groups, TOPK: gl.constexpr,
-    SPAN: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
-    """Role of the summing warps: y of this CTA's tokens, group by group. In a group the tokens are
-    taken N at a time, and of these a chunk of columns; DEPTH such pieces are under way."""
+    """Role of the summing warp: y, group by group.
+
+    A piece is N tokens x a column tile. Of those of a group this CTA has a contiguous part, always
+    the same one, DEPTH of them under way.
+    """
     DEPTH: gl.constexpr = buffers.shape[0] // TOPK
-    N: gl.constexpr = buffers.shape[1]
-    CHUNK: gl.constexpr = buffers.shape[2]
-    CHUNKS: gl.constexpr = (SPAN * 64 + CHUNK - 1) // CHUNK
+    N: gl.constexpr = places.shape[1]
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, gl.num_warps()], [1, 0])
     n = gl.arange(0, N, layout=gl.SliceLayout(1, L))
-    c = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, L))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
     grid = gl.num_programs(0)
-    t0 = (gl.program_id(0).to(gl.int64) * out.tokens // grid).to(gl.int32)
-    t1 = ((gl.program_id(0) + 1).to(gl.int64) * out.tokens // grid).to(gl.int32)
-    place(position_ptr, places, t0, t1, TOPK, L)
+    pieces = (out.tokens + N - 1) // N * GROUP
+    low = gl.program_id(0) * pieces // grid
+    own = (gl.program_id(0) + 1) * pieces // grid - low
+    place(position_ptr, places, low // GROUP * N, out.tokens, TOPK, L)
     tiles = gl.load(count_ptr)
     cta_barrier()
-    pieces = (t1 - t0 + N - 1) // N * CHUNKS
     for group in range(groups):
         await_count(counters.written + group * PITCH, tiles)
-        base = scratch.rows + (group % scratch.slots * scratch.room).to(gl.int64) * (SPAN * 64)
-        for i in range(pieces + DEPTH - 1):
-            if i < pieces:
+        base = slot_of(scratch, group, GROUP)
+        for i in range(own + DEPTH - 1):
+            if i < own:
+                turn = (low + i) // GROUP - low // GROUP
                 first = i % DEPTH * TOPK
-                ask(base, places, buffers, first, i // CHUNKS, i % CHUNKS, TOPK, SPAN, L)
+                ask(base, places, buffers, first, turn, (low + i) % GROUP, TOPK, GROUP, L)
             async_copy.commit_group()
             async_copy.wait_group(DEPTH - 1)
             done = i - (DEPTH - 1)
             if done >= 0:
                 total = add_up(buffers, done % DEPTH * TOPK, TOPK, L)
-                t = t0 + done // CHUNKS * N + n
-                chunk = done % CHUNKS * CHUNK + c
-                column = group * (SPAN * 64) + chunk
-                inside = (chunk < SPAN * 64) & (column < out.columns)
+                t = (low + done) // GROUP * N + n
+                column = (group * GROUP + (low + done) % GROUP) * 64 + c
                 gl.store(
                     out.rows + t.to(gl.int64)[:, None] * out.pitch + column[None, :],
                     total.to(out.rows.dtype.element_ty),
-                    mask=(t < t1)[:, None] & inside[None, :], cache_modifier=".cs",
+                    mask=(t < out.tokens)[:, None] & (column < out.columns)[None, :],
+                    cache_modifier=".cs",
                 )  # fmt: skip
         # Relaxed: the copies have ended, which is all that a later write to the slot waits for.
         cta_barrier()
@@ -212,9 +219,9 @@ def sum_groups(
 def gemm2_red_sum(
     w_desc, s_desc, h_desc, work, routes, position_ptr, columns, scratch, counters, out, sizes,
     MAIN: gl.constexpr, SMALL: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
-    HOLDS: gl.constexpr, OUTS: gl.constexpr, TOPK: gl.constexpr, SPAN: gl.constexpr,
-    TURNS: gl.constexpr, DEPTH: gl.constexpr, SUMMERS: gl.constexpr,
-    WIDE: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    HOLDS: gl.constexpr, OUTS: gl.constexpr, TOPK: gl.constexpr, GROUP: gl.constexpr,
+    TURNS: gl.constexpr, DEPTH: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """out (T, H). columns: scales and biases of the weights' rows."""
     weights, held, outs, items = memory(w_desc, s_desc, MAIN, STEPS, STAGES, HOLDS, OUTS)
@@ -222,12 +229,11 @@ def gemm2_red_sum(
         gl.int32, [TURNS * TOPK, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     buffers = gl.allocate_shared_memory(
-        gl.bfloat16, [DEPTH * TOPK, TOKENS, 64 * SUMMERS],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 0]),
+        gl.bfloat16, [DEPTH * TOPK, TOKENS, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     boxes = Boxes(w_desc, s_desc, h_desc)
     fence_async_shared()
-    groups = (sizes.columns + SPAN - 1) // SPAN
+    groups = (sizes.columns + GROUP - 1) // GROUP
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -235,12 +241,12 @@ def gemm2_red_sum(
         [
             (multiply, (weights, held, outs, items.records, columns, out.columns, SMALL, WIDE)),
             (sum_groups, (scratch, out, position_ptr, places, buffers, counters, work.count, groups,
-                          TOPK, SPAN)),
-            (store, (scratch, outs, items, counters, groups, SPAN)),
+                          TOPK, GROUP)),
+            (store, (scratch, outs, items, counters, groups, GROUP)),
             (produce, (boxes, work, routes, weights, held, items, sizes,
                        columns.bias is not None)),
         ],
-        [SUMMERS, 2, 1],
+        [1, 2, 1],
         [REGISTERS, REGISTERS, REGISTERS],
     )
 
@@ -249,20 +255,16 @@ def gemm2_red_sum(
 class Sums:
     """How gemm2_red_sum is cut for a problem.
 
-    red: the product; ctas: of the grid, all resident; groups: of columns; slots: groups whose rows
-    are kept; turns: how often TOKENS go into a CTA's tokens, at most; depth: pieces that the
-    summing warps have under way; summers: these warps; registers: of a thread on average, and of a
-    helper warp's.
+    red: the product, with items of `parts` groups; group: column tiles of one; ctas: of the grid,
+    all resident; slots: groups whose rows are kept; depth: pieces that the summing warp has under
+    way.
     """
 
     red: Red
+    group: int
     ctas: int
-    groups: int
     slots: int
-    turns: int
     depth: int
-    summers: int = 1
-    registers: tuple[int, int] = (128, 112)
 
     @classmethod
     def of(cls, problem: Problem, device: torch.device) -> "Sums | None":
@@ -271,13 +273,24 @@ class Sums:
         if red is None:
             return None
         ctas = 2 * multiprocessors(device)
-        groups = -(-problem.hidden // (COLUMNS * red.span))
-        turns = pow2(-(-problem.tokens // (ctas * TOKENS.value)))
+        waves = max(1, round(ctas / problem.experts))  # groups of items that are under way at once
         cuts = (
-            cls(replace(red, main=main), ctas, groups, min(groups, SLOTS or groups), turns, depth)
+            cls(
+                replace(red, main=main, span=PARTS * GROUP), GROUP, ctas, waves * PARTS + 1, depth
+            )
             for main in (red.main, 64) for depth in range(DEPTH, 1, -1)
         )  # fmt: skip
         return next((cut for cut in cuts if cut.shared(problem) <= SHARED), None)
+
+    def groups(self, problem: Problem) -> int:
+        """Of columns."""
+        return -(-problem.hidden // (COLUMNS * self.group))
+
+    def turns(self, problem: Problem) -> int:
+        """Of how many times TOKENS tokens a CTA has a piece, at most."""
+        pieces = -(-problem.tokens // TOKENS.value) * self.group
+        own = -(-pieces // self.ctas)
+        return pow2(-(-own // self.group) + 1)
 
     def shared(self, problem: Problem) -> int:
         """Bytes of shared memory of a CTA, at most: weights with their scales, rows of h, finished
@@ -286,20 +299,18 @@ class Sums:
         weights = red.stages * red.steps * (4096 + 256)
         rows = red.main * 128 * (red.holds * red.steps + red.outs)
         items = red.main * 4 * (2 * red.holds + RECORDS.value)
-        copies = problem.topk * TOKENS.value * (4 * self.turns + 128 * self.depth * self.summers)
+        copies = problem.topk * TOKENS.value * (4 * self.turns(problem) + 128 * self.depth)
         return weights + rows + items + copies + KEPT
 
-    @property
-    def counters(self) -> int:
+    def counters(self, problem: Problem) -> int:
         """Ints to zero: two counters a group."""
-        return 2 * LINE * self.groups
+        return 2 * LINE * self.groups(problem)
 
-    def options(self, topk: int) -> dict[str, Any]:
+    def options(self, problem: Problem) -> dict[str, Any]:
         """Keywords of the launch but for the weights' order."""
-        average, helper = self.registers
         return {
-            **self.red.options(), "TOPK": topk, "SPAN": self.red.span, "TURNS": self.turns,
-            "DEPTH": self.depth, "SUMMERS": self.summers, "REGISTERS": helper, "maxnreg": average,
+            **self.red.options(), "TOPK": problem.topk, "GROUP": self.group,
+            "TURNS": self.turns(problem), "DEPTH": self.depth,
         }  # fmt: skip
 
 
@@ -310,11 +321,12 @@ def launch(
     """Run stage 2 and the sum over a token's routes: out (T, H).
 
     h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
-    _wide); tiles: `worklist.tiles_by_expert(routed, sums.red.main, sums.counters)`, drawn by one
-    launch.
+    _wide); tiles: `worklist.tiles_by_expert(routed, sums.red.main, sums.counters(..))`, drawn by
+    one launch.
     """
     p, red, room = routed.problem, sums.red, h.codes.shape[0]
-    shape = (sums.slots * room, red.span * COLUMNS)
+    slots = min(sums.slots, sums.groups(p))
+    shape = (slots * room, sums.group * COLUMNS)
     rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None
@@ -322,10 +334,10 @@ def launch(
         words, scales,
         TensorDescriptor.from_tensor(h.codes, [32, 128], gl.NVMMASharedLayout(128, 8, 2)),
         Work(tiles.records, tiles.count), Routes(None, h.scales, weight), routed.position,
-        Columns(weights.row_scale, bias), Scratch(rows, room, sums.slots),
-        Counters(tiles.counters, tiles.counters[sums.groups * LINE :]),
+        Columns(weights.row_scale, bias), Scratch(rows, room, slots),
+        Counters(tiles.counters, tiles.counters[sums.groups(p) * LINE :]),
         Result(out, out.stride(0), p.tokens, p.hidden),
         Sizes(-(-p.hidden // 16), red.span, -(-p.hidden // COLUMNS)),
-        WIDE=weights.order.fold is Fold.WIDE, **sums.options(p.topk),
+        WIDE=weights.order.fold is Fold.WIDE, **sums.options(p),
     )  # fmt: skip
     return out

@@ -151,7 +151,9 @@ class Prefill:
             )
         if sums is not None:
             if others is None:
-                others = tiles_by_expert(routed, sums.red.main, sums.counters)
+                others = tiles_by_expert(
+                    routed, sums.red.main, sums.counters(routed.problem)
+                )
             return gemm2_red_sum.launch(
                 h, weights.w2, weights.w2_bias, routed, others, recipe, sums, out  # type: ignore[arg-type]
             )
@@ -198,7 +200,7 @@ class Prefill:
         other = red or (sums.red if sums else None)
         lists = work_lists(
             routed, cut.main, cut.extra, other.main if other else 0,
-            ring.split(p) if ring else None, sums.counters if sums else 0,
+            ring.split(p) if ring else None, sums.counters(p) if sums else 0,
         )  # fmt: skip
         assert lists.tiles is not None
         if beside:
