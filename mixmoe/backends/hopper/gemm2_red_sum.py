@@ -1,14 +1,24 @@
 """Stage 2 for some rows per expert and a short K, summed in the same kernel, in slot order.
 
-The product is that of `gemm2_red`, items in the order column group, tile. The rows of a group go to
-a slot of a scratch, and while later groups are multiplied, other warps of all CTAs add up the topk
-rows of each token in float32. So the bits do not depend on timing and y needs no zeroing.
+The product is that of `gemm2_red`, items in the order column tiles, routes. An item has a few
+groups of column tiles. The rows of a group go to a slot of a scratch, and while later groups are
+multiplied, a warp of every CTA adds up the topk rows of its share of the tokens in float32. So the
+bits do not depend on timing, y needs no zeroing, and the scratch is a few column tiles wide.
 
-Between CTAs `written[g]` counts the items of group g whose rows are visible, `reduced[g]` the CTAs
-that have read their tokens' rows of it; a slot is written again when the group `slots` before is
-reduced. Items are drawn in order, so an item that waits for a slot waits for items that were drawn
-before it: no deadlock, as long as all CTAs are resident. The grid is never larger than the device
-holds.
+Between CTAs `written[g]` counts the items whose rows of group g are visible, `reduced[g]` the CTAs
+that have read their part of it; a slot is written again when the group `slots` before is reduced.
+Items are drawn in order and slots are at least the groups of an item, so who waits for a slot waits
+for items that were drawn before its own: no deadlock, as long as all CTAs are resident. The grid is
+never larger than the device holds.
+
+The summing warp copies rows to shared memory and adds them up there: loads to registers would be
+too few under way (one warp has 112 of them a lane; 16 loads spill), and a copy costs no register.
+
+Slots (H200, 2026-11-28, DeepSeek-V3 TP8, T 1024, us): few enough that rows are read before they
+leave the L2, enough that no CTA waits. One group an item, 7 tiles wide: two slots 126, three 132,
+all sixteen 134; 4 wide: two 165, three 127. Items of three groups 4 wide, four slots: 123. Where
+items of two groups are under way at once, as there are more CTAs than experts, slots are twice as
+many (Qwen3 TP8, T 512: two 57, five of half the width 46; T 1024: three 69, five 64).
 """
 
 from dataclasses import dataclass, replace
@@ -49,7 +59,7 @@ from mixmoe.spec import Problem, Recipe
 
 SHARED = 228 * 1024 // 2 - 1024  # bytes of shared memory of each of two CTAs
 KEPT = 640  # bytes of it, at most, for barriers and what Triton hands to the roles
-GROUP, PARTS = 4, 2  # column tiles of a group, groups of an item
+GROUP = 4  # column tiles of a group
 DEPTH = 6  # pieces that a summing warp has under way, where they fit
 TOKENS = gl.constexpr(4)  # that a summing warp takes at a time: eight lanes read a line of each
 
@@ -255,9 +265,9 @@ def gemm2_red_sum(
 class Sums:
     """How gemm2_red_sum is cut for a problem.
 
-    red: the product, with items of `parts` groups; group: column tiles of one; ctas: of the grid,
-    all resident; slots: groups whose rows are kept; depth: pieces that the summing warp has under
-    way.
+    red: the product; group: column tiles of a group, of which an item has several; ctas: of the
+    grid, all resident; slots: groups whose rows are kept; depth: pieces that the summing warp has
+    under way.
     """
 
     red: Red
@@ -273,11 +283,11 @@ class Sums:
         if red is None:
             return None
         ctas = 2 * multiprocessors(device)
-        waves = max(1, round(ctas / problem.experts))  # groups of items that are under way at once
+        waves = max(1, round(ctas / problem.experts))  # items of a tile that are under way at once
+        parts = 3 if waves == 1 else 2
+        slots = waves * parts + (1 if problem.experts <= ctas else 2)
         cuts = (
-            cls(
-                replace(red, main=main, span=PARTS * GROUP), GROUP, ctas, waves * PARTS + 1, depth
-            )
+            cls(replace(red, main=main, span=parts * GROUP), GROUP, ctas, slots, depth)
             for main in (red.main, 64) for depth in range(DEPTH, 1, -1)
         )  # fmt: skip
         return next((cut for cut in cuts if cut.shared(problem) <= SHARED), None)
@@ -325,6 +335,7 @@ def launch(
     one launch.
     """
     p, red, room = routed.problem, sums.red, h.codes.shape[0]
+    assert sums.slots * sums.group >= red.span, "or the groups of an item wait for one another"
     slots = min(sums.slots, sums.groups(p))
     shape = (slots * room, sums.group * COLUMNS)
     rows = torch.empty(shape, dtype=torch.bfloat16, device=out.device)

@@ -25,6 +25,7 @@ from mixmoe.backends.hopper import (
 )
 from mixmoe.backends.hopper import quantise as quantise_stage
 from mixmoe.backends.hopper import route as route_stage
+from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.gemm2_prefill import COMPILES, Ring
 from mixmoe.backends.hopper.gemm2_red import Red
 from mixmoe.backends.hopper.gemm2_red_sum import Sums
@@ -50,10 +51,10 @@ CHUNK = 8192  # tokens of a pass, at most
 # Routes per expert from which tensor-core tiles beat the decode streams. At 16 they are even, and h
 # in float32 decides (H100, 2026-11-28, layer, us: gpt-oss 657 / 658, DeepSeek-V3 EP 289 / 292).
 MEAN = 17
-# Tokens from which stage 2 goes through the ring of `gemm2_prefill` (H200, 2026-11-28, us at T
-# 1024 / 2048 / 4096: ring 166 (not timed since its rows are whole lines) / 204 / 316, stored rows
-# and their sum 149 / 244 / 409).
-RING_FROM = 1537
+# Tokens from which stage 2 goes through the ring of `gemm2_prefill`; twice as many where there are
+# more experts than CTAs (H200, 2026-11-28, us, ring / `gemm2_red_sum`: DeepSeek-V3 TP8 T 1024 139 /
+# 123, 1280 142 / 142, 1536 150 / 166; Kimi-K2 TP8 T 2048 252 / 240, 3072 305 / 332).
+RING_FROM = 1281
 
 
 def suits(problem: Problem) -> bool:
@@ -62,9 +63,12 @@ def suits(problem: Problem) -> bool:
 
 
 def ring_of(problem: Problem, device: torch.device) -> Ring | None:
-    """How the ring is cut; None where it does not fit or compile, and where stored rows and their
-    sum are faster."""
-    return Ring.of(problem, device) if COMPILES and problem.tokens >= RING_FROM else None
+    """How the ring is cut; None where it does not fit or compile, and where `gemm2_red_sum` is
+    faster."""
+    crowded = problem.experts > 2 * multiprocessors(device)
+    if not COMPILES or problem.tokens < RING_FROM * (2 if crowded else 1):
+        return None
+    return Ring.of(problem, device)
 
 
 def pass_of(problem: Problem, device: torch.device) -> int:
