@@ -10,6 +10,7 @@ Roles of a CTA (two CTAs on an SM): 4 matrix warps; 2 warps that add finished ti
 warp that draws items from a counter and loads what they need: rows of h (resident for the item),
 weights through a ring, factors and token numbers of the routes. Matrix warps and adders learn of an
 item from a ring of records in shared memory, so no other warp waits for global memory.
+`gemm2_red_sum` has the same product and another way to the sum.
 """
 
 from dataclasses import dataclass
