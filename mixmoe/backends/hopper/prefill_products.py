@@ -54,13 +54,14 @@ def parts_of(n, n2, fragments, paired):
 
 
 @gluon.jit
-def next_words(ring, stage, phase, team: gl.constexpr, more):
+def next_words(ring, stage, phase, team: gl.constexpr, more, FENCED: gl.constexpr = False):
     """The words and the scale bytes of each fragment once a stage is full; undefined where there is
-    no `more`."""
+    no `more`. FENCED: who copied the rows has made them visible to the tensor cores."""
     WARPS: gl.constexpr = gl.num_warps()
     slot = stage * TEAMS + team
     mbarrier.wait(ring.full.index(stage), phase, pred=more)
-    fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
+    if not FENCED:
+        fence_async_shared()  # cp.async writes by the generic proxy, wgmma reads by the async one
     words = ()
     scales = ()
     for f in gl.static_range(ring.words.shape[1] // WARPS):
@@ -98,7 +99,7 @@ def no_sums(N: gl.constexpr, N2: gl.constexpr, PARTS: gl.constexpr, FRAGMENTS: g
 @gluon.jit
 def multiply(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
+    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr, FENCED: gl.constexpr,
 ):
     """All of K for one tile: (rows, N) and, if N2 > 8, (rows, N2) of each fragment.
 
@@ -107,7 +108,7 @@ def multiply(
     STAGES: gl.constexpr = ring.rows.shape[0]
     BOTH: gl.constexpr = 2 if N2 > 8 else 1
     sums = no_sums(N, N2, 1, FRAGMENTS)
-    words, scales = next_words(ring, stage, phase, team, steps > 0)
+    words, scales = next_words(ring, stage, phase, team, steps > 0, FENCED)
     for step in range(steps):
         x = ring.rows.index(stage)
         if ring.rows.shape[1] != N:
@@ -121,7 +122,7 @@ def multiply(
                 acc = add_product(lo, hi, ring.extra.index(stage), sums[f * BOTH + 1])
                 issued = issued + (acc,)  # type: ignore[assignment]
         ahead, ahead_phase = advance(stage, phase, STAGES)
-        words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
+        words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps, FENCED)
         if FRAGMENTS * BOTH > 1:
             sums = warpgroup_mma_wait(0, deps=issued)
         else:
@@ -135,7 +136,7 @@ def multiply(
 @gluon.jit
 def multiply_precise(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
+    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr, FENCED: gl.constexpr,
 ):
     """`multiply` with every 128 of K added in float32, the main routes in parts (rows, N / PARTS).
 
@@ -146,7 +147,7 @@ def multiply_precise(
     EACH: gl.constexpr = PARTS + (1 if N2 > 8 else 0)
     COUNT: gl.constexpr = EACH * FRAGMENTS
     totals = no_sums(N, N2, PARTS, FRAGMENTS)
-    words, scales = next_words(ring, stage, phase, team, steps > 0)
+    words, scales = next_words(ring, stage, phase, team, steps > 0, FENCED)
     for step in range(steps):
         lo, hi = decode(words[0], scales[0], WIDE)
         sums = ()
@@ -159,7 +160,7 @@ def multiply_precise(
                 following = product(lo, hi, ring, stage, (i + 1) % EACH, PARTS, totals[i + 1])
                 part = warpgroup_mma_wait(2 if (i + 1) % EACH == 0 else 1, deps=[part])
             else:
-                words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
+                words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps, FENCED)
                 part = warpgroup_mma_wait(0, deps=[part])
             sums = sums + (totals[i] + part,)  # type: ignore[assignment]
             if i + 1 < COUNT:
