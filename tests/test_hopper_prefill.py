@@ -69,17 +69,12 @@ def test_work_lists_compile(other: int, room: int) -> None:
     assert made.clean()
 
 
-def launched(tokens: int, precise: bool, H: int = 7168, intermediate: int = 256) -> Cut:
-    """The cut of a case."""
-    return Cut.of(Problem(tokens, H, intermediate, 256, 8), precise)
-
-
 def grouped(
     tokens: int, precise: bool, kind: int | None, H: int = 7168, bias: bool = False,
     wide: bool = False, clear: bool = False, intermediate: int = 256,
 ) -> Resources:  # fmt: skip
     """`grouped_prefill` as a launch for E 256, topk 8 compiles it."""
-    cut = launched(tokens, precise, H, intermediate)
+    cut = Cut.of(Problem(tokens, H, intermediate, 256, 8), precise)
     units = Fake(torch.int32, (8192, 56, 256)), Fake(torch.int32, (8192, 896))
     words = weight_descriptors(*units, cut.box, 1)
     gated = kind is not None
@@ -133,13 +128,6 @@ def test_grouped_compiles(name: str) -> None:
     # The gated precise form keeps a few values of a tile in local memory; no inner loop does.
     inner = min(made.loops(), key=lambda loop: loop[0])[1]
     assert sum(n for op, n in inner.items() if op.startswith(("STL", "LDL"))) <= 1
-    # Either the matrix warps fence in every step, or the gathering warps did.
-    named = ("tokens", "precise", "H", "intermediate")
-    cut = launched(**{k: v for k, v in CASES[name].items() if k in named})
-    options = cut.options(CASES[name].get("H", 7168))
-    lag = options["LAG"]
-    assert lag == (cut.form.rows == 256 and cut.form.main == 64 and options["STAGES"] > 2)
-    assert any(op.startswith("FENCE") for op in inner) == (lag == 0)
     assert made.spills <= (64 if TUNED_FOR else 6000), made.spills
 
 

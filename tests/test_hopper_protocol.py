@@ -173,28 +173,16 @@ def epilogue(sums: Sums, tiles: int, hasty: bool = False) -> Role:
             sums.taken[tile & 1].arrive()
 
 
-def gather_tiles(
-    ring: Ring, factors: list[object], tiles: int, steps: int, lag: int = 0, hasty: bool = False
-) -> Role:
-    """`prefill.gather`: the factors of a tile before its first stage, rows that land late. They
-    announce themselves, or are announced `lag` steps later and at the tile's end, once they have
-    landed (hasty: before)."""
+def gather_tiles(ring: Ring, factors: list[object], tiles: int, steps: int) -> Role:
+    """`prefill.gather`: the factors of a tile before its first stage, rows that land late."""
     stage, phase = 0, 1
-    late: list[tuple[int, object]] = []
 
     def landing(stage: int, what: object) -> Callable[[], None]:
         def land() -> None:
             ring.rows[stage] = what
-            if not lag:
-                ring.full[stage].arrive()
+            ring.full[stage].arrive()
 
         return land
-
-    def announce() -> Role:
-        stage, what = late.pop(0)
-        if not hasty:
-            yield lambda: ring.rows[stage] == what
-        ring.full[stage].arrive()
 
     for tile in range(tiles):
         yield ring.empty[stage].done(phase)
@@ -203,12 +191,7 @@ def gather_tiles(
             yield ring.empty[stage].done(phase)
             ring.tma(stage, (tile, step))
             ring.copies.append(landing(stage, (tile, step)))
-            late.append((stage, (tile, step)))
-            if lag and step >= lag:
-                yield from announce()
             stage, phase = (stage + 1) % ring.stages, phase ^ (stage + 1 == ring.stages)
-        while lag and late:
-            yield from announce()
 
 
 def run_tiles(
@@ -239,13 +222,12 @@ def run_tiles(
 
 
 def tiled(
-    stages: int, tiles: int, steps: int, seed: int, blind: bool = False, span: int = 1,
-    lag: int = 0, hasty: bool = False,
-) -> None:  # fmt: skip
+    stages: int, tiles: int, steps: int, seed: int, blind: bool = False, span: int = 1
+) -> None:
     """The prefill GEMM: two teams share every stage and the factors of two tiles."""
     ring, factors = Ring.of(stages, 2, 2), [None, None]
     teams = [run_tiles(ring, factors, tiles, steps, blind, span) for _ in range(2)]
-    play([gather_tiles(ring, factors, tiles, steps, lag, hasty), *teams], ring, seed)
+    play([gather_tiles(ring, factors, tiles, steps), *teams], ring, seed)
 
 
 def resident(stages: int, tiles: int, steps: int, seed: int) -> None:
@@ -336,25 +318,7 @@ def test_rings_of_tiles(k: int, tokens: int) -> None:
     for precise in (False, True):
         cut = Cut.of(Problem(tokens, k, 256, 256, 8), precise)
         for seed in range(5):
-            tiled(
-                cut.options(k)["STAGES"], 5, -(-k // 128), seed, span=cut.added // 128 or 1,
-                lag=cut.options(k)["LAG"],
-            )  # fmt: skip
-
-
-@pytest.mark.parametrize(("stages", "steps"), [(3, 3), (4, 4), (4, 9), (8, 8), (8, 23)])
-def test_tiles_announced_later(stages: int, steps: int) -> None:
-    for seed in range(5):
-        for lag in range(1, min(4, stages - 1)):
-            tiled(stages, 4, steps, seed, lag=lag)
-    with pytest.raises(TimeoutError):
-        tiled(stages, 3, 2 * stages, 0, lag=stages - 1)
-
-
-def test_tiles_announced_before_they_have_landed_are_stale() -> None:
-    with pytest.raises(AssertionError, match="stale"):
-        for seed in range(50):
-            tiled(4, 3, 6, seed, lag=1, hasty=True)
+            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed, span=cut.added // 128 or 1)
 
 
 def test_factors_of_tiles_shorter_than_the_ring_are_lost() -> None:

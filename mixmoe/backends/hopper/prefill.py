@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import SENTINEL_MASK, barriers
-from mixmoe.backends.hopper.mainloop import advance, cp_async, cta_barrier, fields_of, tma_load
+from mixmoe.backends.hopper.mainloop import advance, cp_async, fields_of, tma_load
 from mixmoe.backends.hopper.prefill_end import End, Factors, Tile, finish
 from mixmoe.backends.hopper.prefill_products import (
     TEAMS,
@@ -173,25 +173,11 @@ def load_weights(w_desc, s_desc, ring, unit, k, stage):
 
 
 @gluon.jit
-def announce(ring, stage, LATER: gl.constexpr):
-    """Give the matrix warps the rows of a stage, which LATER copies were begun after; the next
-    stage."""
-    async_copy.wait_group(LATER)
-    fence_async_shared()
-    cta_barrier()  # of the role: every warp's fence before one thread's arrival
-    mbarrier.arrive(ring.full.index(stage), count=1)
-    return gl.where(stage + 1 == ring.rows.shape[0], 0, stage + 1)
-
-
-@gluon.jit
 def gather(
     w_desc, s_desc, x, weight_ptr, columns, width, clear, work, sizes, ring, factors, steps,
-    GATED: gl.constexpr, LAG: gl.constexpr,
+    GATED: gl.constexpr,
 ):
     """Role of the gathering warps: weights by TMA, rows of x by cp.async, the tile's `Factors`.
-
-    LAG: they announce what they have copied so many steps later, behind a fence; 0: the copies
-    announce themselves, and the matrix warps fence.
 
     width: columns of the layer. The matrix warps load nothing from global memory: a tile's record,
     then its scales, then its epilogue would be a chain of latencies that no product hides.
@@ -206,7 +192,6 @@ def gather(
     turn = 0
     at, row_tile, more = item(items, turn)
     stage, phase = 0, 1
-    late = 0
     if clear is not None:
         clear_at, clear_end = own_share(clear)
     while more:
@@ -242,18 +227,10 @@ def gather(
             cp_async(ring.rows.index(stage), x.codes + k * 128 + offset, mask=mask)
             if routes > MAIN:
                 cp_async(ring.extra.index(stage), x.codes + k * 128 + offset2, mask=mask2)
-            if LAG:
-                async_copy.commit_group()
-                if k >= LAG:
-                    late = announce(ring, late, LAG)
-            else:
-                async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
             if clear is not None:
                 clear_at = clear_some(clear.memory, clear_at, clear_end)
-        for i in gl.static_range(LAG):
-            if steps >= LAG - i:
-                late = announce(ring, late, LAG - 1 - i)
         turn += 1
         at, row_tile, more = item(items, turn)
     if clear is not None:
@@ -292,7 +269,6 @@ def of_fragment(factors, fragment: gl.constexpr):
 def run_tile(
     ring, factors, end, stage, phase, steps, team: gl.constexpr, N: gl.constexpr,
     N2: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
-    FENCED: gl.constexpr,
 ):
     """N, and if N2 > 8 N2 more, routes. The record is read again, late: registers are short."""
     FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
@@ -302,12 +278,10 @@ def run_tile(
         sums, stage, phase = multiply_pairs(ring, stage, phase, steps, team, N, N2, PARTS, WIDE)
     elif PRECISE:
         sums, stage, phase = multiply_precise(
-            ring, stage, phase, steps, team, N, N2, PARTS, FRAGMENTS, WIDE, FENCED
+            ring, stage, phase, steps, team, N, N2, PARTS, FRAGMENTS, WIDE
         )
     else:
-        sums, stage, phase = multiply(
-            ring, stage, phase, steps, team, N, N2, FRAGMENTS, WIDE, FENCED
-        )
+        sums, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, FRAGMENTS, WIDE)
     tile = own_tile(factors, team, FRAGMENTS)
     EACH: gl.constexpr = len(sums) // FRAGMENTS
     for i in gl.static_range(EACH * FRAGMENTS):
@@ -320,7 +294,7 @@ def run_tile(
 @gluon.jit
 def consume(
     team: gl.constexpr, ring, factors, work, sizes, end, steps, SMALL: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr, FENCED: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
 ):
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
     MAIN: gl.constexpr = ring.rows.shape[1]
@@ -334,26 +308,22 @@ def consume(
         _, routes, _, _ = fields_of(mine.record)
         if routes > MAIN:
             stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, MAIN, EXTRA, KIND, WIDE, PRECISE,
-                FENCED,
+                ring, mine, end, stage, phase, steps, team, MAIN, EXTRA, KIND, WIDE, PRECISE
             )
         elif routes > SMALL:
             stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, MAIN, 8, KIND, WIDE, PRECISE,
-                FENCED,
+                ring, mine, end, stage, phase, steps, team, MAIN, 8, KIND, WIDE, PRECISE
             )
         else:
             stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, SMALL, 8, KIND, WIDE, PRECISE,
-                FENCED,
+                ring, mine, end, stage, phase, steps, team, SMALL, 8, KIND, WIDE, PRECISE
             )
         turn += 1
 
 
 @gluon.jit
-def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
-              FILLERS: gl.constexpr):
-    """STAGES of both teams' weights and of the rows they share, filled by so many arrivals."""
+def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr):
+    """STAGES of both teams' weights and of the rows they share."""
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     words = gl.allocate_shared_memory(
         gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
@@ -363,8 +333,7 @@ def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: g
     )
     rows = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, MAIN, 128], swizzled)
     extra = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, EXTRA, 128], swizzled)
-    full, empty = barriers(STAGES, FILLERS), barriers(STAGES, TEAMS)
-    return Ring(words, scales, rows, extra, full, empty)
+    return Ring(words, scales, rows, extra, barriers(STAGES, 1 + 32 * 4), barriers(STAGES, TEAMS))
 
 
 @gluon.jit
@@ -385,8 +354,7 @@ def grouped_prefill(
     w_desc, s_desc, x, weight_ptr, work, sizes, out, columns, act, clear, K,
     MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
     KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
-    TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, LAG: gl.constexpr,
-    PDL: gl.constexpr,
+    TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """out (P, I or H) = epilogue of x times the weights, a row per sorted position.
 
@@ -396,7 +364,7 @@ def grouped_prefill(
     in float32; 0: never.
     """
     WARPS: gl.constexpr = gl.num_warps()
-    ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES, 2 if LAG else 1 + 32 * 4)
+    ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)
     factors = make_factors(2 * MAIN, TEAMS * w_desc.block_type.shape[0] * 16)
     staging = gl.allocate_shared_memory(
         gl.bfloat16, [TEAMS, MAIN, WARPS * 8], gl.NVMMASharedLayout(WARPS * 16, 16, 2)
@@ -412,12 +380,12 @@ def grouped_prefill(
         [
             (consume, (0, ring, factors, work, sizes,
                        End(low, out, weight_ptr, columns.bias, act, base),
-                       steps, SMALL, KIND, WIDE, PRECISE, LAG > 0)),
+                       steps, SMALL, KIND, WIDE, PRECISE)),
             (consume, (1, ring, factors, work, sizes,
                        End(high, out, weight_ptr, columns.bias, act, base),
-                       steps, SMALL, KIND, WIDE, PRECISE, LAG > 0)),
+                       steps, SMALL, KIND, WIDE, PRECISE)),
             (gather, (w_desc, s_desc, x, weight_ptr, columns, out.columns, clear, work, sizes, ring,
-                      factors, steps, KIND is not None, LAG)),
+                      factors, steps, KIND is not None)),
         ],
         [4, 4], [TEAM_REGISTERS, GATHER_REGISTERS],
     )

@@ -17,15 +17,13 @@ FILLED = 0.9  # of the weight rows of tall tiles
 
 
 class Form(NamedTuple):
-    """A tile of up to main + extra routes x `rows` weight rows, ring stages, CTAs an SM; LAG of
-    `prefill.gather`."""
+    """A tile of up to main + extra routes x `rows` weight rows, ring stages, CTAs an SM."""
 
     main: int
     extra: int
     stages: int
     ctas: int
     rows: int = 128
-    lag: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +79,15 @@ class Cut:
 
     def options(self, k: int) -> dict[str, Any]:
         """Keywords of `prefill.grouped_prefill`'s launch for rows of k columns."""
-        main, extra, stages, ctas, _, lag = self.form
+        main, extra, stages, ctas, _ = self.form
         stages = min(stages, -(-k // 128))  # the kernel's double buffers rely on it
         threads = 32 * 12
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
             "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
             "PRECISE": self.added, "TEAM_REGISTERS": self.registers[0],
-            "GATHER_REGISTERS": self.registers[1], "LAG": max(0, min(lag, stages - 2)),
-            "PDL": True, "num_warps": 4, "launch_pdl": True, **registers,
+            "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
+            "launch_pdl": True, **registers,
         }  # fmt: skip
 
 
@@ -98,9 +96,9 @@ def form_of(problem: Problem, precise: bool) -> Form:
     mean, rows = problem.routes / problem.experts, 2 * problem.intermediate
     if rows >= FILLED * 256 * -(-rows // 256):
         if mean <= FEW_TO:
-            return Form(64, 0, 8, 1, 256, 1)
+            return Form(64, 0, 8, 1, 256)
         if mean <= TALL_TO[precise]:
-            return Form(64, 32, 7, 1, 256, 1)
+            return Form(64, 32, 7, 1, 256)
         if mean <= HALF_TO and not precise:
             return Form(128, 32, 5, 1, 256)
     if mean <= FEW_TO:

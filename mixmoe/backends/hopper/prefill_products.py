@@ -54,14 +54,13 @@ def parts_of(n, n2, fragments, paired):
 
 
 @gluon.jit
-def next_words(ring, stage, phase, team: gl.constexpr, more, FENCED: gl.constexpr = False):
+def next_words(ring, stage, phase, team: gl.constexpr, more):
     """The words and the scale bytes of each fragment once a stage is full; undefined where there is
-    no `more`. FENCED: who copied the rows has made them visible to the tensor cores."""
+    no `more`."""
     WARPS: gl.constexpr = gl.num_warps()
     slot = stage * TEAMS + team
     mbarrier.wait(ring.full.index(stage), phase, pred=more)
-    if not FENCED:
-        fence_async_shared()  # cp.async writes by the generic proxy, wgmma reads by the async one
+    fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
     words = ()
     scales = ()
     for f in gl.static_range(ring.words.shape[1] // WARPS):
@@ -99,7 +98,7 @@ def no_sums(N: gl.constexpr, N2: gl.constexpr, PARTS: gl.constexpr, FRAGMENTS: g
 @gluon.jit
 def multiply(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr, FENCED: gl.constexpr,
+    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
 ):
     """All of K for one tile: (rows, N) and, if N2 > 8, (rows, N2) of each fragment.
 
@@ -108,7 +107,7 @@ def multiply(
     STAGES: gl.constexpr = ring.rows.shape[0]
     BOTH: gl.constexpr = 2 if N2 > 8 else 1
     sums = no_sums(N, N2, 1, FRAGMENTS)
-    words, scales = next_words(ring, stage, phase, team, steps > 0, FENCED)
+    words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
         x = ring.rows.index(stage)
         if ring.rows.shape[1] != N:
@@ -122,7 +121,7 @@ def multiply(
                 acc = add_product(lo, hi, ring.extra.index(stage), sums[f * BOTH + 1])
                 issued = issued + (acc,)  # type: ignore[assignment]
         ahead, ahead_phase = advance(stage, phase, STAGES)
-        words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps, FENCED)
+        words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
         if FRAGMENTS * BOTH > 1:
             sums = warpgroup_mma_wait(0, deps=issued)
         else:
@@ -136,7 +135,7 @@ def multiply(
 @gluon.jit
 def multiply_precise(
     ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr, FENCED: gl.constexpr,
+    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
 ):
     """`multiply` with every 128 of K added in float32, the main routes in parts (rows, N / PARTS).
 
@@ -147,7 +146,7 @@ def multiply_precise(
     EACH: gl.constexpr = PARTS + (1 if N2 > 8 else 0)
     COUNT: gl.constexpr = EACH * FRAGMENTS
     totals = no_sums(N, N2, PARTS, FRAGMENTS)
-    words, scales = next_words(ring, stage, phase, team, steps > 0, FENCED)
+    words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
         lo, hi = decode(words[0], scales[0], WIDE)
         sums = ()
@@ -160,7 +159,7 @@ def multiply_precise(
                 following = product(lo, hi, ring, stage, (i + 1) % EACH, PARTS, totals[i + 1])
                 part = warpgroup_mma_wait(2 if (i + 1) % EACH == 0 else 1, deps=[part])
             else:
-                words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps, FENCED)
+                words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
                 part = warpgroup_mma_wait(0, deps=[part])
             sums = sums + (totals[i] + part,)  # type: ignore[assignment]
             if i + 1 < COUNT:
