@@ -318,7 +318,7 @@ def test_rings_of_tiles(k: int, tokens: int) -> None:
     for precise in (False, True):
         cut = Cut.of(Problem(tokens, k, 256, 256, 8), precise)
         for seed in range(5):
-            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed, span=cut.added // 128 or 1)
+            tiled(cut.options(k)["STAGES"], 5, -(-k // 128), seed, span=cut.added(k) // 128 or 1)
 
 
 def test_factors_of_tiles_shorter_than_the_ring_are_lost() -> None:

@@ -47,7 +47,7 @@ def worst(tokens: int, accumulate: str) -> float:
 def test_every_form_is_there() -> None:
     problems = [cases.Problem(t, HIDDEN, INTER, EXPERTS, TOPK) for t in TOKENS[3:]]
     forms = [Cut.of(p, True) for p in problems]
-    assert [c.added for c in forms] == [128, 128, 256, 256, 128]
+    assert [c.added(HIDDEN) for c in forms] == [128, 128, 256, 256, 128]
     assert len({c.form for c in forms}) == len(forms)
 
 

@@ -49,14 +49,13 @@ class Cut:
             registers = 232, 40  # with 224 Triton 3.9 serialises wgmma (C7511)
         return cls(form, registers, precise)
 
-    @property
-    def added(self) -> int:
+    def added(self, k: int) -> int:
         """Columns of K after which products are added in float32, 0: never. 256 where the ring is
         long enough to give two stages back at once (H200, 2026-11-28: DeepSeek-V3 TP8 T 4096, stage
         1, 274 -> 264 us; Kimi-K2 T 8192 519 -> 507; but with 256 + 32 routes 456 -> 465)."""
         if not self.precise:
             return 0
-        return 256 if self.form.main == 128 and self.form.rows == 128 else 128
+        return 256 if self.form.main == 128 and self.form.rows == 128 and k > 384 else 128
 
     @property
     def main(self) -> int:
@@ -85,7 +84,7 @@ class Cut:
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
             "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
-            "PRECISE": self.added, "TEAM_REGISTERS": self.registers[0],
+            "PRECISE": self.added(k), "TEAM_REGISTERS": self.registers[0],
             "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
             "launch_pdl": True, **registers,
         }  # fmt: skip
