@@ -234,49 +234,6 @@ def test_stage1_of_few_tokens(compiled, shape, tokens):
     assert_good(resources, tile)
 
 
-def pair(compiled, first, second) -> tuple[Resources, Resources]:
-    """Both stages of one token of gpt-oss, the most that their epilogues do."""
-    hidden_size, inter, _, topk = SHAPES["gptoss"]
-    problem, w = Problem(1, *SHAPES["gptoss"]), weights(SHAPES["gptoss"], bias=True)
-    ids, given = meta(1, topk, dtype=torch.int64), meta(1, topk)
-    recipe = Recipe("fp8_token", "mxfp4", act=swiglu(), weight_on=2)
-    row, tile = meta(1, hidden_size, dtype=torch.bfloat16), choose.decode_sums(problem)
-    stage1 = compiled(
-        gemm1_token, "gemm1_token",
-        lambda: gemm1_token.launch(
-            row, w, ids, given, recipe, choose.few_tokens(hidden_size), meta(topk, inter), first
-        ),
-    )
-    stage2 = compiled(
-        gemm2_tokens, "gemm2_tokens",
-        lambda: gemm2_tokens.launch_tokens(
-            hidden(problem, True), w, ids, given, None, recipe, tile, row, second
-        ),
-    )
-    return stage1, stage2
-
-
-def assert_both_fit(stage1: Resources, stage2: Resources) -> None:
-    """Two CTAs of stage 1 and one of stage 2 on an SM: 64 K registers, 228 KB."""
-    assert 384 * (2 * stage1.registers + stage2.registers) <= 65536
-    assert 2 * (stage1.shared + 1024) + stage2.shared + 1024 <= 228 * 1024
-
-
-def test_stages_of_one_token_beside_each_other(compiled):
-    shares = choose.beside(Problem(1, *SHAPES["gptoss"]))
-    assert shares == choose.BESIDE
-    made = pair(compiled, *shares)
-    assert_both_fit(*made)
-    for resources in made:
-        assert not resources.messages and resources.spills <= 96
-        inner = resources.loops()[0][1]
-        assert not any(op.startswith(("STL", "LDL")) for op in inner)
-    with pytest.raises(AssertionError):
-        assert_both_fit(*pair(compiled, None, None))
-    others = [(1, "dsv3_ep"), (1, "dsv3_tp8"), (1, "qwen3_tp4"), (2, "gptoss")]
-    assert all(choose.beside(Problem(t, *SHAPES[s])) == (None, None) for t, s in others)
-
-
 def test_few_tokens_go_without_routing():
     """One token always; two of them where a CTA's quantisation of x is short (as measured)."""
     served = {

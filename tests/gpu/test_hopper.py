@@ -52,9 +52,6 @@ def test_activation(name: str, act: int) -> None:
 EDGES: dict[str, dict[str, Any]] = {
     "T0": {"tokens": 0},
     "T1": {"tokens": 1, "experts": 384, "topk": 8},
-    "T1 gpt-oss": {
-        "tokens": 1, "hidden": 2880, "inter": 2880, "experts": 4, "topk": 4, "bias": True,
-    },
     "T2": {"tokens": 2, "hidden": 4096, "experts": 64, "topk": 8, "bias": True},
     "T2 masked": {"tokens": 2, "experts": 16, "topk": 8, "skew": "masked"},
     "T3": {"tokens": 3, "experts": 384, "topk": 8},

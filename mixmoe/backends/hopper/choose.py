@@ -246,32 +246,6 @@ def decode_stream(block: int) -> Tile:
     return replace(ring(block, k, slices, None), warps=4)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Of an SM, what a kernel takes where CTAs of the next one are to be set up beside its own:
-    CTAs, stages of the ring at most, registers of a thread at the launch and of the helpers."""
-
-    ctas: int
-    stages: int
-    registers: int
-    helpers: int
-
-
-# Stages 1 and 2 of one token side by side: 2 x 48 + 72 registers, 2 x 70 + 73 KB.
-BESIDE = Share(2, 7, 48, 32), Share(1, 4, 72, 48)
-
-
-def beside(problem: Problem) -> tuple[Share, Share] | tuple[None, None]:
-    """How the stages of a layer share an SM; None: each has all of it.
-
-    One token, where a quantisation of h stands between them and one CTA an SM has two tiles of
-    stage 2 at most (H200, 2026-11-28, layer, us: gpt-oss 24.8 -> 23.2; DeepSeek-V3 EP, 3.4 tiles,
-    53.3 -> 59.1; TP8, which has no such launch, 13.6 -> 14.8).
-    """
-    apart = problem.tokens == 1 and not quantises_tokens(problem)
-    return BESIDE if apart and problem.hidden <= 2 * SMS * 16 else (None, None)
-
-
 def few_tokens(hidden: int) -> Tile:
     """Decode stage 1 of `is_few` tokens, a row of x resident: one 16-row unit, K over the 8 matrix
     warps."""

@@ -18,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mixmoe.backends.hopper.choose import Share
 from mixmoe.backends.hopper.mainloop import (
     UNIT_COLUMNS,
     UNIT_SCALES,
@@ -228,14 +227,6 @@ class Stream:
         threads = 32 * (MATRIX_WARPS + HELPER_WARPS)
         registers = 65536 // (self.tile.ctas_per_sm * threads) // 8 * 8
         return {"num_warps": self.tile.warps, "maxnreg": registers, "launch_pdl": True}
-
-    def within(self, share: Share | None, tiles: int) -> tuple[int, int, int, dict[str, Any]]:
-        """Grid, ring stages, registers of helpers and launch options, where an SM is shared."""
-        if share is None:
-            return self.grid(tiles), self.tile.stages, HELPER_REGISTERS, self.options
-        options = {**self.options, "maxnreg": share.registers}
-        grid, stages = min(self.sms * share.ctas, tiles), min(share.stages, self.tile.stages)
-        return grid, stages, share.helpers, options
 
     def boxes(self, packed: Packed, rows: int, slices: int) -> tuple[Any, Any]:
         """TMA boxes of one stage: `rows` units x the columns of `slices` slices, and scales."""

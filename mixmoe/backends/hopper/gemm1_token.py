@@ -13,8 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.choose import Share
 from mixmoe.backends.hopper.decode import (
+    HELPER_REGISTERS,
     Blocks,
     Columns,
     Stream,
@@ -124,7 +124,7 @@ def gemm1_token(
 
 def launch(
     x: Tensor, weights: Weights, topk_ids: Tensor, topk_weights: Tensor, recipe: Recipe,
-    tile: Tile, out: Tensor, share: Share | None = None,
+    tile: Tile, out: Tensor,
 ) -> Tensor:
     """Run stage 1: out (T * topk, I) float32, a row per route, undefined where skipped.
 
@@ -138,13 +138,12 @@ def launch(
     row_tiles = -(-double // (16 * cut.rows))
     tiles = tokens * topk * row_tiles
     steps = cut.steps(hidden)
-    grid, stages, helpers, options = cut.within(share, tiles)
-    gemm1_token[(grid,)](
+    gemm1_token[(cut.grid(tiles),)](
         *cut.boxes(w13, cut.rows, tile.split_k), Hidden(x, None), out,
         Columns(w13.row_scale, weights.w13_bias), topk_weights if recipe.weight_on == 1 else None,
         Blocks(None, topk_ids, None),
         Sizes(hidden, double // 2, experts, topk, -(-double // 16), row_tiles, steps, tiles),
-        Act(*activation_scalars(recipe.act)), tokens * topk, steps, stages,
-        KINDS[recipe.act.kind], cut.wide, helpers, tokens == 1, **options,
+        Act(*activation_scalars(recipe.act)), tokens * topk, steps, tile.stages,
+        KINDS[recipe.act.kind], cut.wide, HELPER_REGISTERS, tokens == 1, **cut.options,
     )
     return out

@@ -14,8 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mixmoe.backends.hopper.choose import Share
 from mixmoe.backends.hopper.decode import (
+    HELPER_REGISTERS,
     Columns,
     Ring,
     Stream,
@@ -216,7 +216,6 @@ def gemm2_tokens(
 def launch_tokens(
     h: Tensor | SlotRows, weights: Weights, topk_ids: Tensor, topk_weights: Tensor,
     expert_map: Tensor | None, recipe: Recipe, tile: Tile, out: Tensor,
-    share: Share | None = None,
 ) -> Tensor:
     """Run stage 2 and combine at once: out (T, H) = sum over a token's routes in slot order.
 
@@ -233,11 +232,11 @@ def launch_tokens(
     if span * topk != tile.warps or span * stream.chunks < 2:  # a box of scales is 128 bytes
         raise MixMoEError("topk divides the 8 warps, and k is 256 for topk 8", (topk, tile.k))
     steps = -(-intermediate // (tile.k * span))
-    grid, stages, helpers, options = stream.within(share, tokens * row_tiles)
-    gemm2_tokens[(grid,)](
+    gemm2_tokens[(stream.grid(tokens * row_tiles),)](
         *stream.boxes(w2, 1, span), hidden_of(h), out, Columns(w2.row_scale, weights.w2_bias),
         Routes(topk_ids, topk_weights if recipe.weight_on == 2 else None, expert_map),
         Sizes(hidden, intermediate, experts, topk, row_tiles, row_tiles, steps), tokens,
-        topk, stream.chunks, stages, steps * stream.chunks, stream.wide, helpers, **options,
+        topk, stream.chunks, tile.stages, steps * stream.chunks, stream.wide, HELPER_REGISTERS,
+        **stream.options,
     )
     return out
