@@ -65,8 +65,10 @@ def moe(
     int32 of local ids, -1 where another rank holds the expert. Returns y: (T, H) in
     ``recipe.out_dtype``, written to ``out`` where given (it need not be zeroed).
     ``deterministic=False`` lets a backend add with atomics (hopper's prefill does, within the same
-    bounds, in an order that changes from run to run). ``backend`` is a name of
-    ``mixmoe.backends.REGISTRY``; None is the device's own.
+    bounds, in an order that changes from run to run). On hopper its kernel for bf16 results waits
+    for nobody, while deterministic prefill must not run in two streams at once (docs/hopper.md,
+    "One at a time"). ``backend`` is a name of ``mixmoe.backends.REGISTRY``; None is the device's
+    own.
 
     Raises MixMoEError for anything that breaks a rule, before any launch.
     """
