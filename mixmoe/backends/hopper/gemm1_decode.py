@@ -19,19 +19,15 @@ from mixmoe.backends.hopper.decode import (
     Stream,
     fragments,
 )
-from mixmoe.backends.hopper.decode_gemm import (
-    Rows,
+from mixmoe.backends.hopper.decode_gemm import Rows, read_ahead, run, tile_total, unit_total
+from mixmoe.backends.hopper.decode_tiles import (
     Sizes,
     known,
-    read_ahead,
     routes_of,
     row_of,
-    run,
-    tile_total,
     tiles_of,
     tokens_of,
     turns_of,
-    unit_total,
 )
 from mixmoe.backends.hopper.mainloop import KINDS, activate, activation_scalars
 from mixmoe.backends.hopper.slots import SlotRows

@@ -23,16 +23,15 @@ from mixmoe.backends.hopper.decode import (
     own_slice,
 )
 from mixmoe.backends.hopper.decode_gemm import (
-    Sizes,
     make_ring,
     make_rows,
     make_sums,
     multiply,
     read_ahead,
-    share,
     stream_weights,
     tile_total,
 )
+from mixmoe.backends.hopper.decode_tiles import Sizes, share
 from mixmoe.backends.hopper.gemm1_decode import Act, Activated, activate_tiles
 from mixmoe.backends.hopper.mainloop import KINDS, activation_scalars
 from mixmoe.backends.hopper.resident import Hidden, make_resident, resident_layout

@@ -21,19 +21,8 @@ from mixmoe.backends.hopper.decode import (
     Stream,
     fragments,
 )
-from mixmoe.backends.hopper.decode_gemm import (
-    Rows,
-    Sizes,
-    known,
-    read_ahead,
-    routes_of,
-    row_of,
-    run,
-    tile_total,
-    tiles_of,
-    tokens_of,
-    unit_total,
-)
+from mixmoe.backends.hopper.decode_gemm import Rows, read_ahead, run, tile_total, unit_total
+from mixmoe.backends.hopper.decode_tiles import Sizes, known, routes_of, row_of, tiles_of, tokens_of
 from mixmoe.backends.hopper.gemm2_decode import rows_of, store
 from mixmoe.backends.hopper.slots import SlotRows
 from mixmoe.spec import Recipe, Routed, Tile, Weights

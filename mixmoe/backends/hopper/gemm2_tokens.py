@@ -27,7 +27,8 @@ from mixmoe.backends.hopper.decode import (
     own_slice,
     zeros,
 )
-from mixmoe.backends.hopper.decode_gemm import make_rows, read_ahead, share, tile_total
+from mixmoe.backends.hopper.decode_gemm import make_rows, read_ahead, tile_total
+from mixmoe.backends.hopper.decode_tiles import share
 from mixmoe.backends.hopper.mainloop import advance, smem_cast, tma_load
 from mixmoe.backends.hopper.resident import (
     Sizes,
