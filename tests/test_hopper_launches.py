@@ -1,0 +1,90 @@
+"""Layers of odd sizes from the door to the last launch, on a machine with no GPU: every kernel that
+the Hopper backend would launch is compiled for sm_90a instead, and nothing runs.
+
+What this sees and the compile tests of single kernels do not: the host code of every launch, its
+operands, and forms that only odd sizes ask for (a K of one step, one expert, topk 33).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import hopper_cases as cases  # noqa: E402
+from hopper_compile import TUNED_FOR, Resources, compile_gluon  # noqa: E402
+from triton.runtime.errors import PTXASError  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from mixmoe.activations import swiglu  # noqa: E402
+from mixmoe.backends.hopper import hopper  # noqa: E402
+from mixmoe.backends.hopper.prefill_cut import Cut  # noqa: E402
+
+Launched = list[tuple[str, tuple[int, ...], Resources]]
+PREFILL = {"route_once", "list_work", "quantise_rows", "grouped_prefill"}
+# H, I, E, topk, T, and kernels that such a layer launches; deterministic, but for "atomics".
+LAYERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
+    "one token": ((96, 160, 3, 2, 1), {"gemm1_token", "gemm2_tokens"}),
+    "one token, long": ((352, 416, 3, 4, 1), {"gemm1_token", "quantise_rows", "gemm2_tokens"}),
+    "two tokens": ((64, 32, 4, 2, 2), {"gemm1_token", "gemm2_tokens"}),
+    "few": ((160, 288, 8, 3, 9), {"route_once", "gemm1_decode", "gemm2_rows", "combine_kernel"}),
+    "few, long": ((288, 704, 4, 4, 9), {"route_once", "gemm1_decode", "gemm2_long"}),
+    "many slots": ((96, 96, 40, 33, 8), {"gemm1_decode", "gemm2_rows"}),
+    "tall": ((416, 384, 2, 1, 50), PREFILL | {"gemm2_red_sum"}),
+    "one step": ((32, 96, 1, 1, 130), PREFILL | {"gemm2_red_sum"}),
+    "one step, long": ((32, 416, 2, 2, 130), PREFILL | {"sum_routes"}),
+    "pairs": ((512, 160, 3, 2, 210), PREFILL | {"gemm2_red_sum"}),
+    "atomics": ((352, 320, 2, 2, 700), PREFILL | {"gemm2_red"}),
+    "ring": ((64, 96, 2, 2, 1300), PREFILL | {"gemm2_ring"}),
+}
+
+
+@contextmanager
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
+    """Every launch is compiled, written down and left out."""
+    launched: Launched = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
+        grid = grid(meta) if callable(grid) else grid
+        launched.append((kernel.fn.__name__, grid, compile_gluon(kernel, *args, **meta)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        yield launched
+
+
+def layer(sizes: tuple[int, ...], atomics: bool, accumulate: str) -> None:
+    """A layer of random operands on the CPU."""
+    hidden, inter, experts, topk, tokens = sizes
+    recipe = cases.with_act(cases.RECIPES["a8w4"], swiglu())
+    recipe = replace(recipe, accumulate=accumulate)
+    case = cases.make_case(recipe, tokens, hidden, inter, experts, topk, bias=True)
+    backend = hopper()
+    backend.layer(
+        case.x, backend.prepare(case.weights, recipe), case.ids, case.topk_weights, recipe,
+        out=torch.empty_like(case.x), deterministic=not atomics,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_launch_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, kernels = LAYERS[name]
+    for accumulate in ("precise", "fast") if name.startswith("one step") else ("precise",):
+        with compiled(monkeypatch) as launched:
+            layer(sizes, name == "atomics", accumulate)
+        assert kernels <= {kernel for kernel, _, _ in launched}, {k for k, _, _ in launched}
+        for kernel, grid, made in launched:
+            assert all(n > 0 for n in grid), (kernel, grid)
+            assert made.shared <= 227 * 1024, kernel
+            assert not (TUNED_FOR and made.messages), (kernel, made.messages)
+
+
+@pytest.mark.skipif(not TUNED_FOR, reason="the crash is of this ptxas")
+def test_a_form_that_ptxas_cannot_assemble_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cut, "added", lambda cut, k: 256 if cut.precise else 0)
+    with compiled(monkeypatch), pytest.raises(PTXASError):
+        layer((32, 64, 2, 2, 100), False, "precise")
