@@ -38,6 +38,31 @@ class Barrier:
         return lambda: self.phase & 1 != parity
 
 
+@dataclass
+class Scratch:
+    """Slots of rows that CTAs share, with the counters of their groups: what lies at (cta or tile,
+    slot, row), and the stores under way, of a CTA each, which land late and in any order."""
+
+    groups: int
+    written: list[int] = field(init=False)
+    reduced: list[int] = field(init=False)
+    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    flying: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.written = [0] * self.groups
+        self.reduced = [0] * self.groups
+
+    def store(self, cta: int, at: tuple[int, int, int], what: int) -> None:
+        """A store that lands some time."""
+        self.flying.append((cta, lambda: self.rows.update({at: what})))
+
+    def landed(self, cta: int) -> Callable[[], bool]:
+        """Whether all stores that the CTA has issued by now have landed."""
+        mine = [store for store in self.flying if store[0] == cta]
+        return lambda: not any(store in self.flying for store in mine)
+
+
 def step(
     roles: list[Role], flying: list[tuple[int, Callable[[], None]]], rng: random.Random,
     patience: int = 200,

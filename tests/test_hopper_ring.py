@@ -6,11 +6,11 @@ row that is read is compared with the slice it should be of.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from hopper_mbarrier import Barrier, Role, step
+from hopper_mbarrier import Barrier, Role, Scratch, step
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +36,12 @@ class Cut:
         return range(group * self.group, min((group + 1) * self.group, self.slices))
 
 
-@dataclass
-class Device:
-    """Counters, the slice whose rows of a CTA lie in a slot, and stores under way."""
+class Device(Scratch):
+    """The ring: the slice whose rows of a CTA lie in a slot."""
 
-    cut: Cut
-    written: list[int] = field(init=False)
-    reduced: list[int] = field(init=False)
-    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    flying: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.written = [0] * self.cut.groups
-        self.reduced = [0] * self.cut.groups
-
-    def store(self, cta: int, at: tuple[int, int, int], s: int) -> None:
-        """A store that lands some time."""
-        self.flying.append((cta, lambda: self.rows.update({at: s})))
-
-    def landed(self, cta: int) -> Callable[[], bool]:
-        """Whether all stores that the CTA has issued by now have landed."""
-        mine = [store for store in self.flying if store[0] == cta]
-        return lambda: not any(store in self.flying for store in mine)
+    def __init__(self, cut: Cut) -> None:
+        super().__init__(cut.groups)
+        self.cut = cut
 
 
 @dataclass

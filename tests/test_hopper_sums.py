@@ -6,11 +6,11 @@ issued before it. Every row that is read is compared with the group it should be
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from hopper_mbarrier import Barrier, Role, step
+from hopper_mbarrier import Barrier, Role, Scratch, step
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,13 @@ class Cut:
         return self.span * len(self.groups_of(item))
 
 
-@dataclass
-class Device:
-    """Counters, the group whose rows of a tile lie in a slot, and stores under way."""
+class Device(Scratch):
+    """The group whose rows of a tile lie in a slot, and how many items have been drawn."""
 
-    cut: Cut
-    drawn: int = 0
-    written: list[int] = field(init=False)
-    reduced: list[int] = field(init=False)
-    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    flying: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.written = [0] * self.cut.groups
-        self.reduced = [0] * self.cut.groups
+    def __init__(self, cut: Cut) -> None:
+        super().__init__(cut.groups)
+        self.cut = cut
+        self.drawn = 0
 
     def draw(self) -> tuple[int, int] | None:
         """Which groups and which tile the next item has."""
@@ -67,15 +60,6 @@ class Device:
         if cut.tile_first:
             return index % cut.items, index // cut.items
         return index // cut.tiles, index % cut.tiles
-
-    def store(self, cta: int, at: tuple[int, int, int], group: int) -> None:
-        """A store that lands some time."""
-        self.flying.append((cta, lambda: self.rows.update({at: group})))
-
-    def landed(self, cta: int) -> Callable[[], bool]:
-        """Whether all stores that the CTA has issued by now have landed."""
-        mine = [store for store in self.flying if store[0] == cta]
-        return lambda: not any(store in self.flying for store in mine)
 
 
 Item = tuple[int, int] | None
