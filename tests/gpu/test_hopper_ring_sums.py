@@ -5,9 +5,8 @@ from typing import Any
 import hopper_cases as cases
 import pytest
 import torch
-from hopper_stage2 import DEVICE, runs
+from hopper_stage2 import DEVICE, SIZES, judge, judge_sees_stale_columns, runs
 
-from mixmoe.activations import silu
 from mixmoe.backends.hopper import gemm2_prefill, prefill_schedule
 
 
@@ -25,34 +24,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "inter, hidden, tokens, bias, weight_on",
-    [(128, 320, 300, False, 2), (192, 448, 900, True, 2), (256, 7168, 700, False, 1),
-     (384, 352, 700, True, 1), (256, 2880, 2500, True, 2), (256, 1024, 5000, False, 2)],
-)  # fmt: skip
+@pytest.mark.parametrize("inter, hidden, tokens, bias, weight_on", SIZES)
 def test_sums(inter: int, hidden: int, tokens: int, bias: bool, weight_on: int,
               launches: list[Any]) -> None:  # fmt: skip
-    recipe = cases.with_act(cases.RECIPES["a8w4"], silu(), weight_on)
-    case = cases.make_case(recipe, tokens, hidden, inter, 7, 3, bias=bias, skew="masked")
-    want, results = runs(case, 6)
-    assert cases.worst_row(results[0], want) < 2.0**-8 * 1.5
-    assert all(torch.equal(results[0], other) for other in results)
+    judge(inter, hidden, tokens, bias, weight_on, 6)
     assert len(launches) == 6
 
 
 def test_judge_sees_a_stale_row(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of one slice from another slot."""
-    case = cases.make_case(cases.RECIPES["a8w4"], 300, 512, 128, 7, 3)
-    launch = gemm2_prefill.launch
-
-    def stale(*operands: Any, **more: Any) -> torch.Tensor:
-        out = launch(*operands, **more)
-        out[17, 256:320] = out[17, :64]
-        return out
-
-    monkeypatch.setattr(gemm2_prefill, "launch", stale)
-    want, results = runs(case, 1)
-    assert cases.worst_row(results[0], want) > 2.0**-6
+    judge_sees_stale_columns(gemm2_prefill, 512, 256, monkeypatch)
 
 
 def unstored(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:

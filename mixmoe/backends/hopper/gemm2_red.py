@@ -445,7 +445,8 @@ def launch(
     """Add stage 2 and the sum over a token's routes to out (T, H) bf16, which holds zeros.
 
     h: rows in sorted order, one per sorted position; weights: w2 in the order hopper_fp4q_w1 (or
-    _wide); tiles: `worklist.tiles_by_expert(routed, red.main)`, drawn by one launch.    """
+    _wide); tiles: `worklist.tiles_by_expert(routed, red.main)`, drawn by one launch.
+    """
     p = routed.problem
     words, scales = weight_boxes(weights, 4, 1)
     weight = routed.sorted_weights if recipe.weight_on == 2 else None

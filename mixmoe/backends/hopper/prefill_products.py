@@ -241,29 +241,31 @@ def more_product(weights, ring, part: gl.constexpr, PARTS: gl.constexpr, acc, li
     """Issue acc, whose type is that of `like`, + weights (lo, hi, stage) times a part of their
     stage's rows."""
     lo, hi, stage = weights
-    N: gl.constexpr = like.shape[1]
-    A: gl.constexpr = gl.DotOperandLayout(0, like.type.layout, 4)
-    if part < PARTS:
-        x = ring.rows.index(stage).slice(part * N, N, dim=0)
-    else:
-        x = ring.extra.index(stage)
-    a = fragment(lo, hi, A, 1, gl.num_warps())
-    return warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
+    L: gl.constexpr = like.type.layout
+    x = rows_of(ring, stage, part, PARTS, like.shape[1])
+    return whole_product(lo, hi, x, acc, L, ADD=True)
 
 
 @gluon.jit
 def product(lo, hi, ring, stage, part: gl.constexpr, PARTS: gl.constexpr, like):
     """Issue a fragment times a part of a stage's rows: the extra ones are the part after PARTS."""
     N: gl.constexpr = like.shape[1]
+    L: gl.constexpr = like.type.layout
     nothing = zeros(N)
+    x = rows_of(ring, stage, part, PARTS, N)
     if part == 0:
-        x = ring.rows.index(stage).slice(0, N, dim=0)
         return add_product(lo, hi, x, nothing, ADD=False)
-    elif part < PARTS:
-        x = ring.rows.index(stage).slice(part * N, N, dim=0)
-        return whole_product(lo, hi, x, nothing)
     else:
-        return whole_product(lo, hi, ring.extra.index(stage), nothing)
+        return whole_product(lo, hi, x, nothing, L)
+
+
+@gluon.jit
+def rows_of(ring, stage, part: gl.constexpr, PARTS: gl.constexpr, N: gl.constexpr):
+    """The N rows of a part of a stage."""
+    if part < PARTS:
+        return ring.rows.index(stage).slice(part * N, N, dim=0)
+    else:
+        return ring.extra.index(stage)
 
 
 @gluon.jit
@@ -282,9 +284,8 @@ def add_product(lo, hi, x, acc, ADD: gl.constexpr = True):
 
 
 @gluon.jit
-def whole_product(lo, hi, x, like):
-    """Issue a decoded fragment times rows x (N, 128) at once: a group and a descriptor less."""
-    WARPS: gl.constexpr = gl.num_warps()
-    A: gl.constexpr = gl.DotOperandLayout(0, like.type.layout, 4)
-    a = fragment(lo, hi, A, 1, WARPS)
-    return warpgroup_mma(a, x.permute((1, 0)), like, use_acc=False, is_async=True)
+def whole_product(lo, hi, x, acc, L: gl.constexpr, ADD: gl.constexpr = False):
+    """`add_product` at once, a group and a descriptor less. L: the layout of acc."""
+    A: gl.constexpr = gl.DotOperandLayout(0, L, 4)
+    a = fragment(lo, hi, A, 1, gl.num_warps())
+    return warpgroup_mma(a, x.permute((1, 0)), acc, use_acc=ADD, is_async=True)

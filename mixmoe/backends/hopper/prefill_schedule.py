@@ -148,16 +148,16 @@ class Prefill:
         others: Tiles | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage 2 and the sum, h in sorted order; the lists, where they are there already."""
-        ring, sums = ring_of(routed.problem, out.device), sums_of(routed.problem, out.device)
+        p = routed.problem
+        ring = ring_of(p, out.device)
         if ring is not None:
             return gemm2_prefill.launch(
                 h, weights.w2, weights.w2_bias, routed, recipe, ring, out, segments  # type: ignore[arg-type]
             )
+        sums = sums_of(p, out.device)
         if sums is not None:
             if others is None:
-                others = tiles_by_expert(
-                    routed, sums.red.main, sums.counters(routed.problem)
-                )
+                others = tiles_by_expert(routed, sums.red.main, sums.counters(p))
             return gemm2_red_sum.launch(
                 h, weights.w2, weights.w2_bias, routed, others, recipe, sums, out  # type: ignore[arg-type]
             )
@@ -200,7 +200,7 @@ class Prefill:
         cut = Cut.of(p, recipe.accumulate == "precise")
         red = None if call.deterministic else red_of(p, y)
         ring = ring_of(p, x.device) if red is None else None
-        sums = sums_of(p, x.device) if red is ring is None else None
+        sums = sums_of(p, x.device) if red is None and ring is None else None
         other = red or (sums.red if sums else None)
         lists = work_lists(
             routed, cut.main, cut.extra, other.main if other else 0,
