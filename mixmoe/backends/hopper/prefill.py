@@ -25,10 +25,11 @@ from mixmoe.backends.hopper.prefill_end import End, Factors, Tile, finish
 from mixmoe.backends.hopper.prefill_products import (
     TEAMS,
     Ring,
+    first_of,
     multiply,
     multiply_pairs,
     multiply_precise,
-    parts_of,
+    widths_of,
 )
 
 
@@ -267,57 +268,66 @@ def of_fragment(factors, fragment: gl.constexpr):
 
 @gluon.jit
 def run_tile(
-    ring, factors, end, stage, phase, steps, team: gl.constexpr, N: gl.constexpr,
-    N2: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    ring, factors, end, stage, phase, steps, team: gl.constexpr, WIDTHS: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
 ):
-    """N, and if N2 > 8 N2 more, routes. The record is read again, late: registers are short."""
+    """As many routes as WIDTHS has. The record is read again, late: registers are short."""
     FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
-    PAIRED: gl.constexpr = PRECISE == 256
-    PARTS: gl.constexpr = parts_of(N, N2, FRAGMENTS, PAIRED) if PRECISE else 1
-    if PAIRED:
-        sums, stage, phase = multiply_pairs(ring, stage, phase, steps, team, N, N2, PARTS, WIDE)
-    elif PRECISE:
+    if ADDED == 256:
+        sums, stage, phase = multiply_pairs(ring, stage, phase, steps, team, WIDTHS, WIDE)
+    elif ADDED:
         sums, stage, phase = multiply_precise(
-            ring, stage, phase, steps, team, N, N2, PARTS, FRAGMENTS, WIDE
+            ring, stage, phase, steps, team, WIDTHS, FRAGMENTS, WIDE
         )
     else:
-        sums, stage, phase = multiply(ring, stage, phase, steps, team, N, N2, FRAGMENTS, WIDE)
+        sums, stage, phase = multiply(ring, stage, phase, steps, team, WIDTHS, FRAGMENTS, WIDE)
     tile = own_tile(factors, team, FRAGMENTS)
-    EACH: gl.constexpr = len(sums) // FRAGMENTS
+    EACH: gl.constexpr = len(WIDTHS)
     for i in gl.static_range(EACH * FRAGMENTS):
         mine = Tile(tile.start, tile.routes, tile.block + i // EACH)
         its = of_fragment(factors, team * FRAGMENTS + i // EACH)
-        finish(sums[i], its, i % EACH * (N // PARTS), mine, end, KIND)
+        finish(sums[i], its, first_of(WIDTHS, i % EACH), mine, end, KIND)
     return stage, phase
 
 
 @gluon.jit
+def run_smallest(
+    ring, factors, end, stage, phase, steps, team: gl.constexpr, SIZES: gl.constexpr,
+    at: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
+):
+    """A tile in the least of SIZES, from number `at` on, that holds its routes."""
+    FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
+    WIDTHS: gl.constexpr = widths_of(SIZES[at], ring.rows.shape[1], FRAGMENTS, ADDED)
+    if at + 1 == len(SIZES):
+        return run_tile(ring, factors, end, stage, phase, steps, team, WIDTHS, KIND, WIDE, ADDED)
+    else:
+        _, routes, _, _ = fields_of(factors.record)
+        if routes > SIZES[at]:
+            stage, phase = run_smallest(
+                ring, factors, end, stage, phase, steps, team, SIZES, at + 1, KIND, WIDE, ADDED
+            )
+        else:
+            stage, phase = run_tile(
+                ring, factors, end, stage, phase, steps, team, WIDTHS, KIND, WIDE, ADDED
+            )
+        return stage, phase
+
+
+@gluon.jit
 def consume(
-    team: gl.constexpr, ring, factors, work, sizes, end, steps, SMALL: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    team: gl.constexpr, ring, factors, work, sizes, end, steps, SIZES: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
 ):
     """Role of a team of matrix warps: each tile of this CTA, in the narrowest form that fits."""
-    MAIN: gl.constexpr = ring.rows.shape[1]
-    EXTRA: gl.constexpr = ring.extra.shape[1]
     total = all_items(work, sizes).total
     turn = 0
     stage, phase = 0, 0
     while item_index(turn) < total:
         mine = factors_of(factors, turn)
         mbarrier.wait(ring.full.index(stage), phase)  # the factors come before the first stage
-        _, routes, _, _ = fields_of(mine.record)
-        if routes > MAIN:
-            stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, MAIN, EXTRA, KIND, WIDE, PRECISE
-            )
-        elif routes > SMALL:
-            stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, MAIN, 8, KIND, WIDE, PRECISE
-            )
-        else:
-            stage, phase = run_tile(
-                ring, mine, end, stage, phase, steps, team, SMALL, 8, KIND, WIDE, PRECISE
-            )
+        stage, phase = run_smallest(
+            ring, mine, end, stage, phase, steps, team, SIZES, 0, KIND, WIDE, ADDED
+        )
         turn += 1
 
 
@@ -352,16 +362,16 @@ def make_factors(ROUTES: gl.constexpr, ROWS: gl.constexpr):
 @gluon.jit(do_not_specialize=["sizes"])
 def grouped_prefill(
     w_desc, s_desc, x, weight_ptr, work, sizes, out, columns, act, clear, K,
-    MAIN: gl.constexpr, EXTRA: gl.constexpr, SMALL: gl.constexpr, STAGES: gl.constexpr,
-    KIND: gl.constexpr, WIDE: gl.constexpr, PRECISE: gl.constexpr,
+    MAIN: gl.constexpr, EXTRA: gl.constexpr, SIZES: gl.constexpr, STAGES: gl.constexpr,
+    KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
     TEAM_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """out (P, I or H) = epilogue of x times the weights, a row per sorted position.
 
     columns: scales and biases of the weights' rows (`decode.Columns`); weight_ptr: routing weights
     by sorted position, or None; clear: a `Clear`, or None.
-    KIND None: the plain epilogue, act None. PRECISE: columns of K after which products are added
-    in float32; 0: never.
+    KIND None: the plain epilogue, act None. SIZES: routes of the tiles that have a loop of their
+    own, ascending. ADDED: columns of K after which products are added in float32; 0: never.
     """
     WARPS: gl.constexpr = gl.num_warps()
     ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)
@@ -380,10 +390,10 @@ def grouped_prefill(
         [
             (consume, (0, ring, factors, work, sizes,
                        End(low, out, weight_ptr, columns.bias, act, base),
-                       steps, SMALL, KIND, WIDE, PRECISE)),
+                       steps, SIZES, KIND, WIDE, ADDED)),
             (consume, (1, ring, factors, work, sizes,
                        End(high, out, weight_ptr, columns.bias, act, base),
-                       steps, SMALL, KIND, WIDE, PRECISE)),
+                       steps, SIZES, KIND, WIDE, ADDED)),
             (gather, (w_desc, s_desc, x, weight_ptr, columns, out.columns, clear, work, sizes, ring,
                       factors, steps, KIND is not None)),
         ],

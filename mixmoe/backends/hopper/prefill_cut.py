@@ -13,6 +13,7 @@ from mixmoe.spec import Problem
 # mean 64 300 / 235. Wide tiles: 128 + 64 / 256 routes: mean 171 585 / 678. Beyond them 256 + 32.
 FEW_TO, SINGLE_TO, HALF_TO, JOINED_TO = 52, 72, 144, 190
 TALL_TO = {True: 96, False: 75}  # precise, fast: 64 + 32 routes, then 128 + 32
+SIZES = {64: (32,), 128: (32,), 256: (64,)}
 FILLED = 0.9  # of the weight rows of tall tiles
 
 
@@ -83,8 +84,8 @@ class Cut:
         threads = 32 * 12
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
-            "MAIN": main, "EXTRA": max(8, extra), "SMALL": max(32, main // 4), "STAGES": stages,
-            "PRECISE": self.added(k), "TEAM_REGISTERS": self.registers[0],
+            "MAIN": main, "EXTRA": max(8, extra), "SIZES": (*SIZES[main], main, *((main + extra,) if extra else ())), "STAGES": stages,
+            "ADDED": self.added(k), "TEAM_REGISTERS": self.registers[0],
             "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
             "launch_pdl": True, **registers,
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 `multiply` leaves the sum to the tensor cores' accumulator; `multiply_precise` adds it in float32
 every 128 of K, `multiply_pairs` every 256. A team has one or two fragments of 64 weight rows. Sums
-come as a tuple: for each fragment the parts of the main routes, then the extra ones (N2 > 8).
+come as a tuple: for each fragment those of the products in WIDTHS, from the tile's first route on.
 
 A team waits for its own product inside every step, and the other team multiplies: with two teams
 ptxas would serialise wgmma in flight over a loop edge (C7512). Before it waits it reads the words
@@ -46,11 +46,28 @@ class Ring(NamedTuple):
 
 
 @constexpr_function
-def parts_of(n, n2, fragments, paired):
-    """Into how many products `multiply_precise` and (paired) `multiply_pairs` cut the n routes of a
-    tile: of 64, or of 32 where there are few, or where registers allow no more."""
-    many = (n == 256 and n2 > 8) or (paired and n2 == 64)
-    return n // (32 if n * fragments < 128 or many else 64)
+def widths_of(routes, main, fragments, added):
+    """The products that a tile of so many routes is cut into, those beyond `main` in the last.
+
+    added: columns of K after which they are added, and then they have 64 routes, or 32 where there
+    are few or where registers allow no more; 0: never, and they have powers of two.
+    """
+    extra = max(routes - main, 0)
+    routes -= extra
+    if not added:
+        low = 1 << (routes.bit_length() - 1)
+        widths = (low,) if low == routes else (low, routes - low)
+    else:
+        many = (routes == 256 and extra) or (added == 256 and extra == 64)
+        width = 32 if routes * fragments < 128 or many else 64
+        widths = (width,) * (routes // width)
+    return (*widths, extra) if extra else widths
+
+
+@constexpr_function
+def first_of(widths, i):
+    """The first route of the i-th product."""
+    return sum(widths[:i])
 
 
 @gluon.jit
@@ -73,56 +90,55 @@ def next_words(ring, stage, phase, team: gl.constexpr, more):
     return words, scales
 
 
+@constexpr_function
+def sums_layout(n):
+    """Of the sums of 64 weight rows x n routes."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, n, 32]
+    )
+
+
 @gluon.jit
 def zeros(N: gl.constexpr):
     """The sums of 64 weight rows x N routes."""
-    WARPS: gl.constexpr = gl.num_warps()
-    L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, N, 32]
-    )
-    return gl.zeros([WARPS * 16, N], gl.float32, L)
+    L: gl.constexpr = sums_layout(N)
+    return gl.zeros([64, N], gl.float32, L)
 
 
 @gluon.jit
-def no_sums(N: gl.constexpr, N2: gl.constexpr, PARTS: gl.constexpr, FRAGMENTS: gl.constexpr):
+def no_sums(WIDTHS: gl.constexpr, FRAGMENTS: gl.constexpr):
     """The tuple of sums, all zero."""
     sums = ()
     for _ in gl.static_range(FRAGMENTS):
-        for _part in gl.static_range(PARTS):
-            sums = sums + (zeros(N // PARTS),)  # type: ignore[assignment]
-        if N2 > 8:
-            sums = sums + (zeros(N2),)  # type: ignore[assignment]
+        for i in gl.static_range(len(WIDTHS)):
+            sums = sums + (zeros(WIDTHS[i]),)  # type: ignore[assignment]
     return sums
 
 
 @gluon.jit
 def multiply(
-    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
+    ring, stage, phase, steps, team: gl.constexpr, WIDTHS: gl.constexpr, FRAGMENTS: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
-    """All of K for one tile: (rows, N) and, if N2 > 8, (rows, N2) of each fragment.
+    """All of K for one tile: (rows, width) of each fragment and product.
 
     Half of a fragment's K is dequantised while the half before it multiplies.
     """
     STAGES: gl.constexpr = ring.rows.shape[0]
-    BOTH: gl.constexpr = 2 if N2 > 8 else 1
-    sums = no_sums(N, N2, 1, FRAGMENTS)
+    EACH: gl.constexpr = len(WIDTHS)
+    sums = no_sums(WIDTHS, FRAGMENTS)
     words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
-        x = ring.rows.index(stage)
-        if ring.rows.shape[1] != N:
-            x = x.slice(0, N, dim=0)
         issued = ()
         for f in gl.static_range(FRAGMENTS):
             lo, hi = decode(words[f], scales[f], WIDE)
-            acc = add_product(lo, hi, x, sums[f * BOTH])
-            issued = issued + (acc,)  # type: ignore[assignment]
-            if N2 > 8:
-                acc = add_product(lo, hi, ring.extra.index(stage), sums[f * BOTH + 1])
+            for i in gl.static_range(EACH):
+                x = rows_of(ring, stage, first_of(WIDTHS, i), WIDTHS[i])
+                acc = add_product(lo, hi, x, sums[f * EACH + i])
                 issued = issued + (acc,)  # type: ignore[assignment]
         ahead, ahead_phase = advance(stage, phase, STAGES)
         words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
-        if FRAGMENTS * BOTH > 1:
+        if FRAGMENTS * EACH > 1:
             sums = warpgroup_mma_wait(0, deps=issued)
         else:
             sums = (warpgroup_mma_wait(0, deps=issued),)
@@ -134,29 +150,29 @@ def multiply(
 
 @gluon.jit
 def multiply_precise(
-    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    PARTS: gl.constexpr, FRAGMENTS: gl.constexpr, WIDE: gl.constexpr,
+    ring, stage, phase, steps, team: gl.constexpr, WIDTHS: gl.constexpr, FRAGMENTS: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
-    """`multiply` with every 128 of K added in float32, the main routes in parts (rows, N / PARTS).
+    """`multiply` with every 128 of K added in float32.
 
     FP8 tensor cores keep about 14 bits of a running sum. Two products are in flight: one is added
     to its total while the tensor cores have the next.
     """
     STAGES: gl.constexpr = ring.rows.shape[0]
-    EACH: gl.constexpr = PARTS + (1 if N2 > 8 else 0)
+    EACH: gl.constexpr = len(WIDTHS)
     COUNT: gl.constexpr = EACH * FRAGMENTS
-    totals = no_sums(N, N2, PARTS, FRAGMENTS)
+    totals = no_sums(WIDTHS, FRAGMENTS)
     words, scales = next_words(ring, stage, phase, team, steps > 0)
     for step in range(steps):
         lo, hi = decode(words[0], scales[0], WIDE)
         sums = ()
-        part = product(lo, hi, ring, stage, 0, PARTS, totals[0])
+        part = product(lo, hi, ring, stage, 0, WIDTHS)
         ahead, ahead_phase = advance(stage, phase, STAGES)
         for i in gl.static_range(COUNT):
             if i + 1 < COUNT:
                 if (i + 1) % EACH == 0:
                     lo, hi = decode(words[(i + 1) // EACH], scales[(i + 1) // EACH], WIDE)
-                following = product(lo, hi, ring, stage, (i + 1) % EACH, PARTS, totals[i + 1])
+                following = product(lo, hi, ring, stage, (i + 1) % EACH, WIDTHS)
                 part = warpgroup_mma_wait(2 if (i + 1) % EACH == 0 else 1, deps=[part])
             else:
                 words, scales = next_words(ring, ahead, ahead_phase, team, step + 1 < steps)
@@ -173,32 +189,31 @@ def multiply_precise(
 
 @gluon.jit
 def multiply_pairs(
-    ring, stage, phase, steps, team: gl.constexpr, N: gl.constexpr, N2: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr,
+    ring, stage, phase, steps, team: gl.constexpr, WIDTHS: gl.constexpr, WIDE: gl.constexpr
 ):
     """`multiply_precise` of one fragment, added every 256 of K.
 
     Half as many additions, but two stages are given back at once, so the ring is long: with four
     stages of 288 routes this is slower (docs/measured-prefill.md).
     """
-    totals = no_sums(N, N2, PARTS, 1)
+    totals = no_sums(WIDTHS, 1)
     words, scales = next_words(ring, stage, phase, team, steps > 0)
     left = steps
     for _ in range(steps // 2):
         totals, words, scales, stage, phase = add_stages(
-            ring, totals, words, scales, stage, phase, left, team, PARTS, 2, WIDE
+            ring, totals, words, scales, stage, phase, left, team, WIDTHS, 2, WIDE
         )
         left -= 2
     for _ in range(steps % 2):
         totals, words, scales, stage, phase = add_stages(
-            ring, totals, words, scales, stage, phase, left, team, PARTS, 1, WIDE
+            ring, totals, words, scales, stage, phase, left, team, WIDTHS, 1, WIDE
         )
     return totals, stage, phase
 
 
 @gluon.jit
 def add_stages(
-    ring, totals, words, scales, stage, phase, left, team: gl.constexpr, PARTS: gl.constexpr,
+    ring, totals, words, scales, stage, phase, left, team: gl.constexpr, WIDTHS: gl.constexpr,
     SPAN: gl.constexpr, WIDE: gl.constexpr,
 ):
     """totals + the products of SPAN stages, of which the first one's words are there; then the
@@ -208,21 +223,21 @@ def add_stages(
     after, after_phase = advance(stage, phase, STAGES)
     lo, hi = decode(words[0], scales[0], WIDE)
     first = (lo, hi, stage)
-    part = product(lo, hi, ring, stage, 0, PARTS, totals[0])
+    part = product(lo, hi, ring, stage, 0, WIDTHS)
     second = first
     ahead, ahead_phase = after, after_phase
     if SPAN == 2:
         words, scales = next_words(ring, after, after_phase, team, True)
         lo, hi = decode(words[0], scales[0], WIDE)
         second = (lo, hi, after)
-        part = more_product(second, ring, 0, PARTS, part, totals[0])
+        part = more_product(second, ring, 0, WIDTHS, part)
         ahead, ahead_phase = advance(after, after_phase, STAGES)
     sums = ()
     for i in gl.static_range(COUNT):
         if i + 1 < COUNT:
-            following = product(first[0], first[1], ring, stage, i + 1, PARTS, totals[i + 1])
+            following = product(first[0], first[1], ring, stage, i + 1, WIDTHS)
             if SPAN == 2:
-                following = more_product(second, ring, i + 1, PARTS, following, totals[i + 1])
+                following = more_product(second, ring, i + 1, WIDTHS, following)
             part = warpgroup_mma_wait(SPAN, deps=[part])
         else:
             words, scales = next_words(ring, ahead, ahead_phase, team, left > SPAN)
@@ -237,35 +252,37 @@ def add_stages(
 
 
 @gluon.jit
-def more_product(weights, ring, part: gl.constexpr, PARTS: gl.constexpr, acc, like):
-    """Issue acc, whose type is that of `like`, + weights (lo, hi, stage) times a part of their
-    stage's rows."""
+def more_product(weights, ring, i: gl.constexpr, WIDTHS: gl.constexpr, acc):
+    """Issue acc + weights (lo, hi, stage) times the i-th rows of their stage."""
     lo, hi, stage = weights
-    L: gl.constexpr = like.type.layout
-    x = rows_of(ring, stage, part, PARTS, like.shape[1])
-    return whole_product(lo, hi, x, acc, L, ADD=True)
+    L: gl.constexpr = sums_layout(WIDTHS[i])
+    return whole_product(
+        lo, hi, rows_of(ring, stage, first_of(WIDTHS, i), WIDTHS[i]), acc, L, ADD=True
+    )
 
 
 @gluon.jit
-def product(lo, hi, ring, stage, part: gl.constexpr, PARTS: gl.constexpr, like):
-    """Issue a fragment times a part of a stage's rows: the extra ones are the part after PARTS."""
-    N: gl.constexpr = like.shape[1]
-    L: gl.constexpr = like.type.layout
-    nothing = zeros(N)
-    x = rows_of(ring, stage, part, PARTS, N)
-    if part == 0:
+def product(lo, hi, ring, stage, i: gl.constexpr, WIDTHS: gl.constexpr):
+    """Issue a fragment times the i-th rows of a stage."""
+    L: gl.constexpr = sums_layout(WIDTHS[i])
+    nothing = zeros(WIDTHS[i])
+    x = rows_of(ring, stage, first_of(WIDTHS, i), WIDTHS[i])
+    if i == 0:
         return add_product(lo, hi, x, nothing, ADD=False)
     else:
         return whole_product(lo, hi, x, nothing, L)
 
 
 @gluon.jit
-def rows_of(ring, stage, part: gl.constexpr, PARTS: gl.constexpr, N: gl.constexpr):
-    """The N rows of a part of a stage."""
-    if part < PARTS:
-        return ring.rows.index(stage).slice(part * N, N, dim=0)
-    else:
+def rows_of(ring, stage, first: gl.constexpr, N: gl.constexpr):
+    """N rows of a stage from `first` on."""
+    MAIN: gl.constexpr = ring.rows.shape[1]
+    if first == MAIN:
         return ring.extra.index(stage)
+    elif N == MAIN:
+        return ring.rows.index(stage)
+    else:
+        return ring.rows.index(stage).slice(first, N, dim=0)
 
 
 @gluon.jit
