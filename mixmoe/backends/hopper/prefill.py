@@ -165,12 +165,9 @@ def put_record(target, start, routes, row_tile):
 def load_weights(w_desc, s_desc, ring, unit, k, stage):
     """Both teams' weights of a step of K, by TMA."""
     ready = ring.full.index(stage)
-    mbarrier.expect(ready, TEAMS * (w_desc.block_type.nbytes + s_desc.block_type.nbytes))
-    for t in gl.static_range(TEAMS):
-        slot = stage * TEAMS + t
-        at = unit + t * w_desc.block_type.shape[0]
-        tma_load(w_desc, [at, k, 0], ready, ring.words.index(slot))
-        tma_load(s_desc, [at, 16 * k], ready, ring.scales.index(slot))
+    mbarrier.expect(ready, w_desc.block_type.nbytes + s_desc.block_type.nbytes)
+    tma_load(w_desc, [unit, k, 0], ready, ring.words.index(stage))
+    tma_load(s_desc, [unit, 16 * k], ready, ring.scales.index(stage))
 
 
 @gluon.jit
@@ -197,7 +194,7 @@ def gather(
         clear_at, clear_end = own_share(clear)
     while more:
         expert = gl.load(at)
-        row_units = (sizes.base + row_tile) * (TEAMS * w_desc.block_type.shape[0])
+        row_units = (sizes.base + row_tile) * w_desc.block_type.shape[0]
         unit = expert * sizes.units + row_units
         start = gl.load(at + 1)
         routes = gl.load(at + 2)
@@ -272,7 +269,7 @@ def run_tile(
     KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
 ):
     """As many routes as WIDTHS has. The record is read again, late: registers are short."""
-    FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
+    FRAGMENTS: gl.constexpr = ring.words.shape[1] // (TEAMS * gl.num_warps())
     if ADDED == 256:
         sums, stage, phase = multiply_pairs(ring, stage, phase, steps, team, WIDTHS, WIDE)
     elif ADDED:
@@ -296,7 +293,7 @@ def run_smallest(
     at: gl.constexpr, KIND: gl.constexpr, WIDE: gl.constexpr, ADDED: gl.constexpr,
 ):
     """A tile in the least of SIZES, from number `at` on, that holds its routes."""
-    FRAGMENTS: gl.constexpr = ring.words.shape[1] // gl.num_warps()
+    FRAGMENTS: gl.constexpr = ring.words.shape[1] // (TEAMS * gl.num_warps())
     WIDTHS: gl.constexpr = widths_of(SIZES[at], ring.rows.shape[1], FRAGMENTS, ADDED)
     if at + 1 == len(SIZES):
         return run_tile(ring, factors, end, stage, phase, steps, team, WIDTHS, KIND, WIDE, ADDED)
@@ -336,10 +333,10 @@ def make_ring(w_desc, s_desc, MAIN: gl.constexpr, EXTRA: gl.constexpr, STAGES: g
     """STAGES of both teams' weights and of the rows they share."""
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     words = gl.allocate_shared_memory(
-        gl.int32, [STAGES * TEAMS] + w_desc.block_type.shape, w_desc.layout
+        gl.int32, [STAGES] + w_desc.block_type.shape, w_desc.layout
     )
     scales = gl.allocate_shared_memory(
-        gl.int32, [STAGES * TEAMS] + s_desc.block_type.shape, s_desc.layout
+        gl.int32, [STAGES] + s_desc.block_type.shape, s_desc.layout
     )
     rows = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, MAIN, 128], swizzled)
     extra = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, EXTRA, 128], swizzled)
@@ -375,7 +372,7 @@ def grouped_prefill(
     """
     WARPS: gl.constexpr = gl.num_warps()
     ring = make_ring(w_desc, s_desc, MAIN, EXTRA, STAGES)
-    factors = make_factors(2 * MAIN, TEAMS * w_desc.block_type.shape[0] * 16)
+    factors = make_factors(2 * MAIN, w_desc.block_type.shape[0] * 16)
     staging = gl.allocate_shared_memory(
         gl.bfloat16, [TEAMS, MAIN, WARPS * 8], gl.NVMMASharedLayout(WARPS * 16, 16, 2)
     )
@@ -385,7 +382,7 @@ def grouped_prefill(
         gdc_wait()
     steps = (K + 127) // 128
     low, high = staging.index(0), staging.index(1)
-    base = sizes.base * (TEAMS * w_desc.block_type.shape[0] // WARPS)
+    base = sizes.base * (w_desc.block_type.shape[0] // WARPS)
     gl.warp_specialize(
         [
             (consume, (0, ring, factors, work, sizes,

@@ -70,8 +70,8 @@ class Cut:
 
     @property
     def box(self) -> int:
-        """16-row units of weights of each of the two teams."""
-        return self.form.rows // 32
+        """16-row units of a tile's weights, of both teams."""
+        return self.form.rows // 16
 
     def grid(self, device: torch.device, items: int) -> int:
         """Persistent CTAs."""

@@ -75,15 +75,15 @@ def next_words(ring, stage, phase, team: gl.constexpr, more):
     """The words and the scale bytes of each fragment once a stage is full; undefined where there is
     no `more`."""
     WARPS: gl.constexpr = gl.num_warps()
-    slot = stage * TEAMS + team
+    FRAGMENTS: gl.constexpr = ring.words.shape[1] // (TEAMS * WARPS)
     mbarrier.wait(ring.full.index(stage), phase, pred=more)
     fence_async_shared()  # cp.async writes through the generic proxy, wgmma reads by async
     words = ()
     scales = ()
-    for f in gl.static_range(ring.words.shape[1] // WARPS):
+    for f in gl.static_range(team * FRAGMENTS, team * FRAGMENTS + FRAGMENTS):
         raw, scale = load_raw(
-            ring.words.index(slot).slice(f * WARPS, WARPS, dim=0),
-            ring.scales.index(slot).slice(f * WARPS, WARPS, dim=0), 1, WARPS,
+            ring.words.index(stage).slice(f * WARPS, WARPS, dim=0),
+            ring.scales.index(stage).slice(f * WARPS, WARPS, dim=0), 1, WARPS,
         )  # fmt: skip
         words = words + (raw,)  # type: ignore[assignment]
         scales = scales + (scale,)  # type: ignore[assignment]
