@@ -123,11 +123,11 @@ def _decode_stage2(call: Call, chosen: Any, routed: Any) -> Run:
 
 def _passes(call: Call, deterministic: bool = True) -> list[tuple[slice, slice]]:
     """Tokens and routes of the passes that prefill makes."""
-    from mixmoe.backends.hopper.prefill_schedule import CHUNK, pass_of
+    from mixmoe.backends.hopper.prefill_schedule import pass_of
 
     topk, tokens = call.case.routing.topk, call.case.tokens
     x = call.case.x
-    most = pass_of(call.routed().problem, x.device) if deterministic else CHUNK
+    most = pass_of(call.routed().problem, x.device, deterministic)
     starts = range(0, tokens, most)
     ends = [min(start + most, tokens) for start in starts]
     return [(slice(a, b), slice(a * topk, b * topk)) for a, b in zip(starts, ends, strict=True)]

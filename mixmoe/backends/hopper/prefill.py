@@ -29,6 +29,7 @@ from mixmoe.backends.hopper.prefill_products import (
     multiply,
     multiply_pairs,
     multiply_precise,
+    rows_of,
     widths_of,
 )
 
@@ -104,8 +105,9 @@ def item_index(turn):
 
 
 @gluon.jit
-def addresses(x, start, first: gl.constexpr, routes, N: gl.constexpr, L: gl.constexpr):
-    """Pointers (N, 128) to the first 128 columns of rows `first`.. of a tile, their mask, rows."""
+def piece_of(x, start, first: gl.constexpr, routes, N: gl.constexpr, L: gl.constexpr):
+    """Rows `first` .. first + N of a tile: where their first 128 columns lie (N, 128), and whether
+    they exist; the rows themselves, and the same of those."""
     n = gl.arange(0, N, layout=gl.SliceLayout(1, L)) + first
     live = n < routes
     if x.ids is None:
@@ -113,7 +115,8 @@ def addresses(x, start, first: gl.constexpr, routes, N: gl.constexpr, L: gl.cons
     else:
         row = gl.load(x.ids + start + n, mask=live, other=0) & SENTINEL_MASK
     k = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    return row[:, None] * x.pitch + k[None, :], live[:, None] & (k >= 0)[None, :], row, live
+    offset = row[:, None] * x.pitch + k[None, :]
+    return offset, live[:, None] & (k >= 0)[None, :], row, live
 
 
 @gluon.jit
@@ -138,6 +141,27 @@ def put_values(target, first: gl.constexpr, ptr, at, live):
     """Values of a tile's rows first .., loaded into shared memory; zeros where there is no row."""
     N: gl.constexpr = live.shape[0]
     target.slice(first, N).store(gl.load(ptr + at, mask=live, other=0.0))
+
+
+@gluon.jit
+def put_routes(factors, first: gl.constexpr, x, weight_ptr, start, piece, L: gl.constexpr):
+    """Scales and routing weights of a tile's rows `first` .."""
+    _, _, row, live = piece
+    put_values(factors.scales, first, x.scales, row, live)
+    if weight_ptr is not None:
+        n = gl.arange(0, live.shape[0], layout=gl.SliceLayout(1, L)) + first
+        put_values(factors.weights, first, weight_ptr + start, n, live)
+
+
+@gluon.jit
+def load_rows(ring, stage, first: gl.constexpr, routes, codes, piece):
+    """128 columns of a tile's rows `first` .., if it has any: rows that do not exist cost as much
+    time as others. What lies there instead is multiplied and never stored."""
+    offset, mask, _, live = piece
+    if first == 0:
+        cp_async(rows_of(ring, stage, 0, live.shape[0]), codes + offset, mask=mask)
+    elif routes > first:
+        cp_async(rows_of(ring, stage, first, live.shape[0]), codes + offset, mask=mask)
 
 
 @gluon.jit
@@ -186,6 +210,7 @@ def gather(
     STAGES: gl.constexpr = ring.rows.shape[0]
     MAIN: gl.constexpr = ring.rows.shape[1]
     EXTRA: gl.constexpr = ring.extra.shape[1]
+    PIECE: gl.constexpr = 128 if MAIN > 128 else MAIN
     items = all_items(work, sizes)
     turn = 0
     at, row_tile, more = item(items, turn)
@@ -194,37 +219,35 @@ def gather(
         clear_at, clear_end = own_share(clear)
     while more:
         expert = gl.load(at)
-        row_units = (sizes.base + row_tile) * w_desc.block_type.shape[0]
-        unit = expert * sizes.units + row_units
+        unit = expert * sizes.units + (sizes.base + row_tile) * w_desc.block_type.shape[0]
         start = gl.load(at + 1)
         routes = gl.load(at + 2)
-        offset, mask, row, live = addresses(x, start, 0, routes, MAIN, L)
-        offset2, mask2, row2, live2 = addresses(x, start, MAIN, routes, EXTRA, L)
+        pieces = ()
+        for p in gl.static_range(MAIN // PIECE):
+            piece = piece_of(x, start, p * PIECE, routes, PIECE, L)
+            pieces = pieces + (piece,)  # type: ignore[assignment]
+        if EXTRA > 8:
+            last = piece_of(x, start, MAIN, routes, EXTRA, L)
+            pieces = pieces + (last,)  # type: ignore[assignment]
         m, exists = weight_rows(
             expert, sizes.base + row_tile, width, factors.columns.shape[1], GATED
         )
         scale = gl.load(columns.scale + m, mask=exists, other=0.0)
-        parity = turn % 2
+        mine = factors_of(factors, turn)
         # A free stage means that both teams are past the tile that used these factors last: a tile
         # has at least as many steps as the ring has stages.
         mbarrier.wait(ring.empty.index(stage), phase)
-        put_record(factors.record.index(parity), start, routes, row_tile)
-        factors.columns.index(parity).store(scale)
+        put_record(mine.record, start, routes, row_tile)
+        mine.columns.store(scale)
         if columns.bias is not None:
-            put_values(factors.bias.index(parity), 0, columns.bias, m, exists)
-        put_values(factors.scales.index(parity), 0, x.scales, row, live)
-        put_values(factors.scales.index(parity), MAIN, x.scales, row2, live2)
-        if weight_ptr is not None:
-            n = gl.arange(0, MAIN, layout=gl.SliceLayout(1, L))
-            n2 = gl.arange(0, EXTRA, layout=gl.SliceLayout(1, L)) + MAIN
-            put_values(factors.weights.index(parity), 0, weight_ptr + start, n, live)
-            put_values(factors.weights.index(parity), MAIN, weight_ptr + start, n2, live2)
+            put_values(mine.bias, 0, columns.bias, m, exists)
+        for p in gl.static_range(len(pieces)):
+            put_routes(mine, p * PIECE, x, weight_ptr, start, pieces[p], L)
         for k in range(steps):
             mbarrier.wait(ring.empty.index(stage), phase)
             load_weights(w_desc, s_desc, ring, unit, k, stage)
-            cp_async(ring.rows.index(stage), x.codes + k * 128 + offset, mask=mask)
-            if routes > MAIN:
-                cp_async(ring.extra.index(stage), x.codes + k * 128 + offset2, mask=mask2)
+            for p in gl.static_range(len(pieces)):
+                load_rows(ring, stage, p * PIECE, routes, x.codes + k * 128, pieces[p])
             async_copy.mbarrier_arrive(ring.full.index(stage), increment_count=False)
             stage, phase = advance(stage, phase, STAGES)
             if clear is not None:

@@ -13,7 +13,10 @@ from mixmoe.spec import Problem
 # mean 64 300 / 235. Wide tiles: 128 + 64 / 256 routes: mean 171 585 / 678. Beyond them 256 + 32.
 FEW_TO, SINGLE_TO, HALF_TO, JOINED_TO = 52, 72, 144, 190
 TALL_TO = {True: 96, False: 75}  # precise, fast: 64 + 32 routes, then 128 + 32
-SIZES = {64: (32,), 128: (32,), 256: (64,)}
+# Routes of the tiles that have a loop of their own beside main and main + extra: skewed routing
+# leaves experts with any share (H200, 2026-11-28, DeepSeek-V3 TP8 T 8192, stage 1 under Zipf
+# routing: 64 alone 588 us, 64 to 192 544; uniform routing the same).
+NARROW = {64: (32,), 128: (32, 64), 256: (64, 128, 192)}
 FILLED = 0.9  # of the weight rows of tall tiles
 
 
@@ -69,6 +72,12 @@ class Cut:
         return self.form.extra
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Routes of the tiles that the kernel tells apart, ascending."""
+        whole = (self.main, self.main + self.extra) if self.extra else (self.main,)
+        return NARROW[self.main] + whole
+
+    @property
     def box(self) -> int:
         """16-row units of a tile's weights, of both teams."""
         return self.form.rows // 16
@@ -84,7 +93,7 @@ class Cut:
         threads = 32 * 12
         registers = {} if ctas == 1 else {"maxnreg": 65536 // (ctas * threads) // 8 * 8}
         return {
-            "MAIN": main, "EXTRA": max(8, extra), "SIZES": (*SIZES[main], main, *((main + extra,) if extra else ())), "STAGES": stages,
+            "MAIN": main, "EXTRA": max(8, extra), "SIZES": self.sizes, "STAGES": stages,
             "ADDED": self.added(k), "TEAM_REGISTERS": self.registers[0],
             "GATHER_REGISTERS": self.registers[1], "PDL": True, "num_warps": 4,
             "launch_pdl": True, **registers,

@@ -7,7 +7,8 @@
 
 Inside the layer h stays in sorted order, the order in which stage 2 loads it. Tokens beyond `CHUNK`
 go through in several passes: what stage 2 keeps on the chip grows with the tokens, while a pass
-costs little, because its weights are read behind the tensor cores' time.
+costs little, because its weights are read behind the tensor cores' time. Where rows of h are too
+long to be kept, a pass is longer.
 """
 
 from dataclasses import dataclass, replace
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from mixmoe.backends.hopper.schedule import Call
 
 CHUNK = 8192  # tokens of a pass, at most
+# The same for rows of h that are too long for the chip: more tokens fill tiles better (H200,
+# 2026-11-28, gpt-oss T 16384, layer, one pass / two: 3858 / 4070 us; skewed routing 4075 / 5158).
+LONG_CHUNK = 4 * CHUNK
 # Routes per expert from which tensor-core tiles beat the decode streams. At 16 they are even, and h
 # in float32 decides (H100, 2026-11-28, layer, us: gpt-oss 657 / 658, DeepSeek-V3 EP 289 / 292).
 MEAN = 17
@@ -71,11 +75,14 @@ def ring_of(problem: Problem, device: torch.device) -> Ring | None:
     return Ring.of(problem, device)
 
 
-def pass_of(problem: Problem, device: torch.device) -> int:
-    """Tokens of a pass: half of CHUNK where the ring holds that and not more (Qwen3 TP4, T 8192,
-    layer, H200, 2026-11-28: 871 us in two passes, 912 in one with stored rows)."""
+def pass_of(problem: Problem, device: torch.device, deterministic: bool = True) -> int:
+    """Tokens of a pass: LONG_CHUNK where stage 2 keeps nothing on the chip, as far as 32 bits count
+    the values of h; half of CHUNK where the ring holds that and not more (Qwen3 TP4, T 8192, layer,
+    H200, 2026-11-28: 871 us in two passes, 912 in one with stored rows)."""
+    if Red.of(problem) is None:
+        return max(1, min(LONG_CHUNK, (1 << 30) // (problem.topk * problem.intermediate)))
     half = CHUNK // 2
-    if problem.tokens > half:
+    if deterministic and problem.tokens > half:
         whole = replace(problem, tokens=min(CHUNK, problem.tokens))
         if not ring_of(whole, device) and ring_of(replace(problem, tokens=half), device):
             return half
@@ -178,7 +185,7 @@ class Prefill:
 
     def layer(self, call: "Call", out: Tensor) -> Tensor:
         """Everything, from x and topk_ids to out, a pass after the other."""
-        tokens = pass_of(call.problem, call.x.device) if call.deterministic else CHUNK
+        tokens = pass_of(call.problem, call.x.device, call.deterministic)
         for first in range(0, call.problem.tokens, tokens):
             self.chunk(call, slice(first, first + tokens), out)
         return out
