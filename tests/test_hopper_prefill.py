@@ -37,6 +37,7 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
     grouped_prefill,
 )
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
+from mixmoe.backends.hopper.prefill_products import first_of, widths_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_schedule import pass_of, ring_of, sums_of  # noqa: E402
 from mixmoe.backends.hopper.slots import padded  # noqa: E402
 from mixmoe.backends.hopper.worklist import list_work  # noqa: E402
@@ -349,6 +350,22 @@ def test_form_follows_the_routes(
     precise = [form_of(p, True) for p in problems]
     assert precise[3] == form_of(Problem(4096, 7168, 192, 256, 8), True)
     assert [f for i, f in enumerate(precise) if i != 3] == [f for i, f in enumerate(fast) if i != 3]
+
+
+@pytest.mark.parametrize("tokens", [512, 2048, 4096, 5472, 8192])
+@pytest.mark.parametrize("intermediate", [256, 192])
+def test_products_of_a_tile(intermediate: int, tokens: int) -> None:
+    """Together they are its routes, those beyond main in the last; wgmma and memory want powers of
+    two."""
+    for precise in (True, False):
+        cut = Cut.of(Problem(tokens, 7168, intermediate, 256, 8), precise)
+        assert list(cut.sizes) == sorted(cut.sizes) and cut.sizes[-1] == cut.main + cut.extra
+        for size in cut.sizes:
+            widths = widths_of(size, cut.main, cut.form.rows // 128, cut.added(7168))
+            assert sum(widths) == size and all(w in (32, 64, 128, 256) for w in widths)
+            assert size <= cut.main or (widths[-1], first_of(widths, len(widths) - 1)) == (
+                cut.extra, cut.main
+            )  # fmt: skip
 
 
 @pytest.mark.skipif(not TUNED_FOR, reason="the ring does not compile")
