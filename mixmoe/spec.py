@@ -93,7 +93,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a GEMM is cut: ``tokens x rows x k`` a step, ring stages, warps, K split, CTAs an SM."""
+    """How a GEMM is cut: ``tokens x rows x k`` a step, ring stages, warps, K split, CTAs an SM;
+    registers of a thread at the launch, None: those of a CTA's part of an SM."""
 
     tokens: int
     rows: int
@@ -102,6 +103,7 @@ class Tile:
     warps: int = 4
     split_k: int = 1
     ctas_per_sm: int = 1
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 The launchers run on meta tensors with a kernel that only notes its arguments; those are compiled.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,7 +223,8 @@ FEW = [(shape, 1) for shape in SHAPES] + [("qwen3_tp4", 2), ("qwen3_tp8", 2)]
 @pytest.mark.parametrize(("shape", "tokens"), FEW)
 def test_stage1_of_few_tokens(compiled, shape, tokens):
     hidden_size, inter, experts, topk = SHAPES[shape]
-    tile, w = choose.few_tokens(hidden_size), weights(SHAPES[shape], bias=shape == "gptoss")
+    tile, _ = choose.few_tokens(Problem(tokens, *SHAPES[shape]))
+    w = weights(SHAPES[shape], bias=shape == "gptoss")
     ids, given = meta(tokens, topk, dtype=torch.int64), meta(tokens, topk)
     resources = compiled(
         gemm1_token, "gemm1_token",
@@ -232,6 +234,66 @@ def test_stage1_of_few_tokens(compiled, shape, tokens):
         ),
     )
     assert_good(resources, tile)
+
+
+def one_token(compiled, shape: tuple[int, ...], tiles: tuple[Tile, Tile]) -> list[Resources]:
+    """Both stages, the most that their epilogues do."""
+    hidden_size, inter, _, topk = shape
+    problem, w, recipe = Problem(1, *shape), weights(shape, bias=True), Recipe.named("a8w4")
+    ids, given = meta(1, topk, dtype=torch.int64), meta(1, topk)
+    row, rows = meta(1, hidden_size, dtype=torch.bfloat16), meta(topk, inter)
+    launches = {
+        gemm1_token: lambda: gemm1_token.launch(
+            row, w, ids, given, replace(recipe, act=swiglu()), tiles[0], rows
+        ),
+        gemm2_tokens: lambda: gemm2_tokens.launch_tokens(
+            hidden(problem, True), w, ids, given, None, recipe, tiles[1], row
+        ),
+    }
+    return [compiled(module, module.__name__.split(".")[-1], f) for module, f in launches.items()]
+
+
+def assert_both_fit(stage1: Resources, stage2: Resources) -> None:
+    """Two CTAs of stage 1 and one of stage 2 on an SM: 64 K registers, 228 KB."""
+    assert 384 * (2 * stage1.registers + stage2.registers) <= 65536
+    assert 2 * (stage1.shared + 1024) + stage2.shared + 1024 <= 228 * 1024
+
+
+BESIDE = [SHAPES["gptoss"], (4224, 2048, 5, 8), (352, 416, 3, 4)]
+
+
+@pytest.mark.parametrize("shape", BESIDE)
+def test_stages_of_one_token_beside_each_other(compiled, shape):
+    problem = Problem(1, *shape)
+    tiles = choose.few_tokens(problem)
+    assert [(tile.ctas_per_sm, tile.stages) for tile in tiles] == [(2, 7), (1, 4)]
+    made = one_token(compiled, shape, tiles)
+    assert_both_fit(*made)
+    for tile, resources in zip(tiles, made, strict=True):
+        assert_good(resources, tile)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_stages_that_do_not_fit_beside_each_other(compiled, which, monkeypatch):
+    """Either stage as it is where each has all of an SM: a ring too long, too many registers."""
+    problem = Problem(1, *SHAPES["gptoss"])
+    tiles = list(choose.few_tokens(problem))
+    made = one_token(compiled, SHAPES["gptoss"], (tiles[0], tiles[1]))
+    monkeypatch.setattr(choose, "beside", lambda problem: False)
+    tiles[which] = choose.few_tokens(problem)[which]
+    with pytest.raises(AssertionError):
+        assert_both_fit(*one_token(compiled, SHAPES["gptoss"], (tiles[0], tiles[1])))
+    made[which] = replace(made[which], registers=80)
+    with pytest.raises(AssertionError):
+        assert_both_fit(*made)
+
+
+def test_which_stages_share_an_sm():
+    """Rows of h that are quantised apart, at most two tiles of stage 2 a CTA, a ring of four."""
+    served = {shape for shape in SHAPES if choose.beside(Problem(1, *SHAPES[shape]))}
+    assert served == {"gptoss"} and all(choose.beside(Problem(1, *shape)) for shape in BESIDE)
+    assert not choose.beside(Problem(2, 2048, 768, 128, 8)), "more than a token"
+    assert not choose.beside(Problem(1, 4096, 14336, 8, 2)), "h fills what the ring needs"
 
 
 def test_few_tokens_go_without_routing():

@@ -286,8 +286,7 @@ def test_any_ring_of_three_stages_serves(stages: int, steps: int) -> None:
 @pytest.mark.parametrize("inter", [192, 256, 384, 2048, 2880])
 @pytest.mark.parametrize("parts", [[1], [2], [1, 2], [3, 1, 1]])
 def test_rings_of_tokens(inter: int, parts: list[int]) -> None:
-    tile = choose.decode_sums(Problem(1, 2880, inter, 32, 4))
-    assert tile is not None
+    _, tile = choose.few_tokens(Problem(1, 2880, inter, 32, 4))
     steps = -(-inter // (tile.k * 2))  # two warps an expert
     for seed in range(20):
         ring = Ring.of(tile.stages, 1, 1)
@@ -298,9 +297,9 @@ def test_rings_of_tokens(inter: int, parts: list[int]) -> None:
             play([stream(ring, sum(parts), steps), by_token(ring, parts, steps, True)], ring, seed)
 
 
-@pytest.mark.parametrize("hidden", [256, 2880, 4096])
-def test_rings_of_tokens_in_stage1(hidden: int) -> None:
-    tile = choose.few_tokens(hidden)
+@pytest.mark.parametrize(("hidden", "inter"), [(256, 256), (2880, 2880), (4096, 256), (4096, 2880)])
+def test_rings_of_tokens_in_stage1(hidden: int, inter: int) -> None:
+    tile, _ = choose.few_tokens(Problem(1, hidden, inter, 32, 4))
     steps = steps_of(tile, hidden)
     for seed in range(20):
         for parts in ([1], [2], [1, 3], [1, 1, 1]):

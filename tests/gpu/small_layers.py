@@ -25,6 +25,7 @@ from mixmoe.backends.hopper import hopper, prefill_schedule  # noqa: E402
 LAYERS: dict[str, dict[str, Any]] = {
     "general": {"recipe": "a8w8", "tokens": 9},
     "one token": {"tokens": 1},
+    "one token of long rows": {"tokens": 1, "inter": 416, "bias": True},
     "two tokens": {"tokens": 2, "skew": "masked", "bias": True},
     "decode": {"tokens": 7, "bias": True, "skew": "masked"},
     "decode of long rows": {"tokens": 7, "inter": 416},

@@ -109,7 +109,8 @@ CELLS = [("a8w4", edge) for edge in EDGES]
 CELLS += [(name, edge) for name in ("a8w4_mx", "a4w4") for edge in ("V3 EP", "768")]
 
 
-@pytest.mark.parametrize("tokens, sums", [(1, False), (2, False), (2, True), (8, False), (8, True)])
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("name, edge", CELLS)
 def test_few_tokens(
     name: str, edge: str, tokens: int, sums: bool, launches: list[Tile],

@@ -223,20 +223,37 @@ STREAMS = {1: (256, 4), 2: (256, 4), 4: (256, 4), 8: (256, 2), 16: (256, 2), 32:
 HALF_SM = 113 * 1024  # bytes of shared memory of each of two CTAs on an SM
 
 
-def ring(tokens: int, k: int, slices: int, resident: int | None, ctas: int = 2) -> Tile:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What CTAs of a kernel take of an SM: how many, bytes of shared memory of each, registers of a
+    thread at the launch (None: all that there are)."""
+
+    ctas: int
+    room: int
+    registers: int | None = None
+
+
+HALVES = Part(2, HALF_SM)
+# Two CTAs of stage 1 and one of stage 2 beside them: 228 KB with the 1 KB that each takes, and
+# 384 x (2 x 48 + 72) registers of 64 K: no more than they need, with 64 stage 2 spills.
+BESIDE = Part(2, 69 * 1024, 48), Part(1, 87 * 1024, 72)
+
+
+def ring(tokens: int, k: int, slices: int, resident: int | None, part: Part = HALVES) -> Tile:
     """A decode tile with as many ring stages as a CTA's part of an SM holds beside sums and
     resident rows.
 
     Eight warps hold 128 / slices weight rows. ``resident`` is bytes of rows that stay in shared
-    memory; None: rows come through the ring with the weights. ``ctas`` of an SM: 1 or 2.
+    memory; None: rows come through the ring with the weights.
     """
     rows = 128 // slices
     weights = rows // 16 * (k * slices // 128) * 1088  # 16 x 128: 1 KiB of codes, 64 B of scales
     columns = max(16 if slices > 1 else 8, tokens * slices)  # of both teams' products
     a_stage = weights + (columns * k if resident is None else 0)
     sums = 2 * columns * rows * 4 if slices > 1 else 0  # teams that part K hand two tiles over
-    left = (HALF_SM if ctas == 2 else SMEM) - sums - (resident or 0) - 1024
-    return Tile(tokens, rows, k, max(0, min(16, left // a_stage)), 8, slices, ctas)
+    left = part.room - sums - (resident or 0) - 1024
+    stages = max(0, min(16, left // a_stage))
+    return Tile(tokens, rows, k, stages, 8, slices, part.ctas, part.registers)
 
 
 def decode_stream(block: int) -> Tile:
@@ -246,10 +263,24 @@ def decode_stream(block: int) -> Tile:
     return replace(ring(block, k, slices, None), warps=4)
 
 
-def few_tokens(hidden: int) -> Tile:
-    """Decode stage 1 of `is_few` tokens, a row of x resident: one 16-row unit, K over the 8 matrix
-    warps."""
-    return ring(1, 128, 8, resident_bytes(hidden, 128 * 8))
+def few_tokens(problem: Problem) -> tuple[Tile, Tile]:
+    """Both stages of `is_few` tokens; of stage 1 a row of x is resident: one 16-row unit, K over
+    the 8 matrix warps."""
+    first, second = BESIDE if beside(problem) else (HALVES, HALVES)
+    x = resident_bytes(problem.hidden, 128 * 8)
+    return ring(1, 128, 8, x, first), sums_ring(problem, second)
+
+
+def beside(problem: Problem) -> bool:
+    """Whether CTAs of both stages of one token share an SM: stage 2's ring is full when h comes.
+
+    It pays where h is quantised between them, one CTA an SM has two tiles of stage 2 at most, and
+    its ring is long enough (H200, 2026-11-28, layer, us: gpt-oss 24.8 -> 23.8 and 24.9 -> 23.3;
+    3.4 tiles: DeepSeek-V3 EP 53.3 -> 59.1; three stages: Mixtral 55.4 -> 57.7).
+    """
+    apart = problem.tokens == 1 and not quantises_tokens(problem)
+    two_tiles = problem.hidden <= 2 * SMS * 16
+    return apart and two_tiles and sums_ring(problem, BESIDE[1]).stages >= 4
 
 
 def rows_memory(tile: Tile, intermediate: int) -> int:
@@ -306,9 +337,15 @@ def decode_sums(problem: Problem) -> Tile | None:
     most = SUM_TOKENS if problem.intermediate <= RESIDENT_COLUMNS else 1
     if problem.tokens > most or 8 % problem.topk:
         return None
-    span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
-    tile = ring(1, 256, 8, problem.topk * resident_bytes(problem.intermediate, 256 * span))
+    tile = sums_ring(problem)
     return tile if tile.stages > 1 else None  # a stage is read while the one before is multiplied
+
+
+def sums_ring(problem: Problem, part: Part = HALVES) -> Tile:
+    """The tile of `decode_sums` in a CTA's part of an SM."""
+    span = 8 // problem.topk  # warps of an expert, each with a part of h's columns
+    resident = problem.topk * resident_bytes(problem.intermediate, 256 * span)
+    return ring(1, 256, 8, resident, part)
 
 
 def resident_bytes(columns: int, step: int) -> int:

@@ -34,7 +34,7 @@ SENTINEL_MASK = gl.constexpr((1 << 24) - 1)
 SHARED = 227 * 1024  # bytes a CTA may use; an SM has 1 KB more and takes 1 KB for each CTA
 MATRIX_WARPS = 8
 HELPER_WARPS = 4  # producer, epilogue, gather
-HELPER_REGISTERS = 48  # of those warps: 40 spill; the matrix warps get the rest of the CTA's
+HELPER_REGISTERS = 48  # of those warps at most; the matrix warps get the rest of the CTA's
 # Where two teams of four warps share a CTA: registers of the second team (the first gets the
 # same) and of the helpers.
 TEAMS = gl.constexpr(2)
@@ -223,10 +223,15 @@ class Stream:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Launch options: all registers of the SM, shared by ctas_per_sm CTAs."""
+        """Launch options; the tile's registers, or all of the SM's, shared by ctas_per_sm CTAs."""
         threads = 32 * (MATRIX_WARPS + HELPER_WARPS)
-        registers = 65536 // (self.tile.ctas_per_sm * threads) // 8 * 8
+        registers = self.tile.registers or 65536 // (self.tile.ctas_per_sm * threads) // 8 * 8
         return {"num_warps": self.tile.warps, "maxnreg": registers, "launch_pdl": True}
+
+    @property
+    def helpers(self) -> int:
+        """Registers of a helper's thread beside one team of eight matrix warps."""
+        return min(HELPER_REGISTERS, self.options["maxnreg"] * 2 // 3 // 8 * 8)
 
     def boxes(self, packed: Packed, rows: int, slices: int) -> tuple[Any, Any]:
         """TMA boxes of one stage: `rows` units x the columns of `slices` slices, and scales."""

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
-    HELPER_REGISTERS,
     Blocks,
     Columns,
     Stream,
@@ -143,6 +142,6 @@ def launch(
         Blocks(None, topk_ids, None),
         Sizes(hidden, double // 2, experts, topk, -(-double // 16), row_tiles, steps, tiles),
         Act(*activation_scalars(recipe.act)), tokens * topk, steps, tile.stages,
-        KINDS[recipe.act.kind], cut.wide, HELPER_REGISTERS, tokens == 1, **cut.options,
+        KINDS[recipe.act.kind], cut.wide, cut.helpers, tokens == 1, **cut.options,
     )
     return out

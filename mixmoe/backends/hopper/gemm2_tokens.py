@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mixmoe.backends.hopper.decode import (
-    HELPER_REGISTERS,
     Columns,
     Ring,
     Stream,
@@ -237,7 +236,7 @@ def launch_tokens(
         *stream.boxes(w2, 1, span), hidden_of(h), out, Columns(w2.row_scale, weights.w2_bias),
         Routes(topk_ids, topk_weights if recipe.weight_on == 2 else None, expert_map),
         Sizes(hidden, intermediate, experts, topk, row_tiles, row_tiles, steps), tokens,
-        topk, stream.chunks, tile.stages, steps * stream.chunks, stream.wide, HELPER_REGISTERS,
+        topk, stream.chunks, tile.stages, steps * stream.chunks, stream.wide, stream.helpers,
         **stream.options,
     )
     return out

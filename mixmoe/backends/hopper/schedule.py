@@ -218,15 +218,12 @@ class Decode:
         p, recipe = call.problem, call.recipe
         ids, shares = call.topk_ids.contiguous(), call.topk_weights.to(torch.float32).contiguous()
         rows = torch.empty((p.routes, p.intermediate), dtype=torch.float32, device=call.x.device)
-        gemm1_token.launch(
-            call.x, call.weights, ids, shares, recipe, choose.few_tokens(p.hidden), rows
-        )
+        first, second = choose.few_tokens(p)
+        gemm1_token.launch(call.x, call.weights, ids, shares, recipe, first, rows)
         h: Tensor | SlotRows = rows
         if not choose.quantises_tokens(p):
             h = quantise_stage.quantise_fp8(rows, recipe.activation, recipe.rounding)
-        sums = choose.decode_sums(p)
-        assert sums is not None
-        return gemm2_decode.launch_tokens(h, call.weights, ids, shares, None, recipe, sums, out)
+        return gemm2_decode.launch_tokens(h, call.weights, ids, shares, None, recipe, second, out)
 
 
 def sums_of(routed: Placed, out: Tensor) -> Tile | None:
