@@ -18,14 +18,22 @@ interpreted.mend()
 torch.set_num_threads(1)
 SHAPES = [(256, 8192, 8), (8, 512, 2), (7, 1000, 3), (384, 8192, 8), (1, 40, 1), (5, 3, 1)]
 SKEWS = ["uniform", "one expert", "zipf", "none"]
-FEW = [(8, 512, 2), (7, 1000, 3), (256, 256, 8), (1, 40, 1), (5, 3, 1)]  # a list takes 30 ms here
-SEGMENTS = [(shape, skew, 40) for shape in FEW for skew in SKEWS]
-SEGMENTS += [(shape, skew, 17) for shape in FEW for skew in ("uniform", "zipf")]
-SEGMENTS += [((256, 8192, 8), "uniform", 264), ((384, 8192, 8), "zipf", 264)]
+FEW = [(8, 512, 2), (7, 1000, 3), (90, 128, 8), (1, 40, 1), (5, 3, 1)]
+# With the CTAs and the blocks that each has room for; a list takes 60 ms here. The last ones are an
+# eighth of a ring of DeepSeek-V3 TP8 (T 2048, 8192), of Kimi-K2 TP8 and of Qwen3 TP4.
+SEGMENTS = [(shape, skew, 20, 20) for shape in FEW for skew in SKEWS]
+SEGMENTS += [(shape, skew, 6, 20) for shape in FEW for skew in ("uniform", "zipf")]
+SEGMENTS += [
+    (shape, skew, 33, room)
+    for shape, room in [
+        ((32, 256, 8), 9), ((32, 1024, 8), 9), ((48, 1024, 8), 10), ((16, 512, 8), 6),
+    ]
+    for skew in ("uniform", "zipf")
+]
 
 
 def routed(experts: int, tokens: int, topk: int, skew: str) -> Routed:
-    """Lists of so many routes, with only counts and offsets filled in."""
+    """Lists of so many routes."""
     torch.manual_seed(experts)
     routes = tokens * topk
     weight = torch.ones(experts)
@@ -35,11 +43,15 @@ def routed(experts: int, tokens: int, topk: int, skew: str) -> Routed:
         weight = (torch.arange(experts) == experts // 2).float()
     ids = torch.multinomial(weight, routes, replacement=True)
     counts = ids.bincount(minlength=experts).int() * (skew != "none")
-    offsets = torch.zeros(experts + 1, dtype=torch.int32)
+    return counted(counts, Problem(tokens, 64, 64, experts, topk))
+
+
+def counted(counts: torch.Tensor, problem: Problem) -> Routed:
+    """Lists with only counts and offsets filled in."""
+    offsets = torch.zeros(problem.experts + 1, dtype=torch.int32)
     offsets[1:] = ((counts + 31) // 32 * 32).cumsum(0)
-    problem = Problem(tokens, 64, 64, experts, topk)
     nothing = torch.zeros(problem.padded_routes(32), dtype=torch.int32)
-    valid = torch.tensor([int(offsets[-1]), tokens], dtype=torch.int32)
+    valid = torch.tensor([int(offsets[-1]), problem.tokens], dtype=torch.int32)
     return Routed(
         nothing, nothing.float(), nothing[::32], valid, offsets, counts.int(), 32, problem
     )
@@ -106,35 +118,103 @@ def test_adjacency_check_sees_other_orders() -> None:
     assert not adjacent(covering(worklist.tiles(r, 128, 0), r, 128))
 
 
-@pytest.mark.parametrize("shape, skew, ctas", SEGMENTS, ids=str)
-def test_segments_cover_blocks(
-    shape: tuple[int, int, int], skew: str, ctas: int, dirty: None
-) -> None:
-    r = routed(*shape, skew)
-    total, room = int(r.expert_offsets[-1]) // 32, 20
+Lists = list[list[list[int]]]
+
+
+def segments(r: Routed, ctas: int, room: int) -> Lists:
+    """The records of each CTA, which cover every block once."""
     made = worklist.segments(r, worklist.Split(ctas, room, 700))
     assert not made.counters.any()
-    seen = torch.zeros(total, dtype=torch.int32)
-    for mine in made.records.tolist():
-        live = mine[: [record[0] for record in mine].index(-1)]
-        assert sum(blocks for _, _, blocks, _ in live) <= room
-        for expert, block, blocks, routes in live:
+    lists = [mine[: [record[0] for record in mine].index(-1)] for mine in made.records.tolist()]
+    seen = torch.zeros(int(r.expert_offsets[-1]) // 32, dtype=torch.int32)
+    for mine in lists:
+        assert sum(blocks for _, _, blocks, _ in mine) <= room
+        for expert, block, blocks, routes in mine:
             end = int(r.expert_offsets[expert] + r.expert_counts[expert])
             assert routes == min(end, (block + blocks) * 32) - block * 32, "without padding"
             assert blocks > 0 and int(r.expert_offsets[expert]) <= block * 32
             assert (block + blocks) * 32 <= int(r.expert_offsets[expert + 1])
             seen[block : block + blocks] += 1
     assert bool((seen == 1).all())
+    return lists
 
 
-def test_parts_are_as_short_as_the_ctas_allow() -> None:
-    """40 CTAs for 16 experts of about eight blocks, none of which is as long as a CTA's room."""
-    r = routed(16, 512, 8, "uniform")
-    records = worklist.segments(r, worklist.Split(40, 9, 700)).records
-    blocks = (r.expert_counts + 31) // 32
-    longest = int((records[:, 0, 2] * (records[:, 0, 0] >= 0)).max())
-    shorter, parts = (int((-(-blocks // most)).sum()) for most in (longest - 1, longest))
-    assert shorter > 40 >= parts and longest < int(blocks.max()) <= 9
+def cells(lists: Lists) -> int:
+    """Of the slowest CTA: its blocks, and one more for every segment."""
+    return max(sum(blocks + 1 for _, _, blocks, _ in mine) for mine in lists)
+
+
+def least_cells(r: Routed, ctas: int) -> int:
+    """Those of the slowest CTA if no expert were cut and all CTAs were equal."""
+    return -(-int(((r.expert_counts + 31) // 32 + (r.expert_counts > 0)).sum()) // ctas)
+
+
+@pytest.mark.parametrize("shape, skew, ctas, room", SEGMENTS, ids=str)
+def test_segments_cover_blocks(
+    shape: tuple[int, int, int], skew: str, ctas: int, room: int, dirty: None
+) -> None:
+    """And the slowest CTA has at most one cell more than must be, if there is room for as much."""
+    r = routed(*shape, skew)
+    lists, least = segments(r, ctas, room), least_cells(r, ctas)
+    assert least > room or cells(lists) <= least + 1, "the slowest CTA"
+
+
+@pytest.mark.parametrize(
+    "shape, skew, room, least",
+    [
+        ((32, 1024, 8), "uniform", 9, True), ((32, 512, 8), "zipf", 9, True),
+        ((16, 512, 8), "uniform", 6, False),
+    ],
+)  # fmt: skip
+def test_rests_are_not_cut(
+    shape: tuple[int, int, int], skew: str, room: int, least: bool
+) -> None:
+    """CTAs have whole rests, or parts of the same length, and no cell more than must be in some."""
+    r = routed(*shape, skew)
+    lists = segments(r, 33, room)
+    longest = max(blocks for mine in lists for _, _, blocks, _ in mine)
+    fewest = int((((r.expert_counts + 31) // 32 + longest - 1) // longest).sum())
+    assert sum(map(len, lists)) == fewest
+    assert cells(lists) == least_cells(r, 33) + (not least)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_segments_fill_all_the_room(seed: int, dirty: None) -> None:
+    """Experts of many sizes, whose blocks are as many as all CTAs have room for: no block is lost,
+    though the cells are more."""
+    torch.manual_seed(seed)
+    ctas, room, experts = 3 + seed % 3, (4, 9)[seed % 2], 5 + seed
+    cuts = torch.randint(0, ctas * room + 1, (experts - 1,)).sort().values
+    ends = torch.tensor([0, *cuts.tolist(), ctas * room])
+    r = counted(ends.diff() * 32, Problem(ctas * room * 32, 64, 64, experts, 1))
+    lists = segments(r, ctas, room)
+    assert all(sum(blocks for _, _, blocks, _ in mine) == room for mine in lists)
+
+
+def cut_by_blocks(r: Routed, split: worklist.Split) -> worklist.Segments:
+    """As many blocks a CTA, however many segments they are."""
+    made = worklist.Segments.empty(split, r.expert_counts.device)
+    made.counters.zero_()
+    total = int(r.expert_offsets[-1]) // 32
+    for cta, mine in enumerate(made.records):
+        low, high = cta * total // split.ctas, (cta + 1) * total // split.ctas
+        i = 0
+        for expert in range(r.problem.experts):
+            first, end = (int(at) // 32 for at in r.expert_offsets[expert : expert + 2])
+            a, b = max(low, first), min(high, end)
+            if a < b:
+                last = int(r.expert_offsets[expert] + r.expert_counts[expert])
+                mine[i] = torch.tensor([expert, a, b - a, min(last, b * 32) - a * 32])
+                i += 1
+        mine[i, 0] = -1
+    return made
+
+
+def test_cells_check_sees_cuts_by_blocks(monkeypatch: pytest.MonkeyPatch, dirty: None) -> None:
+    """A cut that does not count segments leaves a CTA with many small experts."""
+    monkeypatch.setattr(worklist, "segments", cut_by_blocks)
+    with pytest.raises(AssertionError, match="the slowest CTA"):
+        test_segments_cover_blocks((32, 512, 8), "zipf", 33, 9, dirty)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +236,7 @@ def test_cover_check_sees(
 
     monkeypatch.setattr(worklist, "segments", spoiled)
     with pytest.raises(AssertionError, match=match):
-        test_segments_cover_blocks((8, 512, 2), "uniform", 16, dirty)
+        test_segments_cover_blocks((8, 512, 2), "uniform", 16, 20, dirty)
 
 
 @pytest.mark.parametrize("shape", FEW, ids=str)

@@ -7,9 +7,8 @@ tiles     (room, 4) int32: expert, first sorted position, routes, 0. An expert's
           sorted, largest first. Those of stage 2 (`others`) go by expert, whose weights then come
           from memory once (H200, 2026-11-28, T 8192: 437 us, 450 with the largest first).
 segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks,
-          routes (the last block is padded). What each CTA of `gemm2_ring` keeps in shared memory:
-          a part of one expert where there are CTAs enough, and as short a one as they allow, else
-          equal cuts of the line of all blocks.
+          routes (the last block is padded). What each CTA of `gemm2_ring` keeps in shared memory
+          (`segments.py`).
 
 Both follow from the counts alone, so a captured graph replays with any routing.
 """
@@ -29,6 +28,7 @@ from mixmoe.backends.hopper.mainloop import (
     UNIT_WORDS,
     weight_descriptors,
 )
+from mixmoe.backends.hopper.segments import write_segments
 from mixmoe.preshuffle import Packed
 from mixmoe.spec import Routed
 
@@ -96,49 +96,6 @@ def clear_counters(counters_ptr, counters, worker, workers):
     for first in range(worker * 256, counters, workers * 256):
         c = first + tl.arange(0, 256)
         tl.store(counters_ptr + c, tl.zeros((256,), tl.int32), mask=c < counters)
-
-
-@triton.jit
-def write_segments(routes, start, e, cta, ctas, segments_ptr, ROOM: tl.constexpr):
-    """The list of CTA number `cta`.
-
-    One warp makes it, so that the sums over experts stay within a warp: 16 lists a program of eight
-    warps took 23 us (H200, 2026-11-28).
-    """
-    begin = start // 32
-    blocks = (routes + 31) // 32
-    end = begin + blocks
-    last = start + routes
-    most = ROOM
-    for smaller in tl.static_range(1, ROOM):  # the shortest parts for which there are CTAs enough
-        size = ROOM - smaller
-        most = tl.where(tl.sum((blocks + size - 1) // size, 0) <= ctas, size, most)
-    parts = (blocks + most - 1) // most
-    part_end = tl.cumsum(parts, 0)
-    total_parts = tl.sum(parts, 0)
-    total = tl.sum(blocks, 0)
-    if total_parts > ctas:  # equal cuts of the line of all blocks
-        low = (cta.to(tl.int64) * total // ctas).to(tl.int32)
-        high = ((cta + 1).to(tl.int64) * total // ctas).to(tl.int32)
-    else:  # an equal part of an expert
-        owner = ((part_end - parts <= cta) & (cta < part_end)).to(tl.int32)
-        part = cta - tl.sum(owner * (part_end - parts), 0)
-        size = tl.sum(owner * blocks, 0)
-        pieces = tl.maximum(tl.sum(owner * parts, 0), 1)
-        low = tl.sum(owner * begin, 0) + part * size // pieces
-        high = tl.sum(owner * begin, 0) + (part + 1) * size // pieces
-        high = tl.where(cta < total_parts, high, low)
-    at = segments_ptr + cta * (4 * (ROOM + 1))
-    while low < high:
-        inside = ((begin <= low) & (low < end)).to(tl.int32)
-        stop = tl.minimum(tl.sum(inside * end, 0), high)
-        tl.store(at, tl.sum(inside * e, 0))
-        tl.store(at + 1, low)
-        tl.store(at + 2, stop - low)
-        tl.store(at + 3, tl.minimum(tl.sum(inside * last, 0), stop * 32) - low * 32)
-        at += 4
-        low = stop
-    tl.store(at, -1)
 
 
 @triton.jit(do_not_specialize=["counters", "E", "ctas"])
