@@ -1,4 +1,4 @@
-"""One token of long rows on the GPU: CTAs of both stages share an SM (`choose.beside`)."""
+"""One token on the GPU: CTAs of both stages share an SM (`choose.beside`)."""
 
 from dataclasses import replace
 from functools import cache
@@ -15,9 +15,10 @@ from mixmoe.spec import Tile, Weights
 
 DEVICE, BACKEND = "cuda", hopper()
 SIZES: dict[str, dict[str, Any]] = {
-    "gpt-oss": {"hidden": 2880, "inter": 2880, "experts": 6, "topk": 4},
+    "gpt-oss": {"hidden": 2880, "inter": 2880, "experts": 4, "topk": 4},
     "two tiles a CTA": {"hidden": 4192, "inter": 416, "experts": 3, "topk": 4},
-    "eight experts": {"hidden": 2144, "inter": 1504, "experts": 16, "topk": 8},
+    "eight experts": {"hidden": 2144, "inter": 1504, "experts": 9, "topk": 8},
+    "short rows": {"hidden": 4000, "inter": 352, "experts": 9, "topk": 8},
     "fewer tiles than SMs": {"hidden": 96, "inter": 3008, "experts": 3, "topk": 2},
 }
 

@@ -236,7 +236,7 @@ class Part:
 HALVES = Part(2, HALF_SM)
 # Two CTAs of stage 1 and one of stage 2 beside them: 228 KB with the 1 KB that each takes, and
 # 384 x (2 x 48 + 72) registers of 64 K: no more than they need, with 64 stage 2 spills.
-BESIDE = Part(2, 69 * 1024, 48), Part(1, 87 * 1024, 72)
+BESIDE = Part(2, 60 * 1024, 48), Part(1, 105 * 1024, 72)
 
 
 def ring(tokens: int, k: int, slices: int, resident: int | None, part: Part = HALVES) -> Tile:
@@ -274,13 +274,12 @@ def few_tokens(problem: Problem) -> tuple[Tile, Tile]:
 def beside(problem: Problem) -> bool:
     """Whether CTAs of both stages of one token share an SM: stage 2's ring is full when h comes.
 
-    It pays where h is quantised between them, one CTA an SM has two tiles of stage 2 at most, and
-    its ring is long enough (H200, 2026-11-28, layer, us: gpt-oss 24.8 -> 23.8 and 24.9 -> 23.3;
-    3.4 tiles: DeepSeek-V3 EP 53.3 -> 59.1; three stages: Mixtral 55.4 -> 57.7).
+    It pays where one CTA an SM has two tiles of stage 2 at most, and its ring is long enough (H200,
+    2026-11-28, layer, us: gpt-oss 24.7 -> 23.4, Qwen3 TP8 10.2 -> 9.5; 3.4 tiles: DeepSeek-V3 TP8
+    13.6 -> 14.8; three stages: Mixtral 55.4 -> 57.7).
     """
-    apart = problem.tokens == 1 and not quantises_tokens(problem)
     two_tiles = problem.hidden <= 2 * SMS * 16
-    return apart and two_tiles and sums_ring(problem, BESIDE[1]).stages >= 4
+    return problem.tokens == 1 and two_tiles and sums_ring(problem, BESIDE[1]).stages >= 5
 
 
 def rows_memory(tile: Tile, intermediate: int) -> int:
