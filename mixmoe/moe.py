@@ -66,9 +66,9 @@ def moe(
     ``recipe.out_dtype``, written to ``out`` where given (it need not be zeroed).
     ``deterministic=False`` lets a backend add with atomics (hopper's prefill does, within the same
     bounds, in an order that changes from run to run). On hopper its kernel for bf16 results waits
-    for nobody, while deterministic prefill must not run in two streams at once (docs/hopper.md,
-    "One at a time"). ``backend`` is a name of ``mixmoe.backends.REGISTRY``; None is the device's
-    own.
+    for nobody; deterministic prefill of I at most 384 needs room on every SM at once, and CUDA
+    refuses it in a stream that has only some of them (docs/hopper.md, "Grids that start as a
+    whole"). ``backend`` is a name of ``mixmoe.backends.REGISTRY``; None is the device's own.
 
     Raises MixMoEError for anything that breaks a rule, before any launch.
     """

@@ -5,9 +5,11 @@ What this sees and the compile tests of single kernels do not: the host code of 
 operands, and forms that only odd sizes ask for (a K of one step, one expert, topk 33).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,10 +23,26 @@ from triton.runtime.errors import PTXASError  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from mixmoe.activations import swiglu  # noqa: E402
-from mixmoe.backends.hopper import hopper  # noqa: E402
+from mixmoe.backends.hopper import gemm2_prefill, gemm2_red_sum, hopper  # noqa: E402
+from mixmoe.backends.hopper.decode import multiprocessors  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut  # noqa: E402
 
-Launched = list[tuple[str, tuple[int, ...], Resources]]
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A launch that was compiled. together: its grid starts as a whole or not at all."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    together: bool
+    made: Resources
+
+    @property
+    def waits(self) -> bool:
+        """Whether its CTAs wait for one another: they poll counters in global memory."""
+        return re.search(r"\bld\.(acquire|relaxed)\.gpu", self.made.ptx) is not None
+
+
 PREFILL = {"route_once", "list_work", "quantise_rows", "grouped_prefill"}
 # H, I, E, topk, T, and kernels that such a layer launches; deterministic, but for "atomics".
 LAYERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
@@ -44,13 +62,15 @@ LAYERS: dict[str, tuple[tuple[int, ...], set[str]]] = {
 
 
 @contextmanager
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
     """Every launch is compiled, written down and left out."""
-    launched: Launched = []
+    launched: list[Launched] = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
         grid = grid(meta) if callable(grid) else grid
-        launched.append((kernel.fn.__name__, grid, compile_gluon(kernel, *args, **meta)))
+        made = compile_gluon(kernel, *args, **meta)
+        together = bool(meta.get("launch_cooperative_grid"))
+        launched.append(Launched(kernel.fn.__name__, grid, together, made))
 
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
@@ -76,11 +96,23 @@ def test_every_launch_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     for accumulate in ("precise", "fast") if name.startswith("one step") else ("precise",):
         with compiled(monkeypatch) as launched:
             layer(sizes, name == "atomics", accumulate)
-        assert kernels <= {kernel for kernel, _, _ in launched}, {k for k, _, _ in launched}
-        for kernel, grid, made in launched:
-            assert all(n > 0 for n in grid), (kernel, grid)
-            assert made.shared <= 227 * 1024, kernel
-            assert not (TUNED_FOR and made.messages), (kernel, made.messages)
+        assert kernels <= {one.kernel for one in launched}, {one.kernel for one in launched}
+        for one in launched:
+            assert all(n > 0 for n in one.grid), (one.kernel, one.grid)
+            assert one.made.shared <= 227 * 1024, one.kernel
+            assert not (TUNED_FOR and one.made.messages), (one.kernel, one.made.messages)
+            assert one.together == one.waits, one.kernel
+            assert not one.waits or one.grid == (2 * multiprocessors(torch.device("cpu")),)
+
+
+@pytest.mark.parametrize("name, module", [("ring", gemm2_prefill), ("tall", gemm2_red_sum)])
+def test_a_kernel_whose_ctas_wait_and_may_start_in_part_is_seen(
+    name: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOGETHER", {})
+    with compiled(monkeypatch) as launched:
+        layer(LAYERS[name][0], False, "precise")
+    assert sum(one.waits and not one.together for one in launched) == 1
 
 
 @pytest.mark.skipif(not TUNED_FOR, reason="the crash is of this ptxas")

@@ -11,7 +11,7 @@ the rows.
 Roles of a CTA (two CTAs on an SM): 4 matrix warps, which store their products to the ring, by way
 of shared memory as whole lines of the L2; 2 warps that reduce; a warp that loads weights and
 announces groups; a warp that watches the other CTAs. All CTAs must be resident, because they wait
-for each other: the grid is never larger than the device holds.
+for each other: the grid is never larger than the device holds, and starts as a whole.
 
 Between CTAs `written[g]` counts those whose rows of group g are visible, `reduced[g]` those that
 have read it; a slot is written again when the group RING before is reduced. Within a CTA nothing
@@ -70,6 +70,7 @@ from mixmoe.backends.hopper.gemm2_prefill_sum import (
     reduce,
     watch,
 )
+from mixmoe.backends.hopper.launch import TOGETHER
 from mixmoe.backends.hopper.mainloop import (
     advance,
     cta_barrier,
@@ -362,7 +363,7 @@ class Ring:
             "STEPS": self.steps, "STAGES": self.stages, "ROOM": self.room, "RING": self.slots,
             "GROUP": self.group, "TURNS": self.turns(tokens), "SPAN": self.span,
             "AHEAD": self.ahead, "REGISTERS": self.registers, "PDL": True,
-            "num_warps": 4, "maxnreg": 128, "launch_pdl": True,
+            "num_warps": 4, "maxnreg": 128, "launch_pdl": True, **TOGETHER,
         }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ Between CTAs `written[g]` counts the items whose rows of group g are visible, `r
 that have read their part of it; a slot is written again when the group `slots` before is reduced.
 Items are drawn in order and slots are at least the groups of an item, so who waits for a slot waits
 for items that were drawn before its own: no deadlock, as long as all CTAs are resident. The grid is
-never larger than the device holds.
+never larger than the device holds, and starts as a whole.
 
 The summing warp copies rows to shared memory and adds them up there: loads to registers would be
 too few under way (one warp has 112 of them a lane; 16 loads spill), and a copy costs no register.
@@ -46,7 +46,7 @@ from mixmoe.backends.hopper.gemm2_red import (
     multiply,
     produce,
 )
-from mixmoe.backends.hopper.launch import pow2
+from mixmoe.backends.hopper.launch import TOGETHER, pow2
 from mixmoe.backends.hopper.mainloop import advance, cp_async, cta_barrier, read_record
 from mixmoe.backends.hopper.prefill import Work
 from mixmoe.backends.hopper.route import Placed
@@ -320,7 +320,7 @@ class Sums:
         """Keywords of the launch but for the weights' order."""
         return {
             **self.red.options(), "TOPK": problem.topk, "GROUP": self.group,
-            "TURNS": self.turns(problem), "DEPTH": self.depth,
+            "TURNS": self.turns(problem), "DEPTH": self.depth, **TOGETHER,
         }  # fmt: skip
 
 

@@ -33,6 +33,11 @@ def options(device: torch.device) -> dict[str, bool]:
     return {"PDL": gpu, "launch_pdl": gpu}
 
 
+# Launch keyword of a kernel whose CTAs wait for one another: the device gives its grid room as a
+# whole or refuses it, so two of them never hold a part of the device each and wait for the rest.
+TOGETHER = {"launch_cooperative_grid": True}
+
+
 def pow2(n: int) -> int:
     """Smallest power of two that is at least ``n`` (and at least 1)."""
     return 1 << max(0, n - 1).bit_length()
