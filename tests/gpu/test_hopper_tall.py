@@ -69,7 +69,8 @@ def test_sizes_of_a_tile(main: int, size: str, precise: bool) -> None:
     case = skewed(main, size, precise)
     weights = BACKEND.prepare(case.weights, case.recipe).to(DEVICE)
     poison = torch.full_like(case.x, torch.nan, device=DEVICE)
-    BACKEND.layer(poison, weights, case.ids.to(DEVICE), case.topk_weights.to(DEVICE), case.recipe)
+    routes = case.ids.to(DEVICE), case.topk_weights.to(DEVICE)
+    BACKEND.layer(poison, weights, *routes, case.recipe, out=torch.empty_like(poison))
     result = cases.judge(case, BACKEND, DEVICE)
     assert cases.passed(result), str(result)
 
