@@ -1,9 +1,9 @@
 """Our stages one by one, as the Hopper layer runs them.
 
 Inside the layer a stage may hand on what its public form does not: decode leaves h in float32 and
-requantises it in the loads of stage 2; prefill keeps h in sorted order and takes 8192 tokens at a
-time. Timed alone through the public door, a stage would pay for a form that the layer never makes.
-A schedule without such a form is timed through the public door.
+requantises it in the loads of stage 2; prefill keeps h in sorted order and takes as many tokens at
+a time as `pass_of` says. Timed alone through the public door, a stage would pay for a form that the
+layer never makes. A schedule without such a form is timed through the public door.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def segments(r: Routed, ctas: int, room: int) -> Lists:
             assert blocks > 0 and int(r.expert_offsets[expert]) <= block * 32
             assert (block + blocks) * 32 <= int(r.expert_offsets[expert + 1])
             seen[block : block + blocks] += 1
-    assert bool((seen == 1).all())
+    assert bool((seen == 1).all()), "every block once"
     return lists
 
 
@@ -218,11 +218,11 @@ def test_cells_check_sees_cuts_by_blocks(monkeypatch: pytest.MonkeyPatch, dirty:
 
 
 @pytest.mark.parametrize(
-    "field, match", [((3, 0, -1), None), ((3, 3, 64), "without padding")],
+    "field, match", [((3, 0, -1), "every block once"), ((3, 3, 64), "without padding")],
     ids=["a lost block", "rows of padding"],
 )  # fmt: skip
 def test_cover_check_sees(
-    field: tuple[int, int, int], match: str | None, monkeypatch: pytest.MonkeyPatch, dirty: None
+    field: tuple[int, int, int], match: str, monkeypatch: pytest.MonkeyPatch, dirty: None
 ) -> None:
     """The checks above fail when a list is short of a record, and when a field counts padding."""
     honest = worklist.segments
@@ -230,7 +230,7 @@ def test_cover_check_sees(
 
     def spoiled(*args: object) -> worklist.Segments:
         made = honest(*args)
-        assert int(made.records[cta, 0, at]) != value
+        assert int(made.records[cta, 0, at]) != value, "not spoiled"
         made.records[cta, 0, at] = value
         return made
 

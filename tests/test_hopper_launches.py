@@ -23,7 +23,12 @@ from triton.runtime.errors import PTXASError  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from mixmoe.activations import swiglu  # noqa: E402
-from mixmoe.backends.hopper import gemm2_prefill, gemm2_red_sum, hopper  # noqa: E402
+from mixmoe.backends.hopper import (  # noqa: E402
+    gemm2_prefill,
+    gemm2_red_sum,
+    hopper,
+    prefill_schedule,
+)
 from mixmoe.backends.hopper.decode import multiprocessors  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut  # noqa: E402
 
@@ -103,6 +108,14 @@ def test_every_launch_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert not (TUNED_FOR and one.made.messages), (one.kernel, one.made.messages)
             assert one.together == one.waits, one.kernel
             assert not one.waits or one.grid == (2 * multiprocessors(torch.device("cpu")),)
+
+
+def test_long_rows_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token in one of them; the last one is short."""
+    monkeypatch.setattr(prefill_schedule, "LONG_CHUNK", 50)
+    with compiled(monkeypatch) as launched:
+        layer((32, 416, 2, 2, 80), False, "precise")
+    assert [one.grid[0] for one in launched if one.kernel == "sum_routes"] == [50, 30]
 
 
 @pytest.mark.parametrize("name, module", [("ring", gemm2_prefill), ("tall", gemm2_red_sum)])

@@ -2,9 +2,9 @@
 
 A tile is 128 or 256 weight rows x up to MAIN + EXTRA routes of one expert. Its rows of x are
 gathered by cp.async; an expert with slightly more than MAIN routes adds a second, narrow
-accumulator that reuses the dequantised weights. Persistent: CTA c takes items c, 2G - 1 - c,
-2G + c, ... of a list sorted by size, so that loads come out even without a scheduler, and the CTAs
-that share rows of x run side by side.
+accumulator that reuses the dequantised weights, and a tile of few routes has a loop of its own.
+Persistent: CTA c takes items c, 2G - 1 - c, 2G + c, ... of a list sorted by size, so that loads
+come out even without a scheduler, and the CTAs that share rows of x run side by side.
 
 Roles of a CTA: two teams of 4 matrix warps, and 4 warps that gather. The teams (64 or 128 weight
 rows each) share the ring of x but not their time: while one dequantises or is in its epilogue the

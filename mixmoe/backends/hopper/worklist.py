@@ -1,11 +1,12 @@
 """Work lists of the prefill kernels, made on the device from expert counts: no host knows them.
 
-tiles     (room, 4) int32: expert, first sorted position, routes, 0. An expert's routes are cut
-          into tiles of MAIN, the last of which may be EXTRA larger, so that an expert with 270
-          routes makes one tile of 256 + 32 and not two. Beside them (2,) int32: how many there
-          are, and a zero from which one kernel counts the items it has drawn. Those of stage 1 are
-          sorted, largest first. Those of stage 2 (`others`) go by expert, whose weights then come
-          from memory once (H200, 2026-11-28, T 8192: 437 us, 450 with the largest first).
+tiles     (room, 4) int32: expert, first sorted position, routes, one that is not written. An
+          expert's routes are cut into tiles of MAIN, the last of which may be EXTRA larger, so that
+          an expert with 270 routes makes one tile of 256 + 32 and not two. Beside them (2,) int32:
+          how many there are, and a zero from which one kernel counts the items it has drawn. Those
+          of stage 1 are sorted, largest first. Those of stage 2 (`others`) go by expert, whose
+          weights then come from memory once (H200, 2026-11-28, T 8192: 437 us, 450 with the largest
+          first).
 segments  (CTAs, ROOM + 1, 4) int32: expert (-1 ends a list), first sorted block, blocks,
           routes (the last block is padded). What each CTA of `gemm2_ring` keeps in shared memory
           (`segments.py`).
