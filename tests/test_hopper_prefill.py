@@ -39,8 +39,9 @@ from mixmoe.backends.hopper.prefill import (  # noqa: E402
 from mixmoe.backends.hopper.prefill_cut import Cut, form_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_products import first_of, widths_of  # noqa: E402
 from mixmoe.backends.hopper.prefill_schedule import pass_of, ring_of, sums_of  # noqa: E402
-from mixmoe.backends.hopper.slots import padded  # noqa: E402
+from mixmoe.backends.hopper.slots import SlotRows, padded  # noqa: E402
 from mixmoe.backends.hopper.worklist import list_work  # noqa: E402
+from mixmoe.errors import MixMoEError  # noqa: E402
 from mixmoe.shapes import shape_named  # noqa: E402
 from mixmoe.spec import Problem  # noqa: E402
 from tests.hopper_compile import TUNED_FOR, Fake, Resources, compile_gluon  # noqa: E402
@@ -366,6 +367,20 @@ def test_products_of_a_tile(intermediate: int, tokens: int) -> None:
             assert size <= cut.main or (widths[-1], first_of(widths, len(widths) - 1)) == (
                 cut.extra, cut.main
             )  # fmt: skip
+
+
+def test_more_rows_than_32_bits_count_are_refused() -> None:
+    """And not read at wrong places; the layer's passes stay below."""
+    def rows(count: int) -> SlotRows:
+        codes = torch.empty((count, 2048), dtype=torch.float8_e4m3fn, device="meta")
+        return SlotRows(codes, torch.empty((count, 1), device="meta"))
+
+    assert rows(1 << 20).counted().codes.shape[0] == 1 << 20
+    with pytest.raises(MixMoEError, match="split the tokens"):
+        rows((1 << 20) + 1).counted()
+    large = Problem(1 << 20, 7168, 2048, 32, 8)
+    most = replace(large, tokens=pass_of(large, DEVICE))
+    rows(most.padded_routes(32)).counted()
 
 
 @pytest.mark.skipif(not TUNED_FOR, reason="the ring does not compile")

@@ -30,7 +30,7 @@ def launch(
     tiles: `worklist.tiles(routed, cut.main, cut.extra)`; routed.block == 32. clear: a contiguous
     bf16 tensor to zero on the way.
     """
-    p = routed.problem
+    p, x = routed.problem, x.counted()
     words, scales = weight_boxes(weights, cut.box, 1)
     row_tiles = -(-2 * p.intermediate // cut.form.rows)
     weight = routed.sorted_weights if recipe.weight_on == 1 else None

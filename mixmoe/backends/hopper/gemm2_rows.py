@@ -50,7 +50,7 @@ def launch_group(
     base: int, count: int, rows: Tensor,
 ) -> None:
     """`count` row tiles from tile `base` on -> rows (P, at least the columns of these tiles)."""
-    p = routed.problem
+    p, h = routed.problem, h.counted()
     words, scales = weight_boxes(weights, cut.box, 1)
     grouped_prefill[(cut.grid(rows.device, tiles.room * count),)](
         words, scales, Rows(h.codes, h.codes.stride(0), h.scales, None), None,

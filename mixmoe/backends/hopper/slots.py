@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised, fp8_token
 from mixmoe.preshuffle import HOPPER_SLOTS
 
+COUNTED = 1 << 31  # codes that a 32-bit offset reaches
 GROUP = HOPPER_SLOTS.tile[1]  # columns that change places among themselves
 
 
@@ -46,6 +48,14 @@ class SlotRows:
         if k % GROUP:
             whole = torch.nn.functional.pad(whole, (0, padded(k) - k))
         return cls(turned(whole.contiguous(), 4, 8).view(q.codes.dtype), q.scales)
+
+    def counted(self) -> "SlotRows":
+        """Itself; MixMoEError where the codes are more than kernels count in 32 bits."""
+        bytes_of_codes = self.codes.shape[0] * self.codes.stride(0)
+        if bytes_of_codes > COUNTED:
+            rule = f"gathered rows have at most {COUNTED} codes: split the tokens"
+            raise MixMoEError(rule, bytes_of_codes, COUNTED)
+        return self
 
     def natural(self, k: int) -> Quantised:
         """The first ``k`` columns of each row in natural order."""
