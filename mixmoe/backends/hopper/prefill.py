@@ -158,9 +158,7 @@ def load_rows(ring, stage, first: gl.constexpr, routes, codes, piece):
     """128 columns of a tile's rows `first` .., if it has any: rows that do not exist cost as much
     time as others. What lies there instead is multiplied and never stored."""
     offset, mask, _, live = piece
-    if first == 0:
-        cp_async(rows_of(ring, stage, 0, live.shape[0]), codes + offset, mask=mask)
-    elif routes > first:
+    if first == 0 or routes > first:
         cp_async(rows_of(ring, stage, first, live.shape[0]), codes + offset, mask=mask)
 
 

@@ -19,7 +19,7 @@ of n blocks counts n + 1 cells, and the CTAs are filled by cells:
 import triton
 import triton.language as tl
 
-SIZES = tl.constexpr(32)  # sizes of a rest, from 0: more than any CTA has room for
+REST_SIZES = tl.constexpr(32)  # sizes of a rest, from 0: more than any CTA has room for
 
 
 @triton.jit
@@ -30,10 +30,10 @@ def cut_parts(blocks, part):
 
 
 @triton.jit
-def by_size(rest, ROOM: tl.constexpr):
+def count_sizes(rest, ROOM: tl.constexpr):
     """How many rests of each size there are; of none, no number."""
-    size = tl.arange(0, SIZES)
-    left = tl.zeros((SIZES,), tl.int32)
+    size = tl.arange(0, REST_SIZES)
+    left = tl.zeros((REST_SIZES,), tl.int32)
     for n in tl.static_range(1, ROOM):
         left = tl.where(size == n, tl.sum((rest == n).to(tl.int32), 0), left)
     return left
@@ -42,14 +42,14 @@ def by_size(rest, ROOM: tl.constexpr):
 @triton.jit
 def largest(which):
     """The largest size of those marked, or 0."""
-    return tl.max(tl.where(which, tl.arange(0, SIZES), 0), 0)
+    return tl.max(tl.where(which, tl.arange(0, REST_SIZES), 0), 0)
 
 
 @triton.jit
 def fill(left, cells, ROOM: tl.constexpr):
     """Rests of a CTA by size, the largest that fits first; how many CTAs can take the same."""
-    size = tl.arange(0, SIZES)
-    load = tl.zeros((SIZES,), tl.int32)
+    size = tl.arange(0, REST_SIZES)
+    load = tl.zeros((REST_SIZES,), tl.int32)
     room = cells * 0 + ROOM
     rest = largest(left > 0)
     while rest > 0:
@@ -70,9 +70,9 @@ def pack(left, cells, cta, ctas, ROOM: tl.constexpr):
     cells say (H200, 2026-11-28, Qwen3 TP4, T 2048: 131 us, 116 with one a CTA and as many cells).
     """
     used = cells * 0
-    taken = tl.zeros((SIZES,), tl.int32)
-    mine = tl.zeros((SIZES,), tl.int32)
-    first = tl.zeros((SIZES,), tl.int32)
+    taken = tl.zeros((REST_SIZES,), tl.int32)
+    mine = tl.zeros((REST_SIZES,), tl.int32)
+    first = tl.zeros((REST_SIZES,), tl.int32)
     rests = tl.sum(left, 0)
     while (rests > 0) & (used <= ctas):
         load, times = fill(left, tl.where(rests > ctas - used, cells, 0), ROOM)
@@ -109,7 +109,7 @@ def put_part(at, e, begin, last, whole, part, number):
 @triton.jit
 def put_rests(at, e, begin, last, rest, mine, first):
     """Rests by size: `mine` of them, after the `first` of that size."""
-    size = tl.arange(0, SIZES)
+    size = tl.arange(0, REST_SIZES)
     n = largest(mine > 0)
     while n > 0:
         alike = (rest == n).to(tl.int32)
@@ -151,15 +151,15 @@ def write_segments(routes, start, e, cta, ctas, segments_ptr, ROOM: tl.constexpr
     One warp makes it, so that the sums over experts stay within a warp: 16 lists a program of eight
     warps took 23 us (H200, 2026-11-28).
     """
-    tl.static_assert(ROOM < SIZES)
+    tl.static_assert(ROOM < REST_SIZES)
     blocks = (routes + 31) // 32
     total = tl.sum(blocks, 0)
     ideal = (total + tl.sum((blocks > 0).to(tl.int32), 0) + ctas - 1) // ctas
     cells = ideal - 1
     part, free, used = ideal * 0 + 1, ideal * 0, ideal * 0 + 1
     whole, rest = blocks, blocks * 0
-    mine = tl.zeros((SIZES,), tl.int32)
-    first = tl.zeros((SIZES,), tl.int32)
+    mine = tl.zeros((REST_SIZES,), tl.int32)
+    first = tl.zeros((REST_SIZES,), tl.int32)
     while (cells <= ideal) & (used > free):
         cells += 1
         part = tl.maximum(tl.minimum(cells - 1, ROOM), 1)
@@ -167,7 +167,7 @@ def write_segments(routes, start, e, cta, ctas, segments_ptr, ROOM: tl.constexpr
         free = ctas - parts
         used = free + 1
         if total + parts + tl.sum((rest > 0).to(tl.int32), 0) <= ctas * cells:  # else: hopeless
-            used, mine, first = pack(by_size(rest, ROOM), cells, cta, free, ROOM)
+            used, mine, first = pack(count_sizes(rest, ROOM), cells, cta, free, ROOM)
     at = segments_ptr + cta * (4 * (ROOM + 1))
     begin = start // 32
     last = start + routes

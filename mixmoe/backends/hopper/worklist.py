@@ -197,8 +197,11 @@ def work_lists(
     first = Tiles.empty(routed, main) if main else None
     second = Tiles.empty(routed, other, counters) if other else None
     segments = Segments.empty(split, device) if split else None
-    zeros = segments.counters if segments else second.counters if second else nothing[:0]
-    workers = split.ctas if split else TILERS.value if other else 0
+    workers, zeros = 0, nothing[:0]
+    if segments:
+        workers, zeros = segments.records.shape[0], segments.counters
+    elif second:
+        workers, zeros = TILERS.value, second.counters
     list_work[(TILERS.value + workers,)](
         routed.expert_counts, routed.expert_offsets,
         first.count if first else nothing, second.count if second else nothing,
