@@ -157,7 +157,7 @@ def test_rows_ride_along(tokens: int) -> None:
 @pytest.mark.parametrize("name", quantise_stage.WRITERS)
 def test_quantise_bits(name: str, rounding: Rounding) -> None:
     fmt, g = FORMATS[name], torch.Generator().manual_seed(1)
-    for columns in (32, 320, 384):
+    for columns in (32, 320, 384, 2880):
         if fmt.rows == 1 and fmt.cols and columns % fmt.cols:
             continue
         x = torch.randn(7, columns, generator=g)

@@ -121,7 +121,7 @@ def waits_first(kernel: Resources) -> bool:
     return kernel.sass.index("ACQBULK") < kernel.sass.index("PREEXIT")
 
 
-@pytest.mark.parametrize("columns, rows", [(7168, 8192), (256, 65536)])
+@pytest.mark.parametrize("columns, rows", [(7168, 8192), (2880, 32768), (256, 65536)])
 @pytest.mark.parametrize("writer", [*quantise.WRITERS.values(), *quantise.FP8_WRITERS.values()])
 def test_quantise(writer: Any, columns: int, rows: int) -> None:
     name = writer.fn.__name__

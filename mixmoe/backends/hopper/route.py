@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixmoe.backends.hopper.launch import options, pow2, start_dependents, wait_for_all
-from mixmoe.backends.hopper.quantise import launch_rows, load_rows, plan
+from mixmoe.backends.hopper.quantise import launch_rows, load_rows
 from mixmoe.spec import Problem, Routed
 
 FEW = 8192  # routes; above, reading all ids in every CTA costs more than two more launches
@@ -168,7 +168,7 @@ def route_once(
     else:
         if WRITE is not None:
             row = (pid - workers) * QB + tl.arange(0, QB)
-            x = load_rows(x_ptr, row, row < T, K, x_stride, KP)
+            x = load_rows(x_ptr, row, row < T, K, x_stride, KP, 1)
             WRITE(x, codes_ptr, scales_ptr, row, row < T, pitch, QB, KP, UP)
 
 
@@ -326,10 +326,11 @@ def riders(rows: Rows | None, ids: Tensor, tokens: int) -> tuple[tuple, dict[str
     if rows is None:
         nothing = {"QB": 1, "KP": 1, "WRITE": None, "UP": 0}
         return (ids, ids, ids, ids.shape[-1], ids.stride(0), 0), nothing, 0
-    x, cut = rows.x, plan(rows.pitch, tokens)
+    x, columns = rows.x, max(pow2(rows.pitch), 128)
+    few = max(1, min(8192 // columns, pow2(-(-tokens // 264))))  # rows of a CTA
     operands = (x, rows.codes, rows.scales, x.shape[-1], x.stride(0), rows.pitch)
-    shape = {"QB": cut["QB"], "KP": cut["KP"], "WRITE": rows.writer, "UP": rows.up}
-    return operands, shape, -(-tokens // cut["QB"])
+    shape = {"QB": few, "KP": columns, "WRITE": rows.writer, "UP": rows.up}
+    return operands, shape, -(-tokens // few)
 
 
 def route_many(ids: Tensor, weights: Tensor, expert_map: Tensor | None, out: Placed) -> None:
