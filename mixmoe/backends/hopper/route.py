@@ -25,7 +25,9 @@ from mixmoe.backends.hopper.quantise import launch_rows, load_rows
 from mixmoe.spec import Problem, Routed
 
 FEW = 8192  # routes; above, reading all ids in every CTA costs more than two more launches
-FEW_CHUNKS = ((1024, 32), (FEW, 128))  # routes up to which a CTA places so many
+# Routes up to which a CTA places so many (H200, 2026-11-28, with x, us: 2048 routes 32 / 64 / 128
+# 6.6 / 6.6 / 7.5, 4096 12.0 / 9.4 / 10.1, 8192 25.0 / 20.1 / 14.7).
+FEW_CHUNKS = ((2048, 32), (4096, 64), (FEW, 128))
 CHUNK = 256  # routes ranked by one CTA where they are many: 65,536 compares
 PIECE = 1024  # ids counted at a time
 SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
@@ -317,7 +319,7 @@ def route_few(
     route_once[(routers + more,)](
         ids, weights, expert_map, *lists_of(out), *sizes_of(out, expert_map), routers, *operands,
         BLOCK=out.block, PIECE=max(64, min(PIECE, pow2(p.routes))), EP=ep, ROUTES=chunk,
-        num_warps=8 if p.routes <= PIECE else 16, **shape, **options(ids.device),
+        num_warps=8, **shape, **options(ids.device),
     )  # fmt: skip
 
 
