@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mixmoe.spec import Problem
+
 from . import opened
 from .case import Case
 from .counts import RECIPES, Stage
@@ -20,7 +22,23 @@ from .registry import OURS, Run, Shows, Unsupported, provider
 
 RECIPE_NAMES = ("a8w4", "a8w4_mx", "a4w4", "a16w4", "a8w8", "a16w16")
 NEEDS = ("mixmoe.backends.hopper.stages",)
-FAST_FROM = 512  # tokens; below it adding precisely is free and both are the same kernels
+FAST_FROM = 512  # tokens; below it adding precisely is free and there is one way
+WAYS = ("auto", "precise", "fast")  # of `Recipe.accumulate`
+
+
+def ways_of(case: Case, recipe: Any) -> tuple[str, ...]:
+    """The ways of adding that differ: "auto", and what it is not."""
+    from mixmoe.backends.hopper import prefill_cut, prefill_schedule, schedule
+
+    shape = case.shape
+    problem = Problem(case.tokens, shape.hidden, shape.intermediate, shape.experts, shape.topk)
+    if case.tokens < FAST_FROM:
+        return ("auto",)
+    if not schedule.is_fp8_like(recipe.activation) or recipe.weight.name != "mxfp4":
+        return "auto", "fast"
+    if not prefill_schedule.suits(problem):
+        return ("auto",)
+    return "auto", "fast" if prefill_cut.is_precise("auto", problem) else "precise"
 
 
 def _call(case: Case, name: str, accumulate: str) -> Call:
@@ -28,10 +46,10 @@ def _call(case: Case, name: str, accumulate: str) -> Call:
     import mixmoe
     from mixmoe.formats import format_named
 
-    if accumulate == "fast" and case.tokens < FAST_FROM:
-        raise Unsupported(f"'fast' is measured from {FAST_FROM} tokens on")
     numbers = RECIPES[name]
     recipe = mixmoe.Recipe.named(name, act=case.shape.activation, accumulate=accumulate)
+    if accumulate not in ways_of(case, recipe):
+        raise Unsupported(f"{accumulate!r} is what 'auto' does here")
     fmt = format_named(numbers.weight)
 
     def pack() -> Any:
@@ -78,14 +96,14 @@ def _build(stage: Stage, name: str, accumulate: str) -> Callable[[Case], Run]:
 
 
 for name in RECIPE_NAMES:
-    for accumulate in ("precise", "fast"):
+    for accumulate in WAYS:
         for stage in STAGES:
             provider(OURS, stage, recipe=name, needs=NEEDS, accumulate=accumulate)(
                 _build(stage, name, accumulate)
             )
 
 ATOMICS = {Stage.STAGE2: opened.stage2_by_atomics, Stage.LAYER: _by_atomics}
-for accumulate in ("precise", "fast"):
+for accumulate in WAYS:
     for stage, run in ATOMICS.items():
         provider(
             OURS, stage, recipe="a8w4", needs=NEEDS, accumulate=accumulate, deterministic=False

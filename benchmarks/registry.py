@@ -60,13 +60,13 @@ class Entry:
     leaves_out: str
     deterministic: bool
     reduces: bool
-    accumulate: str  # of ours: "precise" or "fast"; the rivals have one way
+    accumulate: str  # of ours: "auto", "precise" or "fast"; the rivals have one way
 
     @property
     def label(self) -> str:
         """Unique among the entries of a stage."""
         tail = "" if self.deterministic else ", atomics"
-        tail += ", fast" if self.accumulate == "fast" else ""
+        tail += f", {self.accumulate}" if self.accumulate not in ("", "auto") else ""
         return f"{self.provider} [{self.recipe}{tail}]"
 
 

@@ -114,7 +114,9 @@ class Recipe:
     w2 (a family: another block or group size may be on the weights). ``weight_on`` is the stage
     that multiplies by the routing weight: 2 (the usual ``sum_k w_k out_k``) or 1 (on h, before it
     is quantised). ``accumulate``: "precise" meets the format's tolerance on any data; "fast" may
-    keep the hardware's shorter accumulators where a backend says by how much it then errs.
+    keep the hardware's shorter accumulators where a backend says by how much it then errs; "auto"
+    is "precise" wherever that costs a layer next to nothing, as it does in every decode, else
+    "fast".
     """
 
     activation: Format
@@ -123,7 +125,7 @@ class Recipe:
     out_dtype: torch.dtype = torch.bfloat16
     rounding: Rounding = Rounding.CEIL
     weight_on: int = 2
-    accumulate: str = "precise"
+    accumulate: str = "auto"
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -147,8 +149,8 @@ class Recipe:
             raise MixMoEError("out_dtype is bf16, fp16 or f32", self.out_dtype, "torch.bfloat16")
         if self.weight_on not in (1, 2):
             raise MixMoEError("weight_on is the stage 1 or 2", self.weight_on, 2)
-        if self.accumulate not in ("precise", "fast"):
-            raise MixMoEError("accumulate is 'precise' or 'fast'", self.accumulate, "precise")
+        if self.accumulate not in ("auto", "precise", "fast"):
+            raise MixMoEError("accumulate is 'auto', 'precise' or 'fast'", self.accumulate, "auto")
 
     @classmethod
     def named(cls, name: str, act: "Activation | str | None" = None, **changes: object) -> "Recipe":

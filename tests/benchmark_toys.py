@@ -47,7 +47,7 @@ def row(provider="mixmoe", us=20.0, tokens=8, stage="stage1", **changes):
         "roof_us": 10.0,
         "worst_row_error": 2e-3,
         "routing": "uniform",
-        "accumulate": "precise",
+        "accumulate": "auto",
         "active_experts": 57,
         "nbytes": 44_800_000,
         "flops": 10**9,

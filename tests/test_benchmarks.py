@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ from benchmarks.registry import Run, Shows
 from benchmarks.roofs import Roof, Roofs, highest, near
 from benchmarks.routing import Skew
 from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS, Shape
+from mixmoe.spec import Recipe
 from mixmoe.timing import Flush, summarise
 
 ROOT = Path(__file__).parents[1]
@@ -413,3 +415,17 @@ def test_a_smaller_read_is_no_slower_than_a_larger_one():
     assert roofs.read_us(Flush.CLEAN, 8 << 20) == 2.7 == roofs.read_us(Flush.CLEAN, 9 << 20)
     roofs.reads[Flush.DIRTY, sizes[0]] = 5.0
     assert roofs.read_us(Flush.DIRTY, 8 << 20) == 5.0
+
+
+def test_ours_is_measured_as_it_comes_and_once_in_the_other_way():
+    ours = pytest.importorskip("benchmarks.ours")
+    pytest.importorskip("triton")
+
+    def ways(shape, tokens, recipe="a8w4"):
+        case = SimpleNamespace(tokens=tokens, shape=SHAPES[shape])
+        return ours.ways_of(case, Recipe.named(recipe))
+
+    assert ways("dsv3_tp8", 64) == ways("dsv3_tp8", 512) == ("auto",)
+    assert ways("dsv3_tp8", 2048) == ("auto", "fast")
+    assert ways("dsv3_tp8", 4096) == ways("dsv3_ep", 512) == ("auto", "precise")
+    assert ways("dsv3_tp8", 8192, "a8w8") == ("auto", "fast")

@@ -399,6 +399,11 @@ def test_the_headline_is_the_default_and_the_fastest_stands_beside_it():
     assert ours.default.us == 20.0 and ours.fastest.us == 15.0
     assert ours.extra == "15.0 fast atomics"
     assert "**20.0**, 1.50x (15.0 fast atomics)" in markdown.beside(ours, row("a", 30.0))
+    slow = row(us=25.0, accumulate="precise")
+    (both,) = report.ours_of([*rows, slow]).values()
+    assert both.default.us == 20.0 and both.extra == "15.0 fast atomics, 25.0 precise"
+    (old,) = report.ours_of([slow, quick]).values()  # a run from before "auto"
+    assert old.default is slow and old.extra == "15.0 fast atomics"
     (alone,) = report.ours_of([quick]).values()
     assert alone.default is quick and alone.extra == ""
     (other,) = report.ours_of([row(us=1.0, recipe="a4w4")]).values()

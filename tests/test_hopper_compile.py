@@ -88,7 +88,9 @@ def test_spills_are_seen() -> None:
     assert compile_tile(recipe, 1, Tile(128, 256, 64, 3, 8)).spills > 256
 
 
-@pytest.mark.parametrize("routes, experts, chunk", [(64, 256, 32), (4096, 256, 64), (8192, 384, 128)])
+@pytest.mark.parametrize(
+    "routes, experts, chunk", [(64, 256, 32), (4096, 256, 64), (8192, 384, 128)]
+)
 def test_route_once(routes: int, experts: int, chunk: int) -> None:
     resources = compile_gluon(
         route.route_once, Fake(torch.int64), BF16, None, *LISTS, routes, 64, 4352, experts, 0, 8, 8,

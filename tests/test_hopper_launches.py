@@ -27,6 +27,7 @@ from mixmoe.backends.hopper import (  # noqa: E402
     gemm2_prefill,
     gemm2_red_sum,
     hopper,
+    prefill_cut,
     prefill_schedule,
 )
 from mixmoe.backends.hopper.decode import multiprocessors  # noqa: E402
@@ -35,11 +36,13 @@ from mixmoe.backends.hopper.prefill_cut import Cut  # noqa: E402
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A launch that was compiled. together: its grid starts as a whole or not at all."""
+    """A launch that was compiled. together: its grid starts as a whole or not at all; added: of a
+    prefill GEMM, columns of K after which it adds in float32."""
 
     kernel: str
     grid: tuple[int, ...]
     together: bool
+    added: int | None
     made: Resources
 
     @property
@@ -75,7 +78,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launched]]:
         grid = grid(meta) if callable(grid) else grid
         made = compile_gluon(kernel, *args, **meta)
         together = bool(meta.get("launch_cooperative_grid"))
-        launched.append(Launched(kernel.fn.__name__, grid, together, made))
+        launched.append(Launched(kernel.fn.__name__, grid, together, meta.get("ADDED"), made))
 
     with monkeypatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
@@ -108,6 +111,24 @@ def test_every_launch_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert not (TUNED_FOR and one.made.messages), (one.kernel, one.made.messages)
             assert one.together == one.waits, one.kernel
             assert not one.waits or one.grid == (2 * multiprocessors(torch.device("cpu")),)
+
+
+def adds(tokens: int, accumulate: str, monkeypatch: pytest.MonkeyPatch) -> set[bool]:
+    """Whether the prefill GEMMs of a layer of two experts, topk 2, add in float32: `tokens` routes
+    an expert."""
+    with compiled(monkeypatch) as launched:
+        layer((32, 416, 2, 2, tokens), False, accumulate)
+    return {bool(one.added) for one in launched if one.kernel == "grouped_prefill"}
+
+
+def test_auto_adds_precisely_where_experts_have_few_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prefill_cut.PRECISE_TO
+    assert adds(few, "auto", monkeypatch) == {True}
+    assert adds(few + 1, "auto", monkeypatch) == {False}
+    assert adds(few + 1, "precise", monkeypatch) == {True}
+    assert adds(few, "fast", monkeypatch) == {False}
+    monkeypatch.setattr(prefill_cut, "PRECISE_TO", few - 1)  # the rule is what decides
+    assert adds(few, "auto", monkeypatch) == {False}
 
 
 def test_long_rows_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Gemm:
     k: int
     activation: Format
     weight: Format
-    accumulate: str = "precise"
+    accumulate: str = "auto"
 
     @property
     def hit(self) -> float:

@@ -241,15 +241,16 @@ class Math:
 def math_of(activation: Format, weight: Format, accumulate: str) -> Math:
     """The fastest tensor-core type that holds both operands exactly.
 
-    Both e4m3 with scales outside the sum: FP8. Both integer: int8. Else bf16 holds e2m1, e4m3,
-    int8 and int4 times any power of two; fp16 beside a power-of-two scale needs the range of
-    float32 and the mantissa of tf32, which holds all of fp16's 11 bits.
+    Both e4m3 with scales outside the sum: FP8, added in float32 unless asked to be fast. Both
+    integer: int8. Else bf16 holds e2m1, e4m3, int8 and int4 times any power of two; fp16 beside a
+    power-of-two scale needs the range of float32 and the mantissa of tf32, which holds all of
+    fp16's 11 bits.
     """
     a, w = activation.element.name, weight.element.name
     step = any(f.cols and f.scale is not ScaleKind.E8M0 for f in (activation, weight))
     block_scaled = any(f.scale is ScaleKind.E8M0 for f in (activation, weight))
     if a == w == "e4m3fn" and not block_scaled:
-        return Math(tl.float8e4nv, step or accumulate == "precise")
+        return Math(tl.float8e4nv, step or accumulate != "fast")
     if a == "int8":
         return Math(tl.int8, True)
     if a == "fp16":

@@ -18,6 +18,9 @@ TALL_TO = {True: 96, False: 75}  # precise, fast: 64 + 32 routes, then 128 + 32
 # routing: 64 alone 588 us, 64 to 192 544; uniform routing the same).
 NARROW = {64: (32,), 128: (32, 64), 256: (64, 128, 192)}
 FILLED = 0.9  # of the weight rows of tall tiles
+# Mean share up to which adding in float32 is the rule: it costs a layer -1 to 4 % there, then 5 to
+# 27 % (H200, 2026-11-28, six layers, both routings: docs/measured.md, "What precise costs").
+PRECISE_TO = 75
 
 
 class Form(NamedTuple):
@@ -28,6 +31,12 @@ class Form(NamedTuple):
     stages: int
     ctas: int
     rows: int = 128
+
+
+def is_precise(accumulate: str, problem: Problem) -> bool:
+    """Whether `Recipe.accumulate` asks for sums in float32."""
+    few = problem.routes <= PRECISE_TO * problem.experts
+    return accumulate == "precise" or (accumulate == "auto" and few)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from mixmoe.backends.hopper.decode import multiprocessors
 from mixmoe.backends.hopper.gemm2_prefill import COMPILES, Ring
 from mixmoe.backends.hopper.gemm2_red import Red
 from mixmoe.backends.hopper.gemm2_red_sum import Sums
-from mixmoe.backends.hopper.prefill_cut import Cut
+from mixmoe.backends.hopper.prefill_cut import Cut, is_precise
 from mixmoe.backends.hopper.quantise import slot_rows
 from mixmoe.backends.hopper.route import Placed
 from mixmoe.backends.hopper.slots import SlotRows
@@ -96,7 +96,7 @@ def sums_of(problem: Problem, device: torch.device) -> Sums | None:
 
 def cut_tiles(routed: Placed, recipe: Recipe) -> tuple[Cut, Tiles]:
     """How stage 1 is cut, and its work list."""
-    cut = Cut.of(routed.problem, recipe.accumulate == "precise")
+    cut = Cut.of(routed.problem, is_precise(recipe.accumulate, routed.problem))
     return cut, tiles(routed, cut.main, cut.extra)
 
 
@@ -204,7 +204,7 @@ class Prefill:
             call.topk_ids[part], call.topk_weights[part], p, ROUTE_BLOCK, call.expert_map,
             None if beside else riders,
         )  # fmt: skip
-        cut = Cut.of(p, recipe.accumulate == "precise")
+        cut = Cut.of(p, is_precise(recipe.accumulate, call.problem))
         red = None if call.deterministic else red_of(p, y)
         ring = ring_of(p, x.device) if red is None else None
         sums = sums_of(p, x.device) if red is None and ring is None else None
