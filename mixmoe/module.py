@@ -1,8 +1,12 @@
 """``MoE``: the layer as an nn.Module that owns its quantised weights as buffers."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from mixmoe.errors import MixMoEError
+from mixmoe.formats import int8_smooth, int8_token
 from mixmoe.moe import call_key, flatten, prepare
 from mixmoe.spec import Recipe, Weights
 
@@ -52,3 +56,13 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """Recipe and sizes, for print(model)."""
         return f"recipe={self.recipe.name}, act={self.recipe.act.kind.value}"
+
+
+def require_unsmoothed(recipe: Recipe) -> Recipe:
+    """The recipe, refusing one whose smooth factors no model as others store it holds."""
+    if recipe.activation == int8_smooth:
+        raise MixMoEError(
+            "a model holds no smooth factors (Weights.from_dense(w13_smooth=...) takes them)",
+            recipe.name, replace(recipe, activation=int8_token).name,
+        )
+    return recipe

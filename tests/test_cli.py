@@ -93,6 +93,7 @@ def test_inspect(mixmoe):
 
 BROKEN_RULES = {
     "recipe": (("run", "--recipe", "a3w4"), "unknown recipe: got a3w4, nearest legal: a16w16"),
+    "smooth": (("run", "--recipe", "w4a8_smooth"), "got w4a8_smooth, nearest legal: w4a8"),
     "model": (("run", "--model", "/nowhere"), "got /nowhere, nearest legal: qwen3-moe"),
     "backend": (("check", "--backend", "tpu"), "unknown backend: got tpu, nearest legal: cpu"),
     "cell": (("check", "--recipe", "a9w9"), "unknown recipe: got a9w9"),

@@ -238,8 +238,42 @@ def test_convert_releases_the_dense_parameters(name):
     assert before - after > 0.6 * dense
     assert "a8w4" in repr(model)
     model.generate(IDS, max_new_tokens=2, do_sample=False)
-    with pytest.raises(MixMoEError, match="the model must hold experts"):
+    with pytest.raises(MixMoEError, match="experts are converted already: got a8w4"):
         hf.convert(model)
+
+
+def test_a_converted_model_is_not_saved(tmp_path):
+    """Its experts' names are no loader's: what it wrote would load with random experts."""
+    kept = hf.convert(small("qwen3-moe"), "a8w4", free=False)
+    kept.save_pretrained(tmp_path / "kept")
+    assert (tmp_path / "kept" / "model.safetensors").exists()
+    model = hf.convert(kept, "a8w4")
+    with pytest.raises(MixMoEError, match="not saved as a checkpoint"):
+        model.save_pretrained(tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("recipe, nearest", [("w8a8_smooth", "w8a8"), ("w4a8_smooth", "w4a8")])
+def test_smooth_recipes_are_refused_before_anything_is_lost(recipe, nearest):
+    model = small("qwen3-moe")
+    message = f"no smooth factors .*w13_smooth.*: got {recipe}, nearest legal: {nearest}$"
+    for free in (True, False):
+        with pytest.raises(MixMoEError, match=message):
+            hf.convert(model, recipe, free=free)
+    with pytest.raises(MixMoEError, match=message):
+        hf.register(Recipe.named(recipe))
+    with pytest.raises(MixMoEError, match=message):
+        hf.recipe_for(first_experts(model), recipe)
+    assert model.config._experts_implementation == "eager" and len(list(hf.experts_of(model))) == 2
+
+
+def test_convert_refuses_the_last_layer_before_the_first_is_replaced():
+    model = small("qwen3-moe")
+    last = list(hf.experts_of(model))[-1][1]
+    last.act_fn = torch.nn.ReLU()
+    with pytest.raises(MixMoEError, match="unknown activation of experts: got ReLU"):
+        hf.convert(model, "a8w4")
+    assert len(list(hf.experts_of(model))) == 2
 
 
 def test_convert_keeping_the_dense_parameters():
@@ -276,5 +310,7 @@ def test_refusals():
     module.has_gate = False
     with pytest.raises(MixMoEError, match="gated experts"):
         hf.weights_of(module)
+    with pytest.raises(MixMoEError, match="the model must hold experts: got Linear"):
+        hf.convert(torch.nn.Linear(4, 4))
     with pytest.raises(MixMoEError, match="not an experts module"):
         hf.weights_of(torch.nn.Linear(4, 4))

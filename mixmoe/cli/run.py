@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mixmoe import accuracy, backends
 from mixmoe.errors import MixMoEError
+from mixmoe.module import require_unsmoothed
 from mixmoe.spec import Recipe
 
 REPEATS = 5
@@ -59,7 +60,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu")] = None,
 ) -> None:
     """Run a model with quantised experts; show its tokens and each layer's error, time and size."""
-    Recipe.named(recipe)
+    require_unsmoothed(Recipe.named(recipe))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backends.pick(device, backend)
     console = Console()

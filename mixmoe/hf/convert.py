@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixmoe.errors import MixMoEError
 from mixmoe.hf.experts import NAME, build, call, forget, interfaces, keep, register
-from mixmoe.hf.stored import Kind, kind_of, parameters_of, require_kind
+from mixmoe.hf.stored import Kind, kind_of, parameters_of, recipe_for, require_kind
 from mixmoe.module import MoE
 from mixmoe.spec import Recipe
 
@@ -53,10 +53,11 @@ def convert(
     """
     found = list(experts_of(model))
     if not found:
-        raise MixMoEError("the model must hold experts", type(model).__name__)
-    for _, module in found:
-        require_kind(module)
+        _refuse_without_experts(model)
     dtype = dtype or getattr(model, "dtype", None) or torch.bfloat16
+    for _, module in found:  # all of them, before the first is replaced
+        require_kind(module)
+        recipe_for(module, recipe, dtype)
     if not free:
         return _switch(model, found, recipe, backend, dtype)
     forget(model)
@@ -68,7 +69,27 @@ def convert(
         else:
             replacement = experts
         model.set_submodule(name, replacement)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_saving  # type: ignore[assignment]
     return model
+
+
+def refuse_saving(*args: Any, **options: Any) -> None:
+    """``save_pretrained`` of a converted model: no loader would find experts in what it writes."""
+    raise MixMoEError(
+        "a converted model is not saved as a checkpoint", "save_pretrained",
+        "save it before convert, or convert(free=False)",
+    )
+
+
+def _refuse_without_experts(model: nn.Module) -> None:
+    done = next((m for m in model.modules() if isinstance(m, Experts)), None)
+    if done is None:
+        raise MixMoEError("the model must hold experts", type(model).__name__)
+    raise MixMoEError(
+        "the model's experts are converted already", done.layer.recipe.name,
+        "the model as it was loaded, or convert(free=False) from the first",
+    )
 
 
 def _switch(

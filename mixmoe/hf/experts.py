@@ -12,7 +12,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from mixmoe.hf.mxfp4 import take_over_mxfp4
 from mixmoe.hf.stored import parameters_of, recipe_for, weights_of
-from mixmoe.module import MoE
+from mixmoe.module import MoE, require_unsmoothed
 from mixmoe.spec import CELLS, Recipe
 
 NAME = "mixmoe"
@@ -52,8 +52,8 @@ def register(recipe: Recipe | str | None = None, *, backend: str | None = None) 
     checkpoints of gpt-oss load unpacked from then on where the model asks for one of these names.
     Calling it again replaces the choice.
     """
-    if isinstance(recipe, str):
-        Recipe.named(recipe)  # refuse a wrong name now, not at the first forward
+    if recipe is not None:  # refuse it now, not at the first forward
+        require_unsmoothed(Recipe.named(recipe) if isinstance(recipe, str) else recipe)
     names = {f"{NAME}-{cell}": cell for cell in CELLS if "smooth" not in cell}
     for name, chosen in ({NAME: recipe} | names).items():
         run = partial(experts_forward, recipe=chosen, backend=backend)

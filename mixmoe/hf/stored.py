@@ -17,6 +17,7 @@ from torch import Tensor
 from mixmoe.activations import Activation, gelu, silu, situv2, swiglu
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, format_named, fp8_block
+from mixmoe.module import require_unsmoothed
 from mixmoe.spec import Recipe, Weights
 
 ExpertsModule = Any  # an nn.Module; which attributes it has depends on its class
@@ -87,9 +88,10 @@ def recipe_for(
     """``recipe`` (None: :func:`default_recipe`) with the module's activation function and dtype.
 
     The result has ``dtype``; 16-bit formats become fp16 in an fp16 model, and stay bf16 in a
-    float32 one, whose range fp16 lacks.
+    float32 one, whose range fp16 lacks. Raises MixMoEError for a smooth recipe: no factors here.
     """
     base = Recipe.named(recipe) if isinstance(recipe, str) else recipe or default_recipe(module)
+    require_unsmoothed(base)
     activation, weight = base.activation, base.weight
     if dtype == torch.float16:
         half = {"bf16": format_named("fp16")}
