@@ -1,5 +1,6 @@
 """Checkpoints against transformers' own modules, memory held, and mutations of the checks."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_what_transformers_saved(tmp_path, kind):
         assert torch.equal(weights.w2.codes[-1], wide.down_proj.weight)
 
 
+def by_expert(chosen):
+    """(ids, weights) with each token's experts in ascending order."""
+    ids, weights = chosen
+    order = ids.argsort(1)
+    return ids.gather(1, order).long(), weights.gather(1, order)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_float32_of_any_dtypes(x_dtype, stored):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 64, generator=g).to(x_dtype)
+    weight, bias = torch.randn(4, 64, generator=g), torch.randn(4, generator=g)
+    router = checkpoint.Router(weight.to(stored), bias.to(stored))
+    logits = router.logits(x)
+    want = x.double() @ router.weight.double().T + router.bias.double()
+    assert logits.dtype == torch.float32 and logits.shape == (5, 4)
+    torch.testing.assert_close(logits.double(), want, rtol=1e-5, atol=1e-5)  # bf16's own are 2^-9
+    with pytest.raises(MixMoEError, match=r"router's H columns: got \(5, 32\), nearest legal: 64"):
+        router.logits(x[:, :32])
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_router_and_gating_agree_with_transformers(tmp_path, kind):
     model = tiny(kind)
@@ -113,14 +136,16 @@ def test_router_and_gating_agree_with_transformers(tmp_path, kind):
     router = checkpoint.load_router(tmp_path, 1)
     config = checkpoint.moe_config(tmp_path)
     x = torch.randn(16, 64)
-    logits = torch.nn.functional.linear(x, router.weight, router.bias)
-    ids, weights = config.gating.choose(logits, config.topk, router.correction)
+    ids, weights = by_expert(config.gating.choose(router.logits(x), config.topk, router.correction))
     gate = block.router if kind == "gpt_oss" else block.gate
     with torch.no_grad():
-        _, want_weights, want_ids = gate(x)
-    order, want_order = ids.argsort(1), want_ids.argsort(1)
-    assert torch.equal(ids.gather(1, order).long(), want_ids.gather(1, want_order))
-    torch.testing.assert_close(weights.gather(1, order), want_weights.gather(1, want_order))
+        want_weights, want_ids = gate(x)[1:]
+    want_ids, want_weights = by_expert((want_ids, want_weights))
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights)
+    if kind == "gpt_oss":  # without its bias it is another router
+        unbiased = dataclasses.replace(router, bias=None).logits(x)
+        assert not torch.equal(by_expert(config.gating.choose(unbiased, config.topk))[0], want_ids)
 
 
 # What is read and what is held.

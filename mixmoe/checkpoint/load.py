@@ -32,6 +32,17 @@ class Router:
     correction: Tensor | None = None
     shared_gate: Tensor | None = None
 
+    def logits(self, x: Tensor) -> Tensor:
+        """``x weight^T + bias`` in float32, (T, E) of x (T, H): what :meth:`Gating.choose` takes.
+
+        Whatever x and the tensors are stored in: a choice of experts hangs on the last bits.
+        """
+        if x.shape[-1:] != self.weight.shape[1:]:
+            columns = self.weight.shape[1]
+            raise MixMoEError("x must have the router's H columns", tuple(x.shape), columns)
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(x.float(), self.weight.float(), bias)
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
