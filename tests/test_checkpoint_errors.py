@@ -13,6 +13,7 @@ from checkpoint_models import (
     GATE_UP_DOWN,
     QWEN,
     Coded,
+    assert_equal,
     deepseek,
     gpt_oss_model,
     kimi,
@@ -252,6 +253,74 @@ def test_folder_and_config_errors(tmp_path):
     config.write_text(json.dumps({**sizes(QWEN, 2, 64, 32), "hidden_act": "relu"}))
     with pytest.raises(MixMoEError, match="hidden_act.*relu"):
         checkpoint.detect(tmp_path)
+
+
+VALUES = {
+    "null": ("hidden_size", None, "hidden_size must be a whole number above 0: got None"),
+    "text": ("hidden_size", "abc", "hidden_size must be a whole number above 0: got 'abc'"),
+    "fraction": ("moe_intermediate_size", 64.5, "whole number above 0: got 64.5"),
+    "zero": ("num_experts_per_tok", 0, "whole number above 0: got 0"),
+    "shared": ("n_shared_experts", "x", "n_shared_experts must be a whole number"),
+    "groups": ("n_group", "x", "n_group must be a whole number"),
+    "scale": ("routed_scaling_factor", None, "routed_scaling_factor must be a number above 0"),
+    "quant": ("quantization_config", "fp8", "must be an object: got 'fp8', nearest legal: {}"),
+    "block": ("quantization_config", {"weight_block_size": [128]}, r"nearest legal: \[128, 128\]"),
+    "groups of": ("quantization_config", {"config_groups": [1]}, "config_groups must be an object"),
+    "text model": ("text_config", 3, "text_config must be an object: got 3"),
+    "experts": ("num_experts", 2, r"experts.2.down_proj.weight: got 2, nearest legal: 3"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_config_values_that_cannot_be_meant(tmp_path, case):
+    key, value, message = VALUES[case]
+    separate(tmp_path, DEEPSEEK, deepseek, "model.layers.1.mlp", GATE_UP_DOWN)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(MixMoEError, match=message) as error:
+        checkpoint.load_layer(tmp_path, 1)
+    assert "config.json" in str(error.value)
+
+
+def test_half_a_file_still_holds_the_layers_before_the_cut(tmp_path):
+    model = separate(tmp_path, QWEN, plain, "model.layers.0.mlp", GATE_UP_DOWN)
+    later = {k.replace("layers.0", "layers.1"): t.clone() for k, t in model.tensors.items()}
+    model.tensors |= later
+    model.save()
+    file = tmp_path / "model.safetensors"
+    truncate(file, file.stat().st_size // 2 + 4096)
+    assert_equal(checkpoint.load_layer(tmp_path, 0), model.w13, model.w2)
+    with pytest.raises(MixMoEError, match=r"layers\.1\..*model.safetensors is truncated"):
+        checkpoint.load_layer(tmp_path, 1)
+
+
+OPTIONS = {
+    "shard is a number": ({"shard": 2}, r"shard is \(r, n\) .*: got 2, nearest legal: \(0, 1\)"),
+    "shard of three": ({"shard": (0, 1, 2)}, r"shard is \(r, n\)"),
+    "shard of words": ({"shard": ("0", "1")}, r"shard is \(r, n\)"),
+    "experts is a number": ({"experts": 3}, "experts is a sequence of numbers: got 3"),
+    "experts of words": ({"experts": ["a"]}, "experts is a sequence of numbers"),
+    "no experts": ({"experts": []}, "experts is a sequence of numbers"),
+    "device": ({"device": "gpu"}, "torch must have the device: got gpu: .*nearest legal: cpu"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_that_cannot_be(tmp_path, case):
+    options, message = OPTIONS[case]
+    separate(tmp_path, QWEN, plain, "model.layers.1.mlp", GATE_UP_DOWN)
+    with pytest.raises(MixMoEError, match=message):
+        checkpoint.load_layer(tmp_path, 1, **options)
+    with pytest.raises(MixMoEError, match=message):
+        next(checkpoint.iter_layers(tmp_path, **options))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that sees no GPU")
+def test_a_device_that_is_not_there(tmp_path):
+    separate(tmp_path, QWEN, plain, "model.layers.1.mlp", GATE_UP_DOWN)
+    for load in (checkpoint.load_layer, checkpoint.load_router):
+        with pytest.raises(MixMoEError, match="torch must have the device: got cuda"):
+            load(tmp_path, 1, device="cuda")
 
 
 def test_progress_without_rich_says_what_to_install(tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def families() -> dict[str, Family]:
 def family_of(folder: str | Path) -> tuple[Family, dict[str, Any]]:
     """The family of a checkpoint folder, and its text model's configuration, defaults filled in."""
     top = read_json(Path(folder) / "config.json")
-    config = {**top, **(top.get("text_config") or {})}
+    config = {**top, **_section(top, "text_config")}
     known = families()
     kinds = [str(c.get("model_type")) for c in (top, config)]
     kind = next((k for k in kinds if k in known), None)
@@ -179,25 +179,23 @@ def family_of(folder: str | Path) -> tuple[Family, dict[str, Any]]:
 
 
 def moe_config(folder: str | Path) -> MoEConfig:
-    """Read ``folder/config.json``. Raises MixMoEError for an unknown model or a missing key."""
+    """Read ``folder/config.json``. Raises MixMoEError for an unknown model, and for a key that is
+    missing or holds what cannot be meant."""
     family, config = family_of(folder)
     fields = family.fields
-    intermediate = int(_get(config, fields.get("intermediate", ["moe_intermediate_size"])))
-    shared = config.get("shared_expert_intermediate_size") if family.shared else 0
-    if shared is None:
-        shared = (config.get("n_shared_experts") or 0) * intermediate
-    quant = config.get("quantization_config") or {}
+    intermediate = _number(config, fields.get("intermediate", ["moe_intermediate_size"]))
+    quant = _section(config, "quantization_config")
     return MoEConfig(
         model_type=config["model_type"],
         family=family.name,
-        layers=int(_get(config, ["num_hidden_layers"])),
-        hidden=int(_get(config, ["hidden_size"])),
+        layers=_number(config, ["num_hidden_layers"]),
+        hidden=_number(config, ["hidden_size"]),
         intermediate=intermediate,
-        experts=int(_get(config, ["num_experts", "num_local_experts", "n_routed_experts"])),
-        topk=int(_get(config, ["num_experts_per_tok"])),
+        experts=_number(config, ["num_experts", "num_local_experts", "n_routed_experts"]),
+        topk=_number(config, ["num_experts_per_tok"]),
         activation=_activation(config, fields),
         gating=_gating(config, family),
-        shared=int(shared),
+        shared=_shared(config, intermediate) if family.shared else 0,
         quant_method=quant.get("quant_method"),
         block=_block(quant),
     )
@@ -213,10 +211,36 @@ def _get(config: dict[str, Any], keys: Any) -> Any:
     raise MixMoEError("config.json must have the key", " or ".join(["none of", *keys]))
 
 
+def _number(config: dict[str, Any], keys: Any, kinds: tuple[type, ...] = (int,)) -> Any:
+    """What :func:`_get` finds, which must be a number of these kinds and positive."""
+    value = _get(config, keys)
+    if type(value) not in kinds or value <= 0:
+        what = "a number" if float in kinds else "a whole number"
+        raise MixMoEError(f"config.json: {' or '.join(keys)} must be {what} above 0", repr(value))
+    return value
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object in the object; empty where it is absent or null."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise MixMoEError(f"config.json: {key} must be an object", repr(found), "{}")
+    return found
+
+
+def _shared(config: dict[str, Any], intermediate: int) -> int:
+    """The shared expert's width, by its own key or as so many routed experts; 0 without one."""
+    width, many = "shared_expert_intermediate_size", "n_shared_experts"
+    if config.get(width) is not None:
+        return _number(config, [width]) if config[width] != 0 else 0
+    return _number(config, [many]) * intermediate if config.get(many) else 0
+
+
 def _activation(config: dict[str, Any], fields: dict[str, Any]) -> Activation:
-    limit = _get(config, fields.get("limit"))
+    keys = fields.get("limit")
+    limit = None if _get(config, keys) is None else _number(config, keys, (int, float))
     if fields.get("activation") == "swiglu":
-        return swiglu(limit, _get(config, fields["alpha"]))
+        return swiglu(limit, _number(config, fields["alpha"], (int, float)))
     name = config.get("hidden_act", "silu")
     if name in ("silu", "swish"):
         return silu(limit)
@@ -232,14 +256,20 @@ def _gating(config: dict[str, Any], family: Family) -> Gating:
     except ValueError as error:
         legal = ", ".join(s.value for s in Score)
         raise MixMoEError("unknown scoring_func in config.json", error, legal) from None
-    for key in ("groups", "topk_groups"):
-        values[key] = values.get(key) or 1  # null in the config of models without groups
+    keys = family.fields["gating"]
+    for name in ("groups", "topk_groups"):  # null in the config of models without groups
+        values[name] = _number(config, keys[name]) if values.get(name) else 1
+    if "scale" in keys:
+        _number(config, keys["scale"], (int, float))
     return Gating(score, corrected="correction" in family.router, **values)
 
 
 def _block(quant: dict[str, Any]) -> tuple[int, int]:
     block = quant.get("weight_block_size")
-    for group in (quant.get("config_groups") or {}).values():
-        block = block or (group.get("weights") or {}).get("block_structure")
-    rows, cols = block or (128, 128)
-    return int(rows), int(cols)
+    groups = _section(quant, "config_groups")
+    for name in groups:
+        block = block or _section(_section(groups, name), "weights").get("block_structure")
+    match block or [128, 128]:
+        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+            return rows, cols
+    raise MixMoEError("config.json: a scale block is [rows, columns]", repr(block), "[128, 128]")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Layer:
         self.store, self.config, self.family = store, config, family
         self.number, self.prefix = number, prefix
         self.layout, self.suffixes = self._routed_layout()
+        self._check_count()
         self.format = self._projection(self.layout, self.suffixes, "gate", 0).format
 
     def _routed_layout(self) -> tuple[Layout, Suffixes]:
@@ -57,6 +59,19 @@ class Layer:
         if not hits:
             self.store.entry(self._name(self.family.layouts[0], "gate", 0) + ".weight")
         return next((hit for hit in hits if self._fits(*hit)), hits[0])
+
+    def _check_count(self) -> None:
+        """Refuse more experts than config.json has; one too few is missed under its name, and a
+        fused tensor by its shape."""
+        known = self.config.experts
+
+        def stored(expert: int) -> str:
+            return self._name(self.layout, "down", expert) + self.suffixes[0]
+
+        if not self.layout.fused and stored(known) in self.store:
+            held = next(n for n in count(known) if stored(n) not in self.store)
+            rule = f"config.json must count every expert, and the files hold {stored(known)}"
+            raise MixMoEError(rule, known, held)
 
     def _holds(self, layout: Layout, suffixes: Suffixes) -> bool:
         """Whether these names occur: any projection of the first two experts will do, so that one

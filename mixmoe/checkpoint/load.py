@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
+from operator import index
 from pathlib import Path
 
 import torch
@@ -49,20 +50,47 @@ class Choice:
     """What a caller asked of a load, apart from folder and layer; see :func:`load_layer`."""
 
     shard: tuple[int, int] = (0, 1)
-    format: Format | None = None
+    format: Format | None = None  # a name becomes the Format
     device: torch.device | str = "cpu"
     progress: bool = False
     shared_expert: bool = False
-    experts: tuple[int, ...] | None = None
+    experts: Sequence[int] | None = None
     uneven: bool = False
 
     def __post_init__(self) -> None:
-        rank, ranks = self.shard
-        if ranks < 1 or not 0 <= rank < ranks:
+        set_field = object.__setattr__
+        shard = _integers(self.shard)
+        if shard is None or len(shard) != 2 or not 0 <= shard[0] < shard[1]:
             raise MixMoEError("shard is (r, n) with 0 <= r < n", self.shard, "(0, 1)")
+        set_field(self, "shard", shard)
+        if self.experts is not None:
+            experts = _integers(self.experts)
+            if not experts:
+                raise MixMoEError("experts is a sequence of numbers", self.experts, "range(0, 8)")
+            set_field(self, "experts", experts)
+        if self.format is not None:
+            set_field(self, "format", format_named(self.format))
+        require_device(self.device)
         legal = sorted({family for families in PAIRS.values() for family in families})
         if self.format is not None and self.format.family not in legal:
             raise MixMoEError("not a format for weights", self.format.name, ", ".join(legal))
+
+
+def _integers(values: object) -> tuple[int, ...] | None:
+    """The integers of a sequence; None for what is none."""
+    try:
+        return tuple(map(index, values))  # type: ignore[call-overload]
+    except TypeError:
+        return None
+
+
+def require_device(device: torch.device | str) -> None:
+    """Refuse a device that torch does not know or cannot use here, before anything is read."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise MixMoEError("torch must have the device", f"{device}: {reason}", "cpu") from None
 
 
 def load_layer(
@@ -96,16 +124,12 @@ def load_layer(
     Reads the mapped files expert by expert: beside the result at most one expert is held. Raises
     MixMoEError, naming the tensor, for a missing, truncated, misshapen or non-finite one.
     """
-    fmt = None if format is None else format_named(format)
-    wanted = None if experts is None else tuple(experts)
-    choice = Choice(shard, fmt, device, progress, shared_expert, wanted, uneven)
+    choice = Choice(shard, format, device, progress, shared_expert, experts, uneven)  # type: ignore[arg-type]
     return _load(Opened(folder)(layer), choice)
 
 
 def iter_layers(folder: str | Path, **options: object) -> Iterator[tuple[int, Weights]]:
     """``(layer, Weights)`` for every MoE layer in turn; options as for :func:`load_layer`."""
-    if isinstance(options.get("format"), str):
-        options["format"] = format_named(options["format"])  # type: ignore[arg-type]
     choice = Choice(**options)  # type: ignore[arg-type]
     opened = Opened(folder)
     for number in opened.blocks:
@@ -126,6 +150,7 @@ def detect(folder: str | Path) -> LayerInfo:
 
 def load_router(folder: str | Path, layer: int, device: torch.device | str = "cpu") -> Router:
     """The router of one MoE layer, tensors as stored."""
+    require_device(device)
     found = Opened(folder)(layer)
     names = {key: f"{found.prefix}.{name}" for key, name in found.family.router.items()}
     optional = {"shared_gate": found.config.shared == 0, "correction": True}
