@@ -16,9 +16,9 @@ BEGIN, END = "<!-- benchmark tables: begin -->", "<!-- benchmark tables: end -->
 
 def update(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
     """Replaces what stands between the marks of `path`. ValueError when it has no marks."""
-    text = path.read_text()
+    text = path.read_text() if path.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} needs one line {BEGIN} and one line {END}")
+        raise ValueError(f"{path} must be a document with one line {BEGIN} and one line {END}")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     path.write_text(f"{head}{BEGIN}\n\n{tables(about, rows)}\n\n{END}{tail}")

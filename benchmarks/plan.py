@@ -52,9 +52,11 @@ class Plan:
             raise ValueError(f"no such shape: {sorted(unknown)}; there are {sorted(SHAPES)}")
         if bad := [t for t in self.tokens if t < 1]:
             raise ValueError(f"tokens must be at least 1: got {bad}")
-        for value, kind in ((self.skews, Skew), (self.stages, Stage), (self.flushes, Flush)):
-            for name in value:
-                kind(name)
+        known = {"routing": (self.skews, Skew), "stage": (self.stages, Stage)}
+        for what, (names, kind) in (known | {"flush": (self.flushes, Flush)}).items():
+            legal = [one.value for one in kind]
+            if unknown := set(names) - set(legal):
+                raise ValueError(f"no such {what}: {sorted(unknown)}; there are {legal}")
 
     def rivals_run(self, tokens: int) -> bool:
         """Whether rivals are measured at this count."""

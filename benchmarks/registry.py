@@ -18,6 +18,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from mixmoe.shapes import listed
+
 from .case import Case
 from .counts import Stage
 
@@ -122,7 +124,7 @@ def load() -> list[Entry]:
 def choose(entries: Iterable[Entry], rivals: str, recipes: Iterable[str]) -> list[Entry]:
     """Ours in `recipes`, and the rivals named by plug-in: "all", "none", "humming,deepgemm"."""
     known = {entry.plugin for entry in entries if entry.provider != OURS}
-    wanted = {"all": known, "none": set[str]()}.get(rivals, set(rivals.split(",")))
+    wanted = {"all": known, "none": set[str]()}.get(rivals, set(listed(rivals)))
     if unknown := wanted - known:
         raise ValueError(f"no such rival: {sorted(unknown)}; there are {sorted(known)}")
     ours = set(recipes)

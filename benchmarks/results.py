@@ -190,9 +190,13 @@ def save(path: Path, about: dict[str, Any], rows: Iterable[Row], **more: Any) ->
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """(meta, rows) of a results file."""
-    body = json.loads(path.read_text())
-    return body["meta"], [Row(**row) for row in body["rows"]]
+    """(meta, rows) of a results file. ValueError where it is none."""
+    try:
+        body = json.loads(path.read_bytes())
+        return dict(body["meta"]), [Row(**row) for row in body["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = "must be a results file, {meta, rows} as `mixmoe bench` writes it"
+        raise ValueError(f"{path} {rule}: got {error!r}") from error
 
 
 def best_rival(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:

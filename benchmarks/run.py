@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import markdown as tables
-from . import merged, plots, report, results, warm
+from . import merged, report, results, warm
 from .plan import Plan
+from .plots import draw_all
 
 MOST_STARTS = 25
 ROOT = Path(__file__).parents[1]
@@ -99,12 +100,15 @@ def file_name(device: str) -> str:
     return "-".join(device.lower().replace("nvidia", "").split()) or "gpu"
 
 
-def show(path: Path, *, detail: bool = False, markdown: Path | None = None) -> None:
-    """Prints the tables of a results file and draws its plots beside it; `markdown` is a document
-    whose tables are replaced."""
+def show(
+    path: Path, *, detail: bool = False, markdown: Path | None = None, plots: Path | None = None
+) -> None:
+    """Prints the tables of a results file; `markdown` is a document whose tables are replaced,
+    `plots` a folder that its plots are drawn into (of any device, under the same names)."""
     about, rows = results.load(path)
-    report.print_all(about, rows, detail=detail)
     if markdown is not None:
         tables.update(markdown, about, rows)
-    for drawn in plots.draw_all(about, rows, path.parent):
-        print(f"drew {drawn}")
+    report.print_all(about, rows, detail=detail)
+    if plots is not None:
+        for drawn in draw_all(about, rows, plots):
+            print(f"drew {drawn}")

@@ -1,13 +1,15 @@
 """`mixmoe bench`: ours beside the rivals on this machine's GPU."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mixmoe.errors import MixMoEError
+from mixmoe.shapes import counts, listed
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 RECIPES = "a8w4"
@@ -24,7 +26,9 @@ def bench(
     flush: Annotated[str, typer.Option(help="L2 before each call: clean, dirty or both")] = "both",
     recipes: Annotated[str, typer.Option(help="of ours: a8w4,a16w4,...")] = RECIPES,
     seconds: Annotated[float, typer.Option(help="stop measuring after this long")] = 480.0,
-    out: Annotated[Path | None, typer.Option(help="folder, default benchmarks/results")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder, default benchmarks/results; --show: for plots")
+    ] = None,
     commit: Annotated[str, typer.Option(help="name the commit, where there is no checkout")] = "",
     resume: Annotated[bool, typer.Option(help="keep what the last run measured")] = False,
     warm: Annotated[bool, typer.Option(help="only compile, time nothing")] = False,
@@ -41,56 +45,52 @@ def bench(
     a case, are named with the reason.
     """
     run = _benchmarks()
-    if show is not None:
-        run.show(show, detail=detail, markdown=markdown)
-        return
     folder = out or run.RESULTS
-    if merge:
-        merged = _refusing(lambda: run.merge([Path(name) for name in _names(merge)], folder))
-        run.show(merged, detail=detail, markdown=markdown)
-        typer.echo(f"wrote {merged}")
-        return
-    from benchmarks.plan import Plan
-    from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
+    with _refusing():
+        if show is not None:
+            run.show(show, detail=detail, markdown=markdown, plots=out)
+            return
+        if merge:
+            path = run.merge([Path(name) for name in listed(merge)], folder)
+            run.show(path, detail=detail, markdown=markdown, plots=folder)
+            typer.echo(f"wrote {path}")
+            return
+        from benchmarks.plan import Plan
+        from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
 
-    def numbers(text: str) -> tuple[int, ...]:
-        named = {"all": TOKENS, "table": TABLE_TOKENS}
-        return named[text] if text in named else tuple(map(int, _names(text)))
+        def numbers(text: str) -> tuple[int, ...]:
+            named = {"all": TOKENS, "table": TABLE_TOKENS}
+            return named[text] if text in named else tuple(counts(text))
 
-    def planned() -> Plan:
         plan = Plan(
-            shapes=tuple(SHAPES) if shape == "all" else _names(shape),
+            shapes=tuple(SHAPES) if shape == "all" else tuple(listed(shape)),
             tokens=numbers(tokens),
             rival_tokens=None if rival_tokens == "all" else numbers(rival_tokens),
-            skews=("uniform", "zipf") if routing == "both" else _names(routing),
-            stages=_names(stages),
-            flushes=("clean", "dirty") if flush == "both" else _names(flush),
+            skews=("uniform", "zipf") if routing == "both" else tuple(listed(routing)),
+            stages=tuple(listed(stages)),
+            flushes=("clean", "dirty") if flush == "both" else tuple(listed(flush)),
             rivals=rivals,
-            recipes=_names(recipes),
+            recipes=tuple(listed(recipes)),
             seconds=seconds,
             out=str(folder),
             commit=commit,
             resume=resume,
             warm=warm,
         )
-        return plan.share(shard) if shard else plan
-
-    path = _refusing(lambda: run.execute(planned(), jobs))
-    if not warm and not shard:  # a shard's tables and plots are the merged file's
-        run.show(path, detail=detail)
+        path = run.execute(plan.share(shard) if shard else plan, jobs)
+        if not warm and not shard:  # a shard's tables and plots are the merged file's
+            run.show(path, detail=detail, plots=folder)
     typer.echo(f"wrote {path}")
 
 
-def _refusing(work: Callable[[], Path]) -> Path:
-    """What `work` gives; what it refuses is told as a wrong option."""
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What is refused, or is not there, is one line on standard error and exit code 2."""
     try:
-        return work()
-    except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"mixmoe: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
 
 
 def _benchmarks():  # type: ignore[no-untyped-def]

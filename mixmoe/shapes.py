@@ -53,3 +53,16 @@ def shape_named(name: str) -> Shape:
     if name not in SHAPES:
         raise MixMoEError("unknown shape", name, ", ".join(SHAPES))
     return SHAPES[name]
+
+
+def listed(text: str) -> list[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def counts(text: str) -> list[int]:
+    """The numbers of a comma-separated list. Raises MixMoEError for what is none."""
+    try:
+        return [int(name) for name in listed(text)]
+    except ValueError:
+        raise MixMoEError("token counts are numbers with commas between", text, "1,8,64") from None

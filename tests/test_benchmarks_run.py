@@ -438,7 +438,7 @@ def test_the_tables_of_a_document_are_replaced(tmp_path):
     assert "triton_kernels; layer; all shapes: does not import" in text
     assert "leaves out: activation" in text
     path.write_text("no marks")
-    with pytest.raises(ValueError, match="needs one line"):
+    with pytest.raises(ValueError, match="must be a document with one line"):
         markdown.update(path, about, rows)
 
 
@@ -468,4 +468,34 @@ def test_the_command_shows_a_results_file(tmp_path):
     results.save(path, results.meta("NVIDIA H200", "abc"), [row(), row("deepgemm", 30.0)])
     answer = CliRunner().invoke(bench_cli.app, ["--show", str(path)])
     assert answer.exit_code == 0, answer.output
-    assert "deepgemm" in answer.output and (tmp_path / "roofline.png").exists()
+    assert "deepgemm" in answer.output and list(tmp_path.iterdir()) == [path], "it only prints"
+    plots_in = tmp_path / "plots"
+    answer = CliRunner().invoke(bench_cli.app, ["--show", str(path), "--out", str(plots_in)])
+    assert answer.exit_code == 0 and (plots_in / "roofline.png").exists()
+
+
+REFUSED = {
+    "show nothing": (["--show", "nosuch.json"], "nosuch.json must be a results file"),
+    "show text": (["--show", "text.md"], "text.md must be a results file, {meta, rows}"),
+    "show other": (["--show", "other.json"], "other.json must be a results file"),
+    "merge nothing": (["--merge", "a.json,b.json"], "a.json must be a results file"),
+    "no document": (["--show", "h200.json", "--markdown", "no.md"], "no.md must be a document"),
+    "no marks": (["--show", "h200.json", "--markdown", "text.md"], "text.md must be a document"),
+    "tokens": (["--tokens", "xx"], "numbers with commas between: got xx, nearest legal: 1,8,64"),
+    "stages": (["--stages", "foo"], "no such stage: ['foo']; there are ['stage1', 'stage2', 'la"),
+    "routing": (["--routing", "foo"], "no such routing: ['foo']; there are ['uniform', 'zipf']"),
+    "flush": (["--flush", "foo"], "no such flush: ['foo']; there are ['clean', 'dirty']"),
+    "shape": (["--shape", "nope"], "no such shape: ['nope']; there are"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    results.save(Path("h200.json"), results.meta("NVIDIA H200", "abc"), [row()])
+    Path("text.md").write_text("no marks, no JSON")
+    Path("other.json").write_text('{"kernels": []}')
+    words, message = REFUSED[case]
+    answer = CliRunner().invoke(bench_cli.app, words)
+    assert answer.exit_code == 2 and message in answer.output
+    assert answer.output.startswith("mixmoe: ") and answer.output.count("\n") == 1

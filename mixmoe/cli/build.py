@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 
 from mixmoe.backends.cdna import prebuilt
-from mixmoe.cli.inspect import counts, listed
 from mixmoe.cli.survey import Kernel, Layer, survey
-from mixmoe.shapes import TABLE_TOKENS, shape_named
+from mixmoe.shapes import TABLE_TOKENS, counts, listed, shape_named
 from mixmoe.spec import Recipe
 
 PACKAGES = ("mixmoe", "flydsl")

@@ -14,6 +14,7 @@ from mixmoe.backends import DEFAULT_FOR_DEVICE
 from mixmoe.cli import simulated
 from mixmoe.cli.info import cores
 from mixmoe.errors import MixMoEError
+from mixmoe.shapes import listed
 
 
 def check(
@@ -39,7 +40,7 @@ def check(
     the cdna backend's compiled kernels in cdnasim, hazards and races checked: results are
     simulated.
     """
-    names = None if recipe == "all" else [name.strip() for name in recipe.split(",")]
+    names = None if recipe == "all" else listed(recipe)
     verify.recipes(names)
     if simulate:
         if backend != "cdna":

@@ -11,7 +11,7 @@ from rich.table import Table
 from mixmoe.cli.survey import Kernel, Layer, survey
 from mixmoe.errors import MixMoEError
 from mixmoe.preshuffle import ORDERS, order_named
-from mixmoe.shapes import TABLE_TOKENS, shape_named
+from mixmoe.shapes import TABLE_TOKENS, counts, listed, shape_named
 from mixmoe.spec import Recipe
 
 Flag = Annotated[bool, typer.Option("--json", help="with --backend: JSON on standard output")]
@@ -57,19 +57,6 @@ def inspect(
     if element is not None and element not in held:
         raise MixMoEError(f"{order} holds other elements", element, ", ".join(held))
     print(chosen.picture(None if element is None else held[element]), end="")
-
-
-def listed(text: str) -> list[str]:
-    """The names of a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def counts(text: str) -> list[int]:
-    """The numbers of a comma-separated list. Raises MixMoEError for what is none."""
-    try:
-        return [int(name) for name in listed(text)]
-    except ValueError:
-        raise MixMoEError("token counts are numbers with commas between", text, "1,8,64") from None
 
 
 def inspected(target: str, shape: str, recipe: str, tokens: str) -> list[Kernel]:
