@@ -1,7 +1,11 @@
 """mixmoe: mixed-precision Mixture-of-Experts inference.
 
 ``moe`` runs a layer; ``Weights`` holds quantised experts; ``Recipe`` says which numbers meet.
+The modules in ``LAZY`` are attributes too, imported when they are first asked for.
 """
+
+from importlib import import_module
+from types import ModuleType
 
 from mixmoe.activations import Activation, gelu, silu, situv2, swiglu
 from mixmoe.errors import MixMoEError
@@ -9,6 +13,10 @@ from mixmoe.formats import FORMATS, Format, Quantised, Rounding
 from mixmoe.module import MoE
 from mixmoe.moe import combine, gemm1, gemm2, moe, prepare, quantise, route
 from mixmoe.spec import Problem, Recipe, Routed, Tile, Weights, check
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
+LAZY = ("accuracy", "checkpoint", "gating", "hf", "shapes", "verify")
 
 __all__ = [
     "Activation",
@@ -36,3 +44,13 @@ __all__ = [
     "situv2",
     "swiglu",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in LAZY:
+        return import_module(f"mixmoe.{name}")
+    raise AttributeError(f"module 'mixmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -308,6 +310,13 @@ def test_import_arrow():
                     assert RANK[top] <= RANK[mine], f"{path} imports {name}"
 
 
+def test_the_version_is_stated_once():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mixmoe.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", mixmoe.__version__)
+
+
 def test_import_needs_torch_alone():
     code = (
         "import sys\n"
@@ -319,5 +328,10 @@ def test_import_needs_torch_alone():
         "ids = torch.tensor([[0, 1]])\n"
         "y = mixmoe.moe(torch.randn(1, 64), w, ids, torch.rand(1, 2), recipe='a8w4')\n"
         "assert y.shape == (1, 64)\n"
+        "lazy = set(mixmoe.LAZY) - {'hf'}\n"
+        "assert lazy & set(vars(mixmoe)) == set() and lazy < set(dir(mixmoe))\n"
+        "assert callable(mixmoe.checkpoint.load_layer) and callable(mixmoe.gating.softmax_topk)\n"
+        "assert all(getattr(mixmoe, name).__name__ == f'mixmoe.{name}' for name in lazy)\n"
+        "assert not hasattr(mixmoe, 'nosuch')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
