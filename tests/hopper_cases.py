@@ -137,12 +137,15 @@ def misrounded(got: Quantised, exact: Tensor, recipe: Recipe, error: float) -> i
     return wrong + int(((values < ends[0]) | (values > ends[1])).sum())
 
 
-def judge(case: Case, backend: Any, device: str, block: int | None = None) -> dict[str, float]:
+def judge(
+    case: Case, backend: Any, device: str, block: int | None = None, error: float = 2.0**-8
+) -> dict[str, float]:
     """Run every stage of the backend; its own operands go to the float64 twin of the next stage.
 
     Returns ``route`` and ``quantise`` (lists and codes that differ), ``gemm1`` (misrounded codes,
     or the worst row of a 16-bit h over its tolerance), ``gemm2`` (worst row over 2^-8), ``layer``,
-    ``down`` and ``fused`` (over 2^-7): pass is <= 1 for the ratios and 0 for the counts.
+    ``down`` and ``fused`` (over 2^-7): pass is <= 1 for the ratios and 0 for the counts. error: of
+    the values that codes of h are rounded from.
     """
     recipe, p = case.recipe, case.problem
     weights = backend.prepare(case.weights, recipe).to(device)
@@ -160,7 +163,7 @@ def judge(case: Case, backend: Any, device: str, block: int | None = None) -> di
     result["quantise"] = float(differing(xq_host, xq_want))
     h = backend.gemm1(xq, weights, routed, recipe)
     exact = exact_h(xq_host, case.weights, want, recipe)
-    result["gemm1"] = judge_h(to_cpu(h), exact, recipe)
+    result["gemm1"] = judge_h(to_cpu(h), exact, recipe, error)
     rows = backend.gemm2(h, weights, routed, recipe)
     exact_rows = REFERENCE.gemm2(to_cpu(h), case.weights, want, recipe)
     result["gemm2"] = worst_row(to_cpu(rows), exact_rows) / 2.0**-8
