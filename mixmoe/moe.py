@@ -250,7 +250,6 @@ def _call(
     )
 
 
-@torch.library.custom_op("mixmoe::moe", mutates_args=())
 def _moe_op(
     x: Tensor,
     weights: list[Tensor | None],
@@ -262,14 +261,12 @@ def _moe_op(
     return _call(x, weights, topk_ids, topk_weights, expert_map, key, None)
 
 
-@_moe_op.register_fake
 def _moe_fake(x, weights, topk_ids, topk_weights, expert_map, key):  # type: ignore[no-untyped-def]
     check_devices(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights[0])
     recipe = _parse_key(key)[0]
     return x.new_empty(x.shape, dtype=recipe.out_dtype)
 
 
-@torch.library.custom_op("mixmoe::moe_out", mutates_args=("out",))
 def _moe_out_op(
     x: Tensor,
     weights: list[Tensor | None],
@@ -282,8 +279,24 @@ def _moe_out_op(
     _call(x, weights, topk_ids, topk_weights, expert_map, key, out)
 
 
-@_moe_out_op.register_fake
 def _moe_out_fake(  # type: ignore[no-untyped-def]
     x, weights, topk_ids, topk_weights, expert_map, key, out
 ):
     return None
+
+
+def _no_backward(ctx: object, *grads: Tensor) -> None:
+    raise MixMoEError("mixmoe computes no gradients", "backward()", "torch.no_grad()")
+
+
+# Not `torch.library.custom_op`: its first call imports torch._dynamo, two to four seconds.
+_OPS = torch.library.Library("mixmoe", "FRAGMENT")
+for _name, _op, _fake, _writes in (
+    ("moe", _moe_op, _moe_fake, ()),
+    ("moe_out", _moe_out_op, _moe_out_fake, ("out",)),
+):
+    _schema = torch.library.infer_schema(_op, mutates_args=_writes)
+    _OPS.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPS.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mixmoe::{_name}", _fake, lib=_OPS)
+torch.library.register_autograd("mixmoe::moe", _no_backward, lib=_OPS)

@@ -242,6 +242,29 @@ def test_every_pair_has_a_cell_or_is_a_variant():
     assert all(a in ("fp16", "fp8_token_fnuz") for a, _ in missing), missing
 
 
+def test_the_first_call_does_not_import_the_compiler():
+    """torch._dynamo takes two to four seconds, which a server's first token would wait for."""
+    call = """
+import sys, torch, mixmoe
+w = mixmoe.Weights.from_dense(torch.randn(2, 64, 32), torch.randn(2, 32, 32), "mxfp4")
+ids, share = torch.tensor([[0, 1]]), torch.ones(1, 2)
+mixmoe.moe(torch.randn(1, 32), w, ids, share, recipe="a8w4")
+print("torch._dynamo" in sys.modules)
+"""
+    for lead, imported in (("", "False"), ("import torch._dynamo", "True")):
+        ran = subprocess.run(
+            [sys.executable, "-c", lead + call], capture_output=True, text=True, check=True
+        )
+        assert ran.stdout.strip() == imported
+
+
+def test_no_gradients():
+    x, weights, ids, topk_weights, recipe = make("a16w4")
+    y = mixmoe.moe(x.requires_grad_(), weights, ids, topk_weights, recipe=recipe)
+    with pytest.raises(MixMoEError, match="no gradients"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("name", ["a8w4", "a8w8_block", "w8a8_smooth"])
 def test_opcheck(name):
     x, weights, ids, w, recipe = make(name, bias=True)
