@@ -8,11 +8,12 @@ from importlib import import_module
 from types import ModuleType
 
 from mixmoe.activations import Activation, gelu, silu, situv2, swiglu
+from mixmoe.checks import check
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import FORMATS, Format, Quantised, Rounding
 from mixmoe.module import MoE
 from mixmoe.moe import combine, gemm1, gemm2, moe, prepare, quantise, route
-from mixmoe.spec import Problem, Recipe, Routed, Tile, Weights, check
+from mixmoe.spec import Problem, Recipe, Routed, Tile, Weights
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 

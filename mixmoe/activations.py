@@ -1,7 +1,9 @@
 """Gated activation functions of stage 1: ``h = act(gate, up)``, scalars known only at run time."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ class ActivationKind(Enum):
     SWIGLU = "swiglu"
     GELU_TANH = "gelu"
     SITUV2 = "situv2"
+
+
+SCALARS = ("limit", "alpha", "beta", "beta2")  # fields of Activation, in the order of its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +44,23 @@ class Activation:
     alpha: float = 1.702
     beta: float = 4.0
     beta2: float = 25.0
+    # One word that names kind and scalars; :func:`parse_activation` reads it back.
+    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        words = [self.kind.value]
+        for name in SCALARS:
+            value = getattr(self, name)
+            if not (isinstance(value, Real) or (value is None and name == "limit")):
+                raise MixMoEError(f"an activation's {name} is a number", value)
+            object.__setattr__(self, name, None if value is None else float(value))
+            words.append("none" if value is None else repr(float(value)))
+        object.__setattr__(self, "key", "/".join(words))
         if self.limit is not None and not self.limit > 0:
             raise MixMoEError("an activation's limit must be positive or None", self.limit, None)
-        if not (self.beta > 0 and self.beta2 > 0):
+        if not math.isfinite(self.alpha):
+            raise MixMoEError("an activation's alpha is finite", self.alpha, 1.702)
+        if not (0 < self.beta < math.inf and 0 < self.beta2 < math.inf):
             raise MixMoEError("situv2 needs positive beta and beta2", (self.beta, self.beta2))
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -51,12 +68,6 @@ class Activation:
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         return FORMULAS[self.kind](self, gate, up)
-
-    @property
-    def key(self) -> str:
-        """One word that names kind and scalars; :func:`parse_activation` reads it back."""
-        scalars = (self.limit, self.alpha, self.beta, self.beta2)
-        return "/".join([self.kind.value, *("none" if s is None else repr(s) for s in scalars)])
 
 
 def _silu(act: Activation, g: Tensor, u: Tensor) -> Tensor:
@@ -112,5 +123,10 @@ def parse_activation(key: str) -> Activation:
         raise MixMoEError("unknown activation function", kind, ", ".join(makers))
     if not scalars:
         return makers[kind]()
-    limit, alpha, beta, beta2 = (None if s == "none" else float(s) for s in scalars)
-    return Activation(ActivationKind(kind), limit, alpha or 0.0, beta or 0.0, beta2 or 0.0)
+    try:
+        limit, alpha, beta, beta2 = scalars
+        numbers = [float(s) for s in (alpha, beta, beta2)]
+        clamp = None if limit == "none" else float(limit)
+    except ValueError:
+        raise MixMoEError("not an activation's key", key, makers[kind]().key) from None
+    return Activation(ActivationKind(kind), clamp, *numbers)

@@ -33,7 +33,7 @@ class MoE(nn.Module):
         deterministic: bool = True,
     ) -> None:
         super().__init__()
-        self.recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+        self.recipe = Recipe.named(recipe)
         weights = prepare(weights, self.recipe, backend)
         self.backend, self.deterministic = backend, deterministic
         self.key = call_key(weights, self.recipe, backend, deterministic)

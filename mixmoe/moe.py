@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from mixmoe import backends
+from mixmoe.checks import (
+    check,
+    check_combine,
+    check_devices,
+    check_gemm1,
+    check_gemm2,
+    check_routing,
+    check_weights,
+)
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, Rounding, format_named
 from mixmoe.preshuffle import Packed, order_named
-from mixmoe.spec import Problem, Recipe, Routed, Weights, check, check_devices, check_routing
+from mixmoe.spec import Problem, Recipe, Routed, Weights
 
 
 def run(
@@ -61,9 +70,9 @@ def moe(
     """Run one MoE layer: ``y[t] = sum_k w[t,k] * (act(x Wg^T + bg, x Wu^T + bu) Wd^T + bd)``.
 
     x: (T, H) bf16, fp16 or f32; topk_ids: (T, topk) int32 or int64, -1 skips a route;
-    topk_weights: (T, topk) float; weights: see :class:`Weights`; expert_map: (global experts,)
-    int32 of local ids, -1 where another rank holds the expert. Returns y: (T, H) in
-    ``recipe.out_dtype``, written to ``out`` where given (it need not be zeroed).
+    topk_weights: (T, topk) bf16, fp16 or f32; weights: see :class:`Weights`; expert_map:
+    (global experts,) int32 of local ids, -1 where another rank holds the expert. Returns y: (T, H)
+    in ``recipe.out_dtype``, written to ``out`` where given (it need not be zeroed).
     ``deterministic=False`` lets a backend add with atomics (hopper's prefill does, within the same
     bounds, in an order that changes from run to run). On hopper its kernel for bf16 results waits
     for nobody; deterministic prefill of I at most 384 needs room on every SM at once, and CUDA
@@ -90,14 +99,9 @@ def route(
     backend: str | None = None,
 ) -> Routed:
     """Sort the T*topk routes by expert into blocks of ``block`` (the backend's own if None)."""
-    if topk_ids.dim() != 2 or topk_weights.shape != topk_ids.shape:
-        raise MixMoEError(
-            "topk_ids and topk_weights are (T, topk)",
-            (tuple(topk_ids.shape), tuple(topk_weights.shape)),
-        )
-    if block is not None and block < 1:
-        raise MixMoEError("the sort block holds at least one route", block, 1)
-    check_routing(topk_ids, weights.E, expert_map)
+    if block is not None and (not isinstance(block, int) or block < 1):
+        raise MixMoEError("a sort block is a whole number of routes, at least one", block, 1)
+    check_routing(topk_ids, topk_weights, weights.E, expert_map)
     problem = Problem(topk_ids.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
     chosen = backends.pick(topk_ids.device, backend)
     return chosen.route(topk_ids, topk_weights, problem, expert_map, block)
@@ -118,9 +122,12 @@ def gemm1(
 ) -> Quantised:
     """Stage 1: ``h = act(x Wg^T + bg, x Wu^T + bu)`` requantised, a row per route (T*topk, I).
 
-    ``x`` is (T, H) floats, or what :func:`quantise` made of them in the recipe's format.
+    ``x`` is (T, H) in bf16, fp16 or f32, or what :func:`quantise` made of it in the recipe's
+    format (for ``int8_smooth`` a row per route, after the factors of its expert).
     """
-    recipe, chosen = _stage(weights, routed, recipe, backend)
+    recipe = Recipe.named(recipe)
+    check_gemm1(recipe, weights, routed, x)
+    chosen = _backend_for(weights, routed, recipe, backend)
     if isinstance(x, Tensor):
         x = chosen.quantise(x, weights, routed, recipe)
     return chosen.gemm1(x, weights, routed, recipe)
@@ -134,8 +141,13 @@ def gemm2(
     recipe: Recipe | str,
     backend: str | None = None,
 ) -> Tensor:
-    """Stage 2: ``h Wd^T + bd``, a row per route (T*topk, H); the routing weight comes after."""
-    recipe, chosen = _stage(weights, routed, recipe, backend)
+    """Stage 2: ``h Wd^T + bd``, a row per route (T*topk, H); the routing weight comes after.
+
+    ``h`` is (T*topk, I) in the recipe's format.
+    """
+    recipe = Recipe.named(recipe)
+    check_gemm2(recipe, weights, routed, h)
+    chosen = _backend_for(weights, routed, recipe, backend)
     return chosen.gemm2(h, weights, routed, recipe)
 
 
@@ -149,27 +161,28 @@ def combine(
     backend: str | None = None,
 ) -> Tensor:
     """``y[t] = sum_k weight[t,k] * rows[t*topk + k]``: (T, H) in the recipe's out_dtype."""
-    recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.named(recipe)
+    check_combine(recipe, routed, rows, out)
     if out is None:
         shape = (routed.problem.tokens, routed.problem.hidden)
         out = rows.new_empty(shape, dtype=recipe.out_dtype)
     chosen = backends.pick(rows.device, backend)
-    return chosen.combine(rows, routed, recipe, out, deterministic)
+    return chosen.combine(rows.contiguous(), routed, recipe, out, deterministic)
 
 
 def prepare(weights: Weights, recipe: Recipe | str, backend: str | None = None) -> Weights:
     """The weights in the order the backend's kernels want: do it once, after loading."""
-    recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
+    recipe = Recipe.named(recipe)
+    check_weights(recipe, weights)
     return backends.pick(weights.device, backend).prepare(weights, recipe)
 
 
-def _stage(
-    weights: Weights, routed: Routed, recipe: Recipe | str, backend: str | None
-) -> tuple[Recipe, backends.Backend]:
-    recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
-    chosen = backends.pick(weights.device, backend)
+def _backend_for(
+    weights: Weights, routed: Routed, recipe: Recipe, name: str | None
+) -> backends.Backend:
+    chosen = backends.pick(weights.device, name)
     chosen.check(recipe, weights, routed.problem)
-    return recipe, chosen
+    return chosen
 
 
 # The operator: a record travels as its tensors plus one string that says what they are.
@@ -178,13 +191,10 @@ def _stage(
 def call_key(
     weights: Weights, recipe: Recipe | str, backend: str | None, deterministic: bool
 ) -> str:
-    """Everything about a call that is not a tensor, as one line that compilers can trace."""
-    recipe = Recipe.named(recipe) if isinstance(recipe, str) else recipe
-    words = [recipe.key, backend or "", str(int(deterministic))]
-    for stored in (weights.w13, weights.w2):
-        order = stored.order.name if isinstance(stored, Packed) else ""
-        words += [stored.format.name, order, *(str(size) for size in stored.shape)]
-    return "|".join(words)
+    """Everything about a call that is not a tensor, as one line that compilers can trace; the
+    recipe's name goes through as it is, for :func:`_parse_key` to look up."""
+    name = recipe if isinstance(recipe, str) else Recipe.named(recipe).key
+    return "|".join([backend or "", str(int(deterministic)), weights.key, name])
 
 
 def flatten(weights: Weights) -> list[Tensor | None]:
@@ -203,7 +213,7 @@ def flatten(weights: Weights) -> list[Tensor | None]:
 
 @lru_cache(maxsize=4096)
 def _parse_key(key: str) -> tuple[Recipe, str | None, bool, tuple, tuple]:
-    recipe, backend, deterministic, *rest = key.split("|")
+    backend, deterministic, *rest, recipe = key.split("|", 12)
     stages = [
         (format_named(fmt), order or None, tuple(int(size) for size in shape))
         for fmt, order, *shape in (rest[:5], rest[5:])
@@ -262,7 +272,7 @@ def _moe_op(
 
 
 def _moe_fake(x, weights, topk_ids, topk_weights, expert_map, key):  # type: ignore[no-untyped-def]
-    check_devices(x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights[0])
+    check_devices("x", x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights[0])
     recipe = _parse_key(key)[0]
     return x.new_empty(x.shape, dtype=recipe.out_dtype)
 

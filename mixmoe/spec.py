@@ -1,10 +1,9 @@
-"""What a layer is: Problem (sizes), Recipe (numbers), Tile (how), Weights, Routed; and check().
+"""What a layer is: Problem (sizes), Recipe (numbers), Tile (how), Weights, Routed.
 
-``check`` is the one statement of every constraint of the public door. Backends add only what their
-hardware or their packing asks for, in their own ``check``.
+A record refuses what it cannot be; how records and tensors may meet stands in ``checks``.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -126,6 +125,9 @@ class Recipe:
     rounding: Rounding = Rounding.CEIL
     weight_on: int = 2
     accumulate: str = "auto"
+    # One word that holds every field; ``Recipe.named(key)`` reads it back. A field, not a property:
+    # a compiler that traces a call then sees a constant.
+    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -134,6 +136,8 @@ class Recipe:
         set_field(self, "rounding", Rounding.named(self.rounding))
         if isinstance(self.act, str):
             set_field(self, "act", parse_activation(self.act))
+        if not isinstance(self.act, Activation):
+            raise MixMoEError("act is an Activation or its key", self.act, "mixmoe.silu()")
         legal = PAIRS.get(self.activation.name)
         if legal is None:
             raise MixMoEError(
@@ -151,11 +155,22 @@ class Recipe:
             raise MixMoEError("weight_on is the stage 1 or 2", self.weight_on, 2)
         if self.accumulate not in ("auto", "precise", "fast"):
             raise MixMoEError("accumulate is 'auto', 'precise' or 'fast'", self.accumulate, "auto")
+        out = next(n for n, d in OUT_DTYPES.items() if d == self.out_dtype)
+        formats = (self.activation.name, self.weight.name)
+        words = (*formats, self.act.key, out, self.rounding.value, str(self.weight_on))
+        set_field(self, "key", ":".join([*words, self.accumulate]))
 
     @classmethod
-    def named(cls, name: str, act: "Activation | str | None" = None, **changes: object) -> "Recipe":
-        """A cell of the matrix by name (:data:`CELLS`), or what :attr:`key` wrote."""
-        if ":" in name:
+    def named(
+        cls, name: "str | Recipe", act: "Activation | str | None" = None, **changes: object
+    ) -> "Recipe":
+        """A cell of the matrix by name (:data:`CELLS`), or what :attr:`key` wrote; an instance
+        passes through."""
+        if isinstance(name, cls):
+            recipe = name
+        elif not isinstance(name, str):
+            raise MixMoEError("a recipe is a Recipe or its name", name, ", ".join(CELLS))
+        elif ":" in name:
             recipe = cls._parse(name)
         elif name in CELLS:
             activation, weight = CELLS[name]
@@ -172,18 +187,11 @@ class Recipe:
         pair = (self.activation.name, self.weight.name)
         return next((n for n, c in CELLS.items() if c == pair), " x ".join(pair))
 
-    @property
-    def key(self) -> str:
-        """One word that holds every field; ``Recipe.named(key)`` reads it back."""
-        out = next(n for n, d in OUT_DTYPES.items() if d == self.out_dtype)
-        fields = (self.activation.name, self.weight.name, self.act.key, out, self.rounding.value)
-        return ":".join([*fields, str(self.weight_on), self.accumulate])
-
     @classmethod
     def _parse(cls, key: str) -> "Recipe":
         try:
             activation, weight, act, out, rounding, weight_on, accumulate = key.split(":")
-            dtype = OUT_DTYPES[out]
+            dtype, stage = OUT_DTYPES[out], int(weight_on)
         except (ValueError, KeyError):
             raise MixMoEError("not a recipe's key", key, Recipe.named("a8w4").key) from None
         return cls(
@@ -192,7 +200,7 @@ class Recipe:
             parse_activation(act),
             dtype,
             Rounding.named(rounding),
-            int(weight_on),
+            stage,
             accumulate,
         )
 
@@ -213,20 +221,19 @@ class Weights:
     w2_bias: Tensor | None = None
     w13_smooth: Tensor | None = None
     w2_smooth: Tensor | None = None
+    # Format, order and shape of w13 and of w2: what is not a tensor, as one word (see Recipe.key).
+    key: str = field(init=False, repr=False)
 
     TENSORS: ClassVar[tuple[str, ...]] = ("w13_bias", "w2_bias", "w13_smooth", "w2_smooth")
 
     def __post_init__(self) -> None:
-        if len(self.w13.shape) != 3 or len(self.w2.shape) != 3:
+        w13, w2 = self.w13.shape, self.w2.shape
+        if len(w13) != 3 or len(w2) != 3:
+            raise MixMoEError("w13 is (E, 2I, H) and w2 (E, H, I)", (w13, w2))
+        e, n, h = w13
+        if n % 2 or w2 != (e, h, n // 2):
             raise MixMoEError(
-                "w13 is (E, 2I, H) and w2 (E, H, I)", (self.w13.shape, self.w2.shape)
-            )
-        e, n, h = self.w13.shape
-        if n % 2 or tuple(self.w2.shape) != (e, h, n // 2):
-            raise MixMoEError(
-                f"w2 must be (E, H, I) of w13's (E, 2I, H) = {(e, n, h)}",
-                tuple(self.w2.shape),
-                (e, h, n // 2),
+                f"w2 must be (E, H, I) of w13's (E, 2I, H) = {(e, n, h)}", w2, (e, h, n // 2)
             )
         if self.w13.format.family != self.w2.format.family:
             raise MixMoEError(
@@ -250,6 +257,9 @@ class Weights:
                     f"{name} must be float32 of shape {shape}",
                     f"{tensor.dtype} of {tuple(tensor.shape)}",
                 )
+        first, second = (s.order.name if isinstance(s, Packed) else "" for s in (self.w13, self.w2))
+        key = f"{self.w13.format}|{first}|{e}|{n}|{h}|{self.w2.format}|{second}|{e}|{h}|{n // 2}"
+        object.__setattr__(self, "key", key)
 
     @property
     def E(self) -> int:
@@ -391,91 +401,3 @@ class Routed:
     expert_counts: Tensor
     block: int
     problem: Problem
-
-
-def check(
-    recipe: Recipe,
-    weights: Weights,
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    *,
-    out: Tensor | None = None,
-    expert_map: Tensor | None = None,
-) -> Problem:
-    """Refuse what breaks a rule of the public door; returns the problem's sizes.
-
-    Reads sizes, dtypes and devices; ids are read only where they lie in host memory (elsewhere an
-    id outside 0..E-1 is skipped like -1, because looking would stall the device).
-    """
-    if x.dim() != 2 or x.dtype not in WIDE_FLOATS:
-        raise MixMoEError(
-            "x is (T, H) in bf16, fp16 or f32", f"{x.dtype} of {tuple(x.shape)}", "(T, H) bf16"
-        )
-    if x.shape[1] != weights.H:
-        raise MixMoEError("x must have the weights' H columns", x.shape[1], weights.H)
-    if x.stride(1) != 1 and x.numel():
-        raise MixMoEError("x must be contiguous along H", f"strides {x.stride()}", "stride 1")
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0]:
-        raise MixMoEError("topk_ids is (T, topk)", tuple(topk_ids.shape), f"({x.shape[0]}, topk)")
-    if topk_ids.dtype not in (torch.int32, torch.int64):
-        raise MixMoEError("topk_ids is int32 or int64", topk_ids.dtype, "torch.int32")
-    if topk_weights.shape != topk_ids.shape or topk_weights.dtype not in WIDE_FLOATS:
-        raise MixMoEError(
-            f"topk_weights is a float of shape {tuple(topk_ids.shape)}",
-            f"{topk_weights.dtype} of {tuple(topk_weights.shape)}",
-        )
-    check_devices(
-        x, topk_ids=topk_ids, topk_weights=topk_weights, weights=weights.w13.codes,
-        w2=weights.w2.codes, out=out, expert_map=expert_map,
-    )
-    if weights.format.family != recipe.weight.family:
-        raise MixMoEError(
-            f"the recipe {recipe.name} takes {recipe.weight.family} weights", weights.format
-        )
-    if recipe.activation.name == "int8_smooth" and weights.w13_smooth is None:
-        raise MixMoEError("an int8_smooth recipe needs w13_smooth on the weights", None)
-    problem = Problem(x.shape[0], weights.H, weights.I, weights.E, topk_ids.shape[1])
-    if out is not None:
-        _check_out(out, problem, recipe)
-    check_routing(topk_ids, weights.E, expert_map)
-    return problem
-
-
-def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Refuse a tensor that is not where x is, by name."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise MixMoEError(f"{name} must be on x's device", tensor.device, x.device)
-
-
-def _check_out(out: Tensor, problem: Problem, recipe: Recipe) -> None:
-    shape = (problem.tokens, problem.hidden)
-    if tuple(out.shape) != shape or out.dtype != recipe.out_dtype:
-        raise MixMoEError(
-            f"out is {recipe.out_dtype} of shape {shape}", f"{out.dtype} of {tuple(out.shape)}"
-        )
-    if out.stride(1) != 1 and out.numel():
-        raise MixMoEError("out must be contiguous along H", f"strides {out.stride()}", "stride 1")
-
-
-def check_routing(topk_ids: Tensor, experts: int, expert_map: Tensor | None) -> None:
-    """Refuse ids no expert or map entry answers to, where the host can read them; -1 is skipped."""
-    if expert_map is not None and (
-        expert_map.dim() != 1 or expert_map.dtype not in (torch.int32, torch.int64)
-    ):
-        raise MixMoEError(
-            "expert_map is a 1-D int32 of local ids, -1 where foreign",
-            f"{expert_map.dtype} of {tuple(expert_map.shape)}",
-        )
-    if topk_ids.device.type != "cpu" or not topk_ids.numel() or torch.compiler.is_compiling():
-        return
-    known = experts if expert_map is None else expert_map.shape[0]
-    high = int(topk_ids.max())
-    if high >= known:
-        what = "E (no expert_map was given)" if expert_map is None else "the expert_map's length"
-        raise MixMoEError(f"expert ids must be below {what} = {known}", high, known - 1)
-    if expert_map is not None and expert_map.numel() and int(expert_map.max()) >= experts:
-        raise MixMoEError(
-            f"expert_map must point below E = {experts}", int(expert_map.max()), experts - 1
-        )

@@ -26,10 +26,11 @@ from mixmoe import accuracy
 from mixmoe.activations import Activation, gelu, silu, situv2, swiglu
 from mixmoe.backends import Backend
 from mixmoe.backends.cpu import CPUBackend, reference
+from mixmoe.checks import check
 from mixmoe.errors import MixMoEError
 from mixmoe.formats import Format, Quantised, Rounding, ScaleKind, format_named
 from mixmoe.moe import run
-from mixmoe.spec import CELLS, PAIRS, Problem, Recipe, Routed, Weights, check
+from mixmoe.spec import CELLS, PAIRS, Problem, Recipe, Routed, Weights
 
 STAGES = ("route", "quantise", "gemm1", "gemm2", "combine", "layer")
 EXACT = reference()

@@ -36,6 +36,14 @@ def test_matmul_check_can_fail():
     assert error(y, x, q) > 1e-4
 
 
+@pytest.mark.parametrize("columns", [192, 768])
+def test_rows_of_another_width_are_refused(columns):
+    """The kernel is told len(x) rows of K: half of K would be read beyond the end."""
+    q = FORMATS["mxfp4"].quantise(torch.randn(37, 384))
+    with pytest.raises(mixmoe.MixMoEError, match=r"got \(4, .*nearest legal: \(4, 384\)"):
+        cpu_w4.matmul(torch.randn(4, columns), q)
+
+
 def test_layer_agrees_without_a_compiler(monkeypatch):
     torch.manual_seed(0)
     weights = mixmoe.Weights.from_dense(torch.randn(4, 128, 96), torch.randn(4, 96, 64), "mxfp4")

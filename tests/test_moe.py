@@ -6,16 +6,19 @@ import re
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mixmoe
-from mixmoe import MixMoEError, MoE, Recipe, Weights, activations
+from mixmoe import MixMoEError, MoE, Quantised, Recipe, Weights, activations
+from mixmoe.backends import load
 from mixmoe.moe import call_key, flatten
 from mixmoe.spec import CELLS, PAIRS
 
 H, I, E, TOPK = 96, 64, 5, 3
+CPU = load("cpu")
 ACTS = [mixmoe.silu(), mixmoe.silu(limit=1.0), mixmoe.swiglu(), mixmoe.gelu(), mixmoe.situv2()]
 
 
@@ -179,6 +182,19 @@ REFUSALS = {
     "map dtype": (lambda a: a | {"expert_map": torch.rand(5)}, "expert_map is a 1-D int32"),
     "map values": (lambda a: a | {"expert_map": torch.arange(9)}, "point below E = 5"),
     "map short": (lambda a: a | {"expert_map": torch.arange(2)}, "expert_map's length = 2"),
+    "id below -1": (
+        lambda a: a | {"topk_ids": a["topk_ids"] - 2}, "-1 .*got -2, nearest legal: -1"
+    ),
+    "map below -1": (lambda a: a | {"expert_map": torch.full((5,), -9)}, "map must.*got -9"),
+    "weights dtype": (
+        lambda a: a | {"topk_weights": a["topk_weights"].double()},
+        "is bf16, fp16 or f32 .*got torch.float64 .*nearest legal: torch.float32",
+    ),
+    "out overlaps": (
+        lambda a: a | {"out": torch.empty(1, H).expand(11, H)},
+        r"rows of out must not overlap: got strides \(0, 1\), nearest legal: strides \(96, 1\)",
+    ),
+    "recipe's type": (lambda a: a | {"recipe": None}, "a recipe is a Recipe or its name: got None"),
 }
 
 
@@ -191,6 +207,112 @@ def test_refusals(case):
         mixmoe.moe(
             args.pop("x"), weights, args.pop("topk_ids"), args.pop("topk_weights"), **args
         )
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_stages_one_by_one(name):
+    """The public stages are the layer, from floats and from quantised rows, in every cell."""
+    x, weights, ids, w, recipe = make(name, bias=True)
+    y = mixmoe.moe(x, weights, ids, w, recipe=recipe)
+    weights, routed = mixmoe.prepare(weights, recipe), mixmoe.route(ids, w, weights)
+    given = CPU.quantise(x, weights, routed, recipe)
+    for rows in (x, given):
+        h = mixmoe.gemm1(rows, weights, routed, recipe=recipe)
+        out = mixmoe.gemm2(h, weights, routed, recipe=recipe)
+        wide = torch.cat([out, out], dim=1)[:, :H]
+        assert torch.equal(mixmoe.combine(wide, routed, recipe=recipe), y)
+
+
+def others(recipe="a8w4", hidden=H, inter=I, experts=E):
+    """Weights of other sizes."""
+    shapes = (experts, 2 * inter, hidden), (experts, hidden, inter)
+    return Weights.from_dense(*map(torch.randn, shapes), CELLS[recipe][1])
+
+
+# What stage 1 is given in place of a's own operands, and what it says.
+GEMM1_REFUSALS = {
+    "wide": (lambda a: {"x": torch.randn(11, 2 * H)}, "H columns: got 192, nearest legal: 96"),
+    "half": (lambda a: {"x": a.x[:, : H // 2]}, "H columns: got 48, nearest legal: 96"),
+    "few": (lambda a: {"x": a.x[:4]}, "T rows .*got 4, nearest legal: 11"),
+    "many": (lambda a: {"x": torch.cat([a.x, a.x])}, "T rows .*got 22, nearest legal: 11"),
+    "3-D": (lambda a: {"x": a.x[None]}, r"x is \(T, H\)"),
+    "f64": (lambda a: {"x": a.x.double()}, "bf16, fp16 or f32"),
+    "format": (lambda a: {"x": mixmoe.quantise(a.x, "mxfp4")}, "got mxfp4.*legal: fp8_token"),
+    "few codes": (lambda a: {"x": mixmoe.quantise(a.x[:4], "fp8_token")}, r"shape .*got \(4, 96\)"),
+    "scales": (
+        lambda a: {"x": Quantised(a.xq.codes, a.xq.scales[:, 0], a.xq.format)}, "x: scales of"
+    ),
+    "strides": (
+        lambda a: {"x": Quantised(a.xq.codes, a.xq.scales.repeat(1, 2)[:, :1], a.xq.format)},
+        "x: scales must be contiguous",
+    ),
+    "recipe": (lambda a: {"recipe": "a8w8"}, "takes fp8_channel weights: got mxfp4.* a8w4 "),
+    "int8": (lambda a: {"weights": others("w8a8")}, "takes mxfp4 weights: got int8_channel"),
+    "smooth": (
+        lambda a: {"weights": others("w8a8"), "recipe": "w8a8_smooth"},
+        "needs w13_smooth .*nearest legal: w8a8$",
+    ),
+    "other E": (lambda a: {"weights": others(experts=E + 1)}, r"got \(6, 96, 64\)"),
+    "other H": (lambda a: {"weights": others(hidden=2 * H)}, r"legal: \(5, 96, 64\)"),
+    "other I": (lambda a: {"weights": others(inter=2 * I)}, r"got \(5, 96, 128\)"),
+    "device": (lambda a: {"x": a.x.to("meta")}, "must be on x's device"),
+}
+GEMM2_REFUSALS = {
+    "wide": (lambda a: {"h": quantised_rows(33, 2 * I)}, r"got \(33, 128\), .*legal: \(33, 64\)"),
+    "few": (lambda a: {"h": quantised_rows(5, I)}, r"h has the shape .*got \(5, 64\)"),
+    "many": (lambda a: {"h": quantised_rows(5000, I)}, r"h has the shape .*got \(5000, 64\)"),
+    "format": (lambda a: {"h": quantised_rows(33, I, "mxfp4")}, "got mxfp4.*legal: fp8_token"),
+    "floats": (lambda a: {"h": torch.randn(33, I)}, "h is Quantised .*got Tensor"),
+    "other E": (lambda a: {"weights": others(experts=E - 1)}, r"got \(4, 96, 64\)"),
+}
+COMBINE_REFUSALS = {
+    "few": (lambda a: {"rows": a.rows[:5]}, r"rows is .* shape \(33, 96\): .*\(5, 96\)"),
+    "narrow": (lambda a: {"rows": a.rows[:, :32]}, r"rows is .*of \(33, 32\)"),
+    "3-D": (lambda a: {"rows": a.rows[None]}, r"rows is .*of \(1, 33, 96\)"),
+    "whole": (lambda a: {"rows": a.rows.int()}, "rows is .*torch.int32"),
+    "out 3-D": (lambda a: {"out": torch.empty(5, 11, H)}, r"out is .*of \(5, 11, 96\)"),
+    "out whole": (lambda a: {"out": torch.empty(11, H).int()}, "out is .*torch.int32"),
+    "out overlaps": (lambda a: {"out": torch.empty(1, H).expand(11, H)}, "must not overlap"),
+    "out device": (lambda a: {"out": torch.empty(11, H, device="meta")}, "out must be on rows'"),
+}
+STAGE_REFUSALS = [
+    *((mixmoe.gemm1, name) for name in GEMM1_REFUSALS),
+    *((mixmoe.gemm2, name) for name in GEMM2_REFUSALS),
+    *((mixmoe.combine, name) for name in COMBINE_REFUSALS),
+]
+
+
+def quantised_rows(rows, columns, name="fp8_token"):
+    return mixmoe.quantise(torch.randn(rows, columns), name)
+
+
+@pytest.mark.parametrize("stage, name", STAGE_REFUSALS, ids=lambda v: getattr(v, "__name__", v))
+def test_stage_refusals(stage, name):
+    """No stage runs on operands that do not meet."""
+    x, weights, ids, w, recipe = make("a8w4")
+    routed, xq = mixmoe.route(ids, w, weights), mixmoe.quantise(x, "fp8_token")
+    h = mixmoe.gemm1(x, weights, routed, recipe=recipe)
+    rows = mixmoe.gemm2(h, weights, routed, recipe=recipe)
+    cases, first = {
+        mixmoe.gemm1: (GEMM1_REFUSALS, {"x": x, "weights": weights}),
+        mixmoe.gemm2: (GEMM2_REFUSALS, {"h": h, "weights": weights}),
+        mixmoe.combine: (COMBINE_REFUSALS, {"rows": rows}),
+    }[stage]
+    change, message = cases[name]
+    given = first | {"recipe": recipe} | change(SimpleNamespace(x=x, xq=xq, h=h, rows=rows))
+    with pytest.raises(MixMoEError, match=message):
+        stage(routed=routed, **given)
+
+
+def test_weights_that_the_recipe_does_not_take_are_refused_before_the_call():
+    weights, int8 = make("a8w4")[1], make("w8a8")[1]
+    for door in (mixmoe.prepare, MoE):
+        with pytest.raises(MixMoEError, match="takes fp8_channel weights: got mxfp4.*a8w4"):
+            door(weights, "a8w8")
+        with pytest.raises(MixMoEError, match=r"from_dense\(w13_smooth=.*nearest legal: w8a8$"):
+            door(int8, "w8a8_smooth")
+        door(weights, "a8w4")
+        door(make("w4a8_smooth")[1], "w4a8_smooth")
 
 
 def test_record_refusals():
@@ -294,6 +416,30 @@ def test_compile_and_export():
     assert torch.equal(dynamic(x[:5], ids[:5], w[:5], None), layer(x[:5], ids[:5], w[:5]))
 
 
+def compiled(f, **options):
+    return torch.compile(f, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_with_a_name_with_dynamic_shapes_and_with_other_scalars(packed, monkeypatch):
+    x, weights, ids, w, _ = make("a8w4")
+    want = mixmoe.moe(x, weights, ids, w, recipe="a8w4")
+    if packed:  # shapes of a Packed are plain ints, which dynamic=True makes symbols of
+        monkeypatch.setattr(type(CPU), "check", lambda *ignored: None)
+        order = mixmoe.preshuffle.order_named("cdna_n16")
+        weights = weights.packed(order, order)
+    recipe = Recipe.named("a8w4")
+    named = compiled(lambda a, b, c: mixmoe.moe(a, weights, b, c, recipe="a8w4"))
+    record = compiled(lambda a, b, c: mixmoe.moe(a, weights, b, c, recipe=recipe), dynamic=True)
+    for door in (named, record):
+        assert torch.equal(door(x, ids, w), want)
+        assert torch.equal(door(x[:5], ids[:5], w[:5]), want[:5])
+    clamped = compiled(lambda a, r: mixmoe.moe(a, weights, ids, w, recipe=r))
+    for limit in (1.0, 2.0, 0.5):
+        r = Recipe.named("a8w4", act=mixmoe.silu(limit))
+        assert torch.equal(clamped(x, r), mixmoe.moe(x, weights, ids, w, recipe=r))
+
+
 def test_module_state_and_shape():
     x, weights, ids, w, recipe = make("a8w4", bias=True)
     layer = MoE(weights, recipe)
@@ -309,8 +455,8 @@ PACKAGE = pathlib.Path(mixmoe.__file__).parent
 RANK = {
     "errors": 0, "formats": 1, "layout": 1, "activations": 1, "timing": 1, "fold": 2,
     "arrangement": 2, "gating": 2, "preshuffle": 3, "spec": 4, "shapes": 4,
-    "accuracy": 5, "backends": 5, "checkpoint": 5, "moe": 6, "module": 7, "__init__": 7,
-    "parallel": 8, "tune": 8, "hf": 8, "verify": 8, "bench_cli": 9, "cli": 9,
+    "accuracy": 5, "checks": 5, "backends": 5, "checkpoint": 5, "moe": 6, "module": 7,
+    "__init__": 7, "parallel": 8, "tune": 8, "hf": 8, "verify": 8, "bench_cli": 9, "cli": 9,
 }
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mixmoe import MixMoEError, Problem
+import mixmoe
+from mixmoe import MixMoEError, Problem, Weights
 from mixmoe.backends import load
 from mixmoe.gating import sigmoid_topk, softmax_topk, topk_softmax, with_shared_expert
 
@@ -89,6 +90,32 @@ def test_expert_map_and_room():
         spread = torch.arange(tokens * topk).view(tokens, topk) % experts
         r = load("cpu").route(spread, torch.rand(tokens, topk), p, None, block)
         assert int(r.num_valid_ids[0]) <= p.padded_routes(block)
+
+
+ROUTE_REFUSALS = {
+    "float ids": ({"topk_ids": torch.full((4, 2), 1.9)}, "int32 or int64: got torch.float32"),
+    "bool ids": ({"topk_ids": torch.ones(4, 2).bool()}, "int32 or int64: got torch.bool"),
+    "1-D ids": ({"topk_ids": torch.zeros(4, dtype=torch.int32)}, r"is \(T, topk\)"),
+    "whole weights": ({"topk_weights": torch.ones(4, 2).int()}, "topk_weights is .*torch.int32"),
+    "complex weights": ({"topk_weights": torch.ones(4, 2) * 1j}, "topk_weights is .*complex64"),
+    "shape": ({"topk_weights": torch.ones(4, 1)}, r"of shape \(4, 2\)"),
+    "device": ({"topk_weights": torch.ones(4, 2, device="meta")}, "on topk_ids's device"),
+    "below -1": ({"topk_ids": torch.full((4, 2), -7)}, "got -7, nearest legal: -1"),
+    "too large": ({"topk_ids": torch.full((4, 2), 3)}, "got 3, nearest legal: 2"),
+    "map": ({"expert_map": torch.tensor([0, -9])}, "expert_map must .*got -9"),
+    "block 2.5": ({"block": 2.5}, "a whole number of routes.*got 2.5"),
+    "block 0": ({"block": 0}, "at least one: got 0, nearest legal: 1"),
+}
+
+
+@pytest.mark.parametrize("case", ROUTE_REFUSALS)
+def test_route_refusals(case):
+    changes, message = ROUTE_REFUSALS[case]
+    weights = Weights.from_dense(torch.randn(3, 64, 32), torch.randn(3, 32, 32), "bf16")
+    good = {"topk_ids": torch.tensor([[0, -1]] * 4), "topk_weights": torch.rand(4, 2)}
+    mixmoe.route(weights=weights, expert_map=torch.tensor([2, -1]), block=3, **good)
+    with pytest.raises(MixMoEError, match=message):
+        mixmoe.route(weights=weights, **good | changes)
 
 
 def test_softmax_gating():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixmoe.errors import MixMoEError
 from mixmoe.formats import Quantised, e2m1, int4
 
 SOURCE = Path(__file__).with_name("cpu_w4.c")
@@ -35,8 +36,10 @@ def matmul(x: Tensor, weights: Quantised) -> Tensor:
     """``x @ dequantised.T`` in float32: x (m, K) f32, weights (N, K) -> (m, N) f32."""
     rows, k = weights.shape
     assert weights.scales is not None, "4-bit formats have scales"
+    if x.shape[1:] != (k,):  # the kernel is told len(x) rows of k
+        raise MixMoEError("x is (m, K) of the weights' K", tuple(x.shape), (len(x), k))
     scales = weights.format.scale_value(weights.scales)
-    halves = x.view(-1, k // 2, 2).transpose(1, 2).contiguous()
+    halves = x.view(len(x), k // 2, 2).transpose(1, 2).contiguous()
     codes, y = weights.codes.contiguous(), torch.empty(len(x), rows)
     tensors = (halves, codes, scales.contiguous(), table(weights.format.element), y)
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in tensors)
