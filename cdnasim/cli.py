@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import CdnaSimError
+from .errors import AsmError, CdnaSimError, LaunchError
 from .machine import Options, load
 from .report import Report
 
@@ -27,12 +27,28 @@ console = Console(soft_wrap=True)
 Flag = Annotated[bool, typer.Option()]
 
 
+ARGUMENTS = 'f32:1024, f32:64x64:rand, x.npy, 3, 1.5'
+
+
 def parse_size(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in text.replace('x', ',').split(','))
+    """`4,2` or `4x2` -> (4, 2). LaunchError for what is no size."""
+    try:
+        return tuple(int(x) for x in text.replace('x', ',').split(','))
+    except ValueError:
+        raise LaunchError(f'{text!r} is no size: write one like 4 or 4,2') from None
 
 
 def parse_argument(text: str) -> Any:
-    """`f32:1024` zeros, `f32:1024:rand` random, `x.npy` a file, `1.5` or `0x10` a number."""
+    """`f32:1024` zeros, `f32:1024:rand` random, `x.npy` a file, `1.5` or `0x10` a number.
+    LaunchError for what is none of them.
+    """
+    try:
+        return argument(text)
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise LaunchError(f'--arg {text!r} ({e}): write one like {ARGUMENTS}') from None
+
+
+def argument(text: str) -> Any:
     import numpy as np
 
     if text.endswith('.npy'):
@@ -72,6 +88,8 @@ def run_script(
     """Run a FlyDSL program -> (launches, how the script ended)."""
     from .flydsl import session
 
+    if not path.is_file():
+        raise AsmError(f'{path} does not exist')
     ended = 'ended normally'
     with (
         session(arch, options=options, keep_going=True, lenient=lenient) as s,
@@ -119,7 +137,7 @@ def run(
     block: Annotated[str, typer.Option(help='work-items of a workgroup')] = '64',
     arg: Annotated[
         list[str] | None,
-        typer.Option(help='kernel argument: f32:1024, f32:64x64:rand, x.npy, 3, 1.5'),
+        typer.Option(help=f'kernel argument: {ARGUMENTS}'),
     ] = None,
     kernel: Annotated[str | None, typer.Option(help='which kernel of the file')] = None,
     arch: Annotated[str, typer.Option(help='gfx950 or gfx942, for scripts')] = 'gfx950',

@@ -15,6 +15,7 @@ from mixmoe.backends.cpu import cpu  # noqa: E402
 from mixmoe.cli import run as run_command  # noqa: E402
 from mixmoe.hf.models import small_model  # noqa: E402
 from mixmoe.preshuffle import ORDERS  # noqa: E402
+from mixmoe.spec import CELLS  # noqa: E402
 
 FEW = tuple(case for case in verify.CASES if case.name in ("plain", "T=0", "masked ids"))
 
@@ -75,10 +76,11 @@ def test_info(mixmoe):
     assert code == 0 and found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]) == set(backends.REGISTRY)
     assert found["backends"]["cpu"] == "available"
+    assert found["recipes"]["a8w4"] == "fp8_token x mxfp4" and set(found["recipes"]) == set(CELLS)
     if not torch.cuda.is_available():
         assert "GPU" in found["backends"]["hopper"]
     code, out, _ = mixmoe("info")
-    assert code == 0 and "available" in out and torch.__version__ in out
+    assert code == 0 and "available" in out and torch.__version__ in out and "w4a8_smooth" in out
 
 
 def test_inspect(mixmoe):

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("flydsl")
 pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
 
-from mixmoe.cli import loops  # noqa: E402
+from mixmoe.cli import inspect, loops  # noqa: E402
 from mixmoe.shapes import SHAPES, Shape  # noqa: E402
 
 TOY = Shape("toy", 24576, 64, 2, 1)  # K long enough to loop where four waves share it
@@ -44,6 +44,31 @@ def test_inspect_prints_tables(mixmoe, toy):
     assert code == 0
     for word in ("simulated", "VGPR", "spills", "groups", "busy", "gemm2_", "combine_"):
         assert word in out
+
+
+FIGURES = {
+    "vgpr": 512, "agpr": 256, "sgpr": 102, "vgpr_spills": 0, "sgpr_spills": 7, "scratch_bytes": 64,
+    "lds_bytes": 163840, "workgroups_per_cu": 16, "waves_per_simd": 8, "limit": "wave slots",
+    "ir_lines": 123456, "code_instructions": 12345, "code_bytes": 1234567, "compile_seconds": 98.76,
+    "mfma": 71680, "cycles": 7259200, "global_load_bytes": 147300000, "lds_cycles": 100,
+    "global_store_bytes": 9216000, "lds_conflict_cycles": 99,
+    "loop": {"cycles": 21020, "mfma_busy": 0.974,
+             "per_mfma": {"valu": 10.06, "salu": 10.68, "lds": 10.3, "global": 10.22}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_figure_is_cut(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    kernel = SimpleNamespace(name="gemm1", tokens=(1, 8), figures=FIGURES)
+    inspect.show([kernel, kernel], "toy, simulated")
+    out = capsys.readouterr().out
+    assert "…" not in out
+    cells = [str(cell(FIGURES)) for cell in (*inspect.TAKES.values(), *inspect.DOES.values())]
+    for words in (*inspect.TAKES, *inspect.DOES, *cells):
+        assert all(word.removeprefix("[red]") in out for word in words.split()), words
+    tables = sum(line.strip(" ─") == "" and "─" in line for line in out.splitlines())
+    assert tables == {40: 7, 80: 4, 200: 2}[columns]
 
 
 def test_main_loop_of_a_path():

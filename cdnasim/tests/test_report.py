@@ -162,8 +162,9 @@ def test_cli_run_script() -> None:
 
 
 def test_cli_errors_and_coverage(tmp_path: Path) -> None:
-    r = CliRunner().invoke(app, ['run', str(tmp_path / 'none.s')])
-    assert r.exit_code == 1 and 'does not exist' in r.output
+    for name in ('none.s', 'none.py'):
+        r = CliRunner().invoke(app, ['run', str(tmp_path / name)])
+        assert r.exit_code == 1 and r.output == f'AsmError: {tmp_path / name} does not exist\n'
     (tmp_path / 'k.s').write_text(program(' v_frob v1\n'))
     r = CliRunner().invoke(app, ['run', str(tmp_path / 'k.s')])
     assert r.exit_code == 1 and 'v_frob' in r.output
@@ -181,6 +182,13 @@ def test_cli_arguments(tmp_path: Path) -> None:
         and parse_argument('1.5') == 1.5
         and parse_argument(str(tmp_path / 'x.npy')).tolist() == [0, 1, 2]
     )
+    for bad in ('foo', 'q32:4', 'f33:4', 'f32:a', 'f32:4:x', str(tmp_path / 'none.npy')):
+        words = ['run', str(FINDINGS / 'softmax_reduce.s'), '--arg', bad]
+        r = CliRunner().invoke(app, words)
+        assert r.exit_code == 1 and r.output.startswith('LaunchError: '), bad
+        assert bad.split(':')[-1] in r.output and r.output.count('\n') == 1
+    r = CliRunner().invoke(app, ['run', str(FINDINGS / 'softmax_reduce.s'), '--grid', 'two'])
+    assert r.exit_code == 1 and "LaunchError: 'two' is no size" in r.output
 
 
 def test_launch_seconds() -> None:

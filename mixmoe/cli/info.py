@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import mixmoe
 from mixmoe import backends
+from mixmoe.spec import CELLS
 
 PACKAGES = ("mixmoe", "torch", "triton", "flydsl", "transformers", "safetensors")
 
@@ -19,7 +21,7 @@ PACKAGES = ("mixmoe", "torch", "triton", "flydsl", "transformers", "safetensors"
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what this machine has: devices, versions, backends and why one cannot run."""
+    """Say what there is: devices, versions, backends and why one cannot run here, recipes."""
     found = gather()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -33,7 +35,7 @@ def info(
 
 
 def gather() -> dict[str, dict[str, Any]]:
-    """Devices, versions and backends by name."""
+    """Devices, versions, backends and recipes by name."""
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {cores()} cores"}
     for index in range(torch.cuda.device_count()):
         got = torch.cuda.get_device_properties(index)
@@ -45,8 +47,9 @@ def gather() -> dict[str, dict[str, Any]]:
         "devices": devices,
         "versions": {"python": platform.python_version()}
         | {package: installed(package) for package in PACKAGES}
-        | {"torch": torch.__version__},
+        | {"mixmoe": mixmoe.__version__, "torch": torch.__version__},
         "backends": {name: availability(name) for name in backends.REGISTRY},
+        "recipes": {name: " x ".join(formats) for name, formats in CELLS.items()},
     }
 
 

@@ -1,6 +1,7 @@
 """``mixmoe inspect``: the picture of a memory order; the kernels of a layer on a CDNA GPU."""
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -82,14 +83,25 @@ def show(kernels: list[Kernel], title: str) -> None:
         console.print(f"{number} {kernel.name} [dim](T {counts_of})", soft_wrap=True)
     for title, columns in (("takes", TAKES), ("does", DOES)):
         console.print(f"[dim]{CAPTION[title]}")
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
-        table.add_column("")
-        for name in columns:
-            table.add_column(name, justify="right")
-        for number, kernel in enumerate(kernels, 1):
-            cells = (str(cell(kernel.figures)) for cell in columns.values())
-            table.add_row(str(number), *cells)
-        console.print(table)
+        for table in fitting(console, kernels, columns):
+            console.print(table)
+
+
+def fitting(console: Console, kernels: list[Kernel], columns: dict[str, Any]) -> Iterator[Table]:
+    """A row per kernel: one table, or two of half the columns where the console is narrower than
+    it, so that no figure is cut."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+    for name in ("", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, kernel in enumerate(kernels, 1):
+        table.add_row(str(number), *(str(cell(kernel.figures)) for cell in columns.values()))
+    free = console.options.update(width=1000)
+    if len(columns) == 1 or console.measure(table, options=free).maximum <= console.width:
+        yield table
+        return
+    names, half = list(columns), len(columns) // 2
+    for part in (names[:half], names[half:]):
+        yield from fitting(console, kernels, {name: columns[name] for name in part})
 
 
 def spills(f: dict[str, Any]) -> str:

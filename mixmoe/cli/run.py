@@ -53,7 +53,7 @@ def run(
     model: Annotated[
         str, typer.Option(help="a checkpoint folder, or qwen3-moe, mixtral, deepseek-v3, gpt-oss")
     ] = "qwen3-moe",
-    recipe: Annotated[str, typer.Option(help="a8w4, a16w4, a8w8, ...; mixmoe info")] = "a8w4",
+    recipe: Annotated[str, typer.Option(help="a8w4, a16w4, ...; mixmoe info lists them")] = "a8w4",
     tokens: Annotated[int, typer.Option(min=1, help="how many to generate")] = 16,
     backend: Annotated[str | None, typer.Option(help="the device's own by default")] = None,
     prompt: Annotated[str, typer.Option(help="for a checkpoint with a tokenizer")] = "The capital",
