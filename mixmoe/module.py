@@ -22,6 +22,7 @@ class MoE(nn.Module):
     The weights become buffers (they move with ``.to(device)`` and are saved in the state dict) in
     the order the backend of their device wants; ``backend`` fixes one by name. x: (T, H) or
     (..., H); ids and weights (T, topk). y has x's leading shape, dtype ``recipe.out_dtype``.
+    For inference: there is no backward.
     """
 
     def __init__(

@@ -459,7 +459,7 @@ def test_pictures():
     assert "0/4 1/0 2/5 3/1 4/6 5/2 6/7 7/3" in text
 
 
-def test_the_docs_are_true():
+def test_the_docs_are_true(capsys):
     text = (pathlib.Path(__file__).parents[1] / "docs" / "layouts.md").read_text()
     shown = re.findall(r"```text\n((\w+): .*?)```", text, re.DOTALL)
     assert len(shown) >= 6
@@ -467,6 +467,9 @@ def test_the_docs_are_true():
         assert picture == order_named(name).picture()
     examples = doctest.DocTestParser().get_doctest(text.replace("```", ""), {}, "docs", None, 0)
     assert doctest.DocTestRunner().run(examples) == (0, 6)
+    (packing,) = re.findall(r"```python\n((?!>>>).*?)```", text, re.DOTALL)
+    exec(packing, names := {})
+    assert names["packed"].order.name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", UZ)

@@ -321,7 +321,7 @@ def _bar(layer: Layer, choice: Choice, total: int) -> Iterator[Callable[[int], o
         from rich import progress
     except ImportError:
         raise MixMoEError(
-            "progress=True needs rich", "not installed", "pip install 'mixmoe[checkpoint]'"
+            "progress=True needs rich", "not installed", "pip install '.[checkpoint]'"
         ) from None
     columns = (*progress.Progress.get_default_columns(), progress.DownloadColumn())
     with progress.Progress(*columns, progress.TransferSpeedColumn()) as bar:

@@ -11,7 +11,7 @@ try:
     import rich  # noqa: F401
     import typer
 except ModuleNotFoundError as missing:
-    message = f"mixmoe: {missing.name} is not installed: pip install 'mixmoe[cli]'"
+    message = f"mixmoe: {missing.name} is not installed: pip install '.[cli]' in a checkout"
     raise SystemExit(message) from None
 
 from mixmoe.cli import build, check, info, inspect, run

@@ -1,6 +1,6 @@
 """What an experts module of transformers holds, as Weights, Activation and Recipe.
 
-Source of the conventions: transformers 5.17 to 5.23, ``integrations/moe.py`` (``is_transposed``,
+Source of the conventions: transformers 5.17 to 5.24, ``integrations/moe.py`` (``is_transposed``,
 ``is_concatenated``, ``has_gate``, ``has_bias``, ``_apply_gate``), ``finegrained_fp8.py``
 (``*_scale_inv``, ``block_size``) and ``mxfp4.py`` (blocks, scales, swizzled tensors).
 """

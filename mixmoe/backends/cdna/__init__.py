@@ -40,7 +40,7 @@ class CdnaBackend:
         if arch not in ARCHITECTURES:
             return f"the GPU is {arch}, the kernels are for {', '.join(ARCHITECTURES)}"
         if is_absent() and not prebuilt.IN_USE:
-            return "flydsl is not installed (pip install mixmoe[cdna]) and no kernels are prebuilt"
+            return "flydsl is not installed (pip install '.[cdna]') and no kernels are prebuilt"
         return None
 
     @property

@@ -38,7 +38,7 @@ class HopperBackend:
         if (major, minor) != (9, 0):
             return f"the GPU is sm_{major}{minor}, the kernels are for sm_90a (H100, H200)"
         if find_spec("triton") is None:
-            return "triton is not installed (pip install mixmoe[hopper])"
+            return "triton is not installed (pip install '.[hopper]')"
         return None
 
     @property
