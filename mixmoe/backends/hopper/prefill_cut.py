@@ -18,8 +18,8 @@ TALL_TO = {True: 96, False: 75}  # precise, fast: 64 + 32 routes, then 128 + 32
 # routing: 64 alone 588 us, 64 to 192 544; uniform routing the same).
 NARROW = {64: (32,), 128: (32, 64), 256: (64, 128, 192)}
 FILLED = 0.9  # of the weight rows of tall tiles
-# Mean share up to which adding in float32 is the rule: it costs a layer -1 to 4 % there, then 5 to
-# 27 % (H200, 2026-11-28, six layers, both routings: docs/measured.md, "What precise costs").
+# Mean share up to which adding in float32 is the rule: it costs a layer 2 % there, then 8, medians
+# of six layers and both routings (H200, 2026-11-28: docs/measured.md, "What precise costs").
 PRECISE_TO = 75
 
 
