@@ -53,7 +53,7 @@ def register(recipe: Recipe | str | None = None, *, backend: str | None = None) 
     Calling it again replaces the choice.
     """
     if recipe is not None:  # refuse it now, not at the first forward
-        require_unsmoothed(Recipe.named(recipe) if isinstance(recipe, str) else recipe)
+        require_unsmoothed(Recipe.named(recipe))
     names = {f"{NAME}-{cell}": cell for cell in CELLS if "smooth" not in cell}
     for name, chosen in ({NAME: recipe} | names).items():
         run = partial(experts_forward, recipe=chosen, backend=backend)

@@ -90,8 +90,7 @@ def recipe_for(
     The result has ``dtype``; 16-bit formats become fp16 in an fp16 model, and stay bf16 in a
     float32 one, whose range fp16 lacks. Raises MixMoEError for a smooth recipe: no factors here.
     """
-    base = Recipe.named(recipe) if isinstance(recipe, str) else recipe or default_recipe(module)
-    require_unsmoothed(base)
+    base = require_unsmoothed(Recipe.named(default_recipe(module) if recipe is None else recipe))
     activation, weight = base.activation, base.weight
     if dtype == torch.float16:
         half = {"bf16": format_named("fp16")}
