@@ -52,7 +52,7 @@ class Activation:
         for name in SCALARS:
             value = getattr(self, name)
             if not (isinstance(value, Real) or (value is None and name == "limit")):
-                raise MixMoEError(f"an activation's {name} is a number", value)
+                raise MixMoEError(f"an activation's {name} is a number", repr(value))
             object.__setattr__(self, name, None if value is None else float(value))
             words.append("none" if value is None else repr(float(value)))
         object.__setattr__(self, "key", "/".join(words))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import FORMATS, Quantised, format_named
+from mixmoe.formats import FORMATS, Quantised, int8_smooth, int8_token
 from mixmoe.spec import CELLS, WIDE_FLOATS, Problem, Recipe, Routed, Weights
 
 
@@ -43,7 +43,7 @@ def check(
 
 def check_weights(recipe: Recipe, weights: Weights) -> None:
     """Refuse weights of another format family than the recipe's, or without its smooth factors."""
-    family, smooth = weights.format.family, recipe.activation.name == "int8_smooth"
+    family = weights.format.family
     if family != recipe.weight.family:
         known = (name for name, (_, w) in CELLS.items() if FORMATS[w].family == family)
         raise MixMoEError(
@@ -51,12 +51,12 @@ def check_weights(recipe: Recipe, weights: Weights) -> None:
             weights.format,
             " or ".join(known) or None,
         )
-    if smooth and weights.w13_smooth is None:
+    if recipe.activation == int8_smooth and weights.w13_smooth is None:
         raise MixMoEError(
             f"the recipe {recipe.name} needs w13_smooth on the weights, as "
             "Weights.from_dense(w13_smooth=...) puts there",
             None,
-            replace(recipe, activation=format_named("int8_token")).name,
+            replace(recipe, activation=int8_token).name,
         )
 
 
@@ -68,7 +68,7 @@ def check_gemm1(recipe: Recipe, weights: Weights, routed: Routed, x: Tensor | Qu
     if isinstance(x, Tensor):
         _check_x(x, p.hidden, p.tokens)
     else:
-        per_route = recipe.activation.name == "int8_smooth"
+        per_route = recipe.activation == int8_smooth
         _check_rows("x", x, recipe, (p.routes if per_route else p.tokens, p.hidden))
     held = x if isinstance(x, Tensor) else x.codes
     check_devices("x", held, weights=weights.w13.codes, routed=routed.sorted_token_ids)

@@ -164,6 +164,10 @@ class Format:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> tuple[Callable[..., "Format"], tuple[str]]:
+        """Pickled by name: encoders are functions that have none."""
+        return format_named, (self.name,)
+
     @property
     def family(self) -> str:
         """The name without block or group size: formats of a family differ in those alone."""
@@ -176,33 +180,40 @@ class Format:
             return float(self.element.bits)
         return self.element.bits + 8 * SCALE_STORAGE[self.scale].itemsize / (self.rows * self.cols)
 
-    def check_columns(self, k: int) -> None:
-        """Refuse a row length that breaks a block; fp8 blocks alone may be partial at the edge."""
+    def check_columns(self, k: int, name: str = "x") -> None:
+        """Refuse a row length that breaks a block; fp8 blocks alone may be partial at the edge.
+        ``name`` is the operand's, for the error."""
         whole_blocks = self.scale is ScaleKind.E8M0 or self.element is int4
         step = self.cols if whole_blocks else self.element.per_byte
-        if k % step:
+        if k < 1 or k % step:
             raise MixMoEError(
-                f"K must be a multiple of {step} for {self.name}", k, nearest_multiple(k, step)
+                f"{name}: K must be a positive multiple of {step} for {self.name}",
+                k,
+                nearest_multiple(k, step),
             )
 
     def scale_shape(self, rows: int, k: int) -> tuple[int, int]:
         """Shape of the scales of a ``(rows, k)`` matrix; blocks at the edges may be partial."""
         return -(-rows // self.rows), -(-k // self.cols) if self.cols else 1
 
-    def quantise(self, x: Tensor, rounding: "Rounding | str" = Rounding.CEIL) -> "Quantised":
+    def quantise(
+        self, x: Tensor, rounding: "Rounding | str" = Rounding.CEIL, name: str = "x"
+    ) -> "Quantised":
         """Quantise ``x: (..., R, K)`` of any float dtype; elements round to nearest even.
 
         With ``s`` the block's scale, ``codes = rne(x / s)`` in IEEE float32, saturated:
         E8M0 as :class:`Rounding` says, else ``s = max(amax / element max, 2^-126)`` rounded to
-        the scale's dtype. Raises MixMoEError naming the row of the first NaN or infinity.
+        the scale's dtype. Raises MixMoEError, of the operand ``name``, with the row of the first
+        NaN or infinity, or magnitude beyond what float32 (a format without scales: the element)
+        holds.
         """
         rounding = Rounding.named(rounding)
         if x.dim() < 2 or not x.is_floating_point():
             raise MixMoEError(
-                "quantise takes a float tensor (..., R, K)", (tuple(x.shape), x.dtype)
+                f"{name}: quantise takes a float tensor (..., R, K)", (tuple(x.shape), x.dtype)
             )
         *lead, rows, k = x.shape
-        self.check_columns(k)
+        self.check_columns(k, name)
         codes = x.new_empty((*lead, rows, k // self.element.per_byte), dtype=self.element.storage)
         scales = None
         if self.scale is not ScaleKind.NONE:
@@ -213,7 +224,7 @@ class Format:
             values = x[index][block].to(torch.float32)
             amax = self._block_amax(values)
             if not torch.isfinite(amax).all() or amax.amax() > self._largest_input:
-                self._refuse(values, (*index, block.start))
+                self._refuse(name, x[index][block], (*index, block.start))
             if scales is None:
                 codes[index][block] = self.element.encode(values)
                 continue
@@ -224,8 +235,8 @@ class Format:
 
     @property
     def _largest_input(self) -> float:
-        fits = self.scale is not ScaleKind.NONE or self.element is bfloat16
-        return torch.finfo(torch.float32).max if fits else self.element.max
+        scaled = self.scale is not ScaleKind.NONE
+        return torch.finfo(torch.float32).max if scaled else self.element.max
 
     def _chunks(self, x: Tensor) -> Iterator[tuple[tuple[tuple[int, ...], slice], slice]]:
         """Index of a matrix, rows of its scales, and rows of it: CHUNK elements at a time."""
@@ -276,14 +287,16 @@ class Format:
             factor = factor.repeat_interleave(self.cols, dim=-1)[..., : shape[-1]]
         return factor
 
-    def _refuse(self, values: Tensor, where: tuple[int, ...]) -> None:
+    def _refuse(self, operand: str, values: Tensor, where: tuple[int, ...]) -> None:
+        values = values.to(torch.float64)  # where a finite number that float32 lacks stays finite
         bad = ~(values.abs() <= self._largest_input).all(dim=-1)
         row = int(bad.nonzero()[0])
         name = ", ".join(str(i) for i in (*where[:-1], where[-1] + row))
         finite = torch.isfinite(values[row]).all()
         what = f"magnitudes up to {self._largest_input}" if finite else "finite values"
         raise MixMoEError(
-            f"{self.name} takes {what}: row ({name}) breaks that", float(values[row].abs().max())
+            f"{operand}: {self.name} takes {what}: row ({name}) breaks that",
+            float(values[row].abs().max()),
         )
 
     def dequantise(
@@ -361,7 +374,7 @@ class Quantised:
                 f"{name}: codes of {fmt} must be {fmt.element.storage}", self.codes.dtype
             )
         *lead, rows, k = self.shape
-        fmt.check_columns(k)
+        fmt.check_columns(k, name)
         if fmt.scale is ScaleKind.NONE:
             if self.scales is not None:
                 raise MixMoEError(f"{name}: {fmt} has no scales", tuple(self.scales.shape))
@@ -450,6 +463,8 @@ def format_named(name: "str | Format") -> Format:
     """Look a format up by name (``fp8_block64x128`` builds one); an instance passes through."""
     if isinstance(name, Format):
         return name
+    if not isinstance(name, str):
+        raise MixMoEError("a number format is a Format or its name", name, ", ".join(FORMATS))
     key = ALIASES.get(name, name)
     if key in FORMATS:
         return FORMATS[key]

@@ -45,6 +45,8 @@ def sigmoid_topk(
     """
     _check(logits, topk)
     tokens, experts = logits.shape
+    if bias is not None and bias.shape != (experts,):
+        raise MixMoEError("bias is (E,)", tuple(bias.shape), (experts,))
     if groups < 1 or experts % groups or not 1 <= topk_groups <= groups:
         raise MixMoEError(
             "groups must divide E and topk_groups lie in 1..groups", (experts, groups, topk_groups)
@@ -83,4 +85,4 @@ def _check(logits: Tensor, topk: int) -> None:
     if logits.dim() != 2:
         raise MixMoEError("logits is (T, E)", tuple(logits.shape))
     if not 1 <= topk <= logits.shape[1]:
-        raise MixMoEError("topk must be in 1..E", topk, logits.shape[1])
+        raise MixMoEError("topk must be in 1..E", topk, min(max(topk, 1), logits.shape[1]))

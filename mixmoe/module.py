@@ -1,5 +1,6 @@
 """``MoE``: the layer as an nn.Module that owns its quantised weights as buffers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,7 +23,8 @@ class MoE(nn.Module):
     The weights become buffers (they move with ``.to(device)`` and are saved in the state dict) in
     the order the backend of their device wants; ``backend`` fixes one by name. x: (T, H) or
     (..., H); ids and weights (T, topk). y has x's leading shape, dtype ``recipe.out_dtype``.
-    For inference: there is no backward.
+    For inference: there is no backward. ``.half()``, ``.to(dtype)`` and their like leave every
+    buffer as it is: codes, scales and biases keep the dtypes that their format asks for.
     """
 
     def __init__(
@@ -53,6 +55,15 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         y = torch.ops.mixmoe.moe(flat, tensors, topk_ids, topk_weights, expert_map, self.key)
         return y.reshape(x.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """What moves buffers moves them; what would cast them does not."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            to = fn(tensor.new_empty(0))
+            return fn(tensor) if to.dtype == tensor.dtype else tensor.to(to.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """Recipe and sizes, for print(model)."""

@@ -104,6 +104,9 @@ class Order:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> tuple:
+        return order_named, (self.name,)
+
     def require(self, weights: Packed | Quantised, name: str = "weights") -> Packed:
         """The weights, if they are in this order, see :func:`require`."""
         return require(weights, (self,), name)

@@ -227,39 +227,35 @@ class Weights:
     TENSORS: ClassVar[tuple[str, ...]] = ("w13_bias", "w2_bias", "w13_smooth", "w2_smooth")
 
     def __post_init__(self) -> None:
-        w13, w2 = self.w13.shape, self.w2.shape
-        if len(w13) != 3 or len(w2) != 3:
-            raise MixMoEError("w13 is (E, 2I, H) and w2 (E, H, I)", (w13, w2))
-        e, n, h = w13
-        if n % 2 or w2 != (e, h, n // 2):
-            raise MixMoEError(
-                f"w2 must be (E, H, I) of w13's (E, 2I, H) = {(e, n, h)}", w2, (e, h, n // 2)
-            )
+        orders = []
+        for name, stored in (("w13", self.w13), ("w2", self.w2)):
+            if not isinstance(stored, (Quantised, Packed)):
+                raise MixMoEError(
+                    f"{name} is Quantised or Packed (Weights.from_dense quantises floats)",
+                    type(stored).__name__,
+                )
+            orders.append(stored.order.name if isinstance(stored, Packed) else "")
+        e, n, h = sizes = _fitting(self.w13.shape, self.w2.shape)
         if self.w13.format.family != self.w2.format.family:
             raise MixMoEError(
                 "w13 and w2 share one format family",
                 f"{self.w13.format} and {self.w2.format}",
                 self.w13.format,
             )
-        Problem(0, h, n // 2, e, 1)  # H and I obey the block rule
-        for stage in ("w13", "w2"):
-            stored = getattr(self, stage)
+        for name, stored in (("w13", self.w13), ("w2", self.w2)):
             if isinstance(stored, Quantised):
-                stored.check(stage)
-        shapes = {"w13_bias": (e, n), "w2_bias": (e, h), "w13_smooth": (e, h)}
-        shapes["w2_smooth"] = (e, n // 2)
-        for name, shape in shapes.items():
-            tensor = getattr(self, name)
-            if tensor is not None and (
-                tuple(tensor.shape) != shape or tensor.dtype != torch.float32
-            ):
-                raise MixMoEError(
-                    f"{name} must be float32 of shape {shape}",
-                    f"{tensor.dtype} of {tuple(tensor.shape)}",
-                )
-        first, second = (s.order.name if isinstance(s, Packed) else "" for s in (self.w13, self.w2))
-        key = f"{self.w13.format}|{first}|{e}|{n}|{h}|{self.w2.format}|{second}|{e}|{h}|{n // 2}"
-        object.__setattr__(self, "key", key)
+                stored.check(name)
+        for name, shape in _extra_shapes(*sizes).items():
+            _check_extra(name, getattr(self, name), shape)
+        first = f"{self.w13.format}|{orders[0]}|{e}|{n}|{h}"
+        second = f"{self.w2.format}|{orders[1]}|{e}|{h}|{n // 2}"
+        object.__setattr__(self, "key", f"{first}|{second}")
+
+    def __repr__(self) -> str:
+        held = [name for name in self.TENSORS if getattr(self, name) is not None]
+        words = [f"{self.format}", f"E={self.E}", f"H={self.H}", f"I={self.I}"]
+        words += ["orders " + " and ".join(self.orders), *held]
+        return f"Weights({', '.join(words)}, {self.nbytes} bytes on {self.device})"
 
     @property
     def E(self) -> int:
@@ -315,27 +311,25 @@ class Weights:
 
         ``gate_up="interleaved"`` takes w13 (and its bias) with rows gate, up, gate, up, ... as
         gpt-oss stores them. Smooth factors divide the weights' columns here, as they multiply the
-        GEMM's input there: ``(x * s) (w / s)^T = x w^T``.
+        GEMM's input there: ``(x * s) (w / s)^T = x w^T``. Raises MixMoEError naming the operand.
         """
         fmt = format_named(format)
         if gate_up not in ("concatenated", "interleaved"):
             raise MixMoEError(
                 "gate_up is 'concatenated' or 'interleaved'", gate_up, "concatenated"
             )
-        if w13.dim() != 3 or w2.dim() != 3 or w13.shape[1] % 2:
-            raise MixMoEError(
-                "w13 is (E, 2I, H) and w2 (E, H, I)", (tuple(w13.shape), tuple(w2.shape))
-            )
+        sizes = _fitting(tuple(w13.shape), tuple(w2.shape))
+        given = dict(zip(cls.TENSORS, (w13_bias, w2_bias, w13_smooth, w2_smooth), strict=True))
+        extra = {name: None if t is None else t.to(torch.float32) for name, t in given.items()}
+        for name, shape in _extra_shapes(*sizes).items():
+            _check_extra(name, extra[name], shape)
         interleaved = gate_up == "interleaved"
-        if interleaved and w13_bias is not None:
-            w13_bias = torch.cat([w13_bias[:, 0::2], w13_bias[:, 1::2]], dim=1)
-        q13 = _quantise_experts(w13, fmt, rounding, interleaved, w13_smooth)
-        q2 = _quantise_experts(w2, fmt, rounding, False, w2_smooth)
-        extra = [
-            None if t is None else t.to(torch.float32)
-            for t in (w13_bias, w2_bias, w13_smooth, w2_smooth)
-        ]
-        return cls(q13, q2, *extra)
+        bias = extra["w13_bias"]
+        if interleaved and bias is not None:
+            extra["w13_bias"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
+        q13 = _quantise_experts("w13", w13, fmt, rounding, interleaved, extra["w13_smooth"])
+        q2 = _quantise_experts("w2", w2, fmt, rounding, False, extra["w2_smooth"])
+        return cls(q13, q2, **extra)
 
     def to(self, device: torch.device | str) -> "Weights":
         """The same weights on another device."""
@@ -358,18 +352,51 @@ class Weights:
         return replace(self, w13=w13, w2=order2.pack(self.rows("w2")))  # type: ignore[attr-defined]
 
 
+def _fitting(w13: tuple[int, ...], w2: tuple[int, ...]) -> tuple[int, int, int]:
+    """E, 2I and H of matrices of these shapes; refuses shapes that do not fit each other."""
+    if len(w13) != 3 or len(w2) != 3 or w13[1] % 2:
+        raise MixMoEError("w13 is (E, 2I, H) and w2 (E, H, I)", (w13, w2))
+    e, n, h = w13
+    if w2 != (e, h, n // 2):
+        raise MixMoEError(
+            f"w2 must be (E, H, I) of w13's (E, 2I, H) = {(e, n, h)}", w2, (e, h, n // 2)
+        )
+    Problem(0, h, n // 2, e, 1)  # H and I obey the block rule
+    return e, n, h
+
+
+def _extra_shapes(e: int, n: int, h: int) -> dict[str, tuple[int, int]]:
+    """Shapes of what may stand beside w13 ``(e, n, h)``."""
+    return {
+        "w13_bias": (e, n), "w2_bias": (e, h), "w13_smooth": (e, h), "w2_smooth": (e, n // 2),
+    }  # fmt: skip
+
+
+def _check_extra(name: str, tensor: Tensor | None, shape: tuple[int, int]) -> None:
+    if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
+        raise MixMoEError(
+            f"{name} must be float32 of shape {shape}", f"{tensor.dtype} of {tuple(tensor.shape)}"
+        )
+
+
 def _quantise_experts(
-    w: Tensor, fmt: Format, rounding: Rounding | str, interleaved: bool, smooth: Tensor | None
-) -> Quantised:
+    name: str, w: Tensor, fmt: Format, rounding: Rounding | str, interleaved: bool,
+    smooth: Tensor | None,
+) -> Quantised:  # fmt: skip
     """Quantise expert by expert, so that only one expert's float copy is alive."""
     if not interleaved and smooth is None:
-        return fmt.quantise(w, rounding)
+        return fmt.quantise(w, rounding, name)
+    if smooth is not None and (bad := ~smooth.isfinite() | (smooth == 0)).any():
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        raise MixMoEError(f"{name}_smooth is finite and not 0", f"{float(smooth[at])} at {at}")
+    how = " with gate rows above up rows" if interleaved else ""
+    how += "" if smooth is None else f" by {name}_smooth"
     first, codes, scales = True, w, None
     for e in range(w.shape[0]):
         rows = torch.cat([w[e, 0::2], w[e, 1::2]]) if interleaved else w[e]
         if smooth is not None:
-            rows = rows.to(torch.float32) / smooth[e].to(torch.float32)
-        q = fmt.quantise(rows, rounding)
+            rows = rows.to(torch.float32) / smooth[e]
+        q = fmt.quantise(rows, rounding, f"{name}[{e}]{how}")
         if first:
             codes = q.codes.new_empty((w.shape[0], *q.codes.shape))
             if q.scales is not None:

@@ -156,6 +156,8 @@ def test_record_refusals():
         Weights.from_dense(w13[:, :96], w2[..., :48], "bf16")
     with pytest.raises(MixMoEError, match="w13_bias must be float32 of shape"):
         Weights.from_dense(w13, w2, "bf16", w13_bias=torch.randn(E, I))
+    with pytest.raises(MixMoEError, match="w13 is Quantised or Packed .*got Tensor"):
+        Weights(w13, w2)
     with pytest.raises(MixMoEError, match="gate_up"):
         Weights.from_dense(w13, w2, "bf16", gate_up="swapped")
     with pytest.raises(MixMoEError, match="fp8_token activations do not meet bf16 weights"):
@@ -166,6 +168,44 @@ def test_record_refusals():
         mixmoe.Problem(1, 64, 64, 2, 65)
     with pytest.raises(MixMoEError, match="weight_on"):
         Recipe.named("a8w4", weight_on=3)
+    for act in (torch.nn.SiLU(), mixmoe.silu, 7):
+        with pytest.raises(MixMoEError, match="act is an Activation or its key"):
+            Recipe.named("a8w4", act=act)
+    for act in ("swiglu/7", "swiglu/x/y/z/t", "silu/none/none/4/25"):
+        with pytest.raises(MixMoEError, match="not an activation's key.*nearest legal: s"):
+            Recipe.named("a8w4", act=act)
+    with pytest.raises(MixMoEError, match="not a recipe's key"):
+        Recipe.named("fp8_token:mxfp4:silu:bf16:CEIL:x:precise")
+    with pytest.raises(MixMoEError, match="limit is a number: got '7'"):
+        mixmoe.silu(limit="7")
+    with pytest.raises(MixMoEError, match="alpha is finite"):
+        mixmoe.swiglu(alpha=float("nan"))
+    assert mixmoe.silu(limit=7) == mixmoe.silu(limit=torch.tensor(7.0).numpy()[()])
     x, weights, ids, w, _ = make("w8a8")
     with pytest.raises(MixMoEError, match="needs w13_smooth"):
         mixmoe.moe(x, weights, ids, w, recipe="w8a8_smooth")
+
+
+W13, W2 = torch.ones(E, 2 * I, H), torch.ones(E, H, I)
+NAN3 = torch.ones(E, 2 * I, H).index_fill(0, torch.tensor(3), torch.nan)
+FROM_DENSE_REFUSALS = {
+    "H": ((torch.ones(E, 2 * I, 48), torch.ones(E, 48, I)), {}, "H must .*got 48"),
+    "I": ((W13[:, :96], W2[..., :48]), {}, "I must .*got 48"),
+    "group": ((W13, W2), {"format": "int4_group128"}, "w13: K must .* of 128 .*got 96"),
+    "w13": ((NAN3, W2), {}, r"w13: mxfp4 takes finite values: row \(3, 0\)"),
+    "w2": ((W13, W2 / 0), {}, r"w2: mxfp4 takes finite values: row \(0, 0\)"),
+    "whole": ((W13, W2.int()), {}, "w2: quantise takes a float tensor"),
+    "interleaved": ((NAN3, W2), {"gate_up": "interleaved"}, r"w13\[3\] with gate rows above up"),
+    "smoothed": ((NAN3, W2), {"w13_smooth": W13[:, 0]}, r"w13\[3\] by w13_smooth: .*row \(0\)"),
+    "1-D bias": ((W13, W2), {"gate_up": "interleaved", "w13_bias": W13[0, :, 0]}, "w13_bias must"),
+    "smooth shape": ((W13, W2), {"w13_smooth": torch.ones(E, H + 1)}, "w13_smooth must be .*97"),
+    "zero": ((W13, W2), {"w2_smooth": W2[:, 0] * 0}, r"w2_smooth is finite and not 0: got 0.0 at"),
+    "format": ((W13, W2), {"format": None}, "a number format is a Format or its name: got None"),
+}
+
+
+@pytest.mark.parametrize("case", FROM_DENSE_REFUSALS)
+def test_from_dense_names_the_operand(case):
+    matrices, changes, message = FROM_DENSE_REFUSALS[case]
+    with pytest.raises(MixMoEError, match=message):
+        Weights.from_dense(*matrices, **changes)

@@ -1,6 +1,8 @@
 """Number formats: bit for bit against ml_dtypes, scale rules against their definition, refusals."""
 
+import copy
 import math
+import pickle
 from dataclasses import replace
 
 import ml_dtypes
@@ -226,6 +228,25 @@ def test_nan_and_infinity_are_refused_with_the_row(name, bad):
         FORMATS[name].quantise(x)
 
 
+@pytest.mark.parametrize(
+    "name, value, dtype", [("fp8_token", 1e300, torch.float64), ("bf16", 3.4e38, torch.float32)]
+)
+def test_magnitudes_out_of_range_are_refused_as_such(name, value, dtype):
+    """Not as infinities: float32 lacks the one, bf16 would round the other to infinity."""
+    x = torch.zeros(3, 32, dtype=dtype)
+    x[1, 7] = -value
+    with pytest.raises(MixMoEError, match=rf"x: {name} takes magnitudes .*row \(1\).*got 3?.*e"):
+        quantise(x, name)
+    x[1, 7] = FORMATS[name].element.max  # the largest of all passes, and stays what it is
+    assert torch.isfinite(quantise(x, name).dequantise()).all()
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "fp8_block64x128"])
+def test_formats_are_pickled_by_name(name):
+    fmt = format_named(name)
+    assert pickle.loads(pickle.dumps(fmt)) is fmt and copy.deepcopy(fmt) is fmt
+
+
 def test_input_dtypes_agree():
     torch.manual_seed(4)
     x = torch.randn(40, 128).to(torch.bfloat16)
@@ -268,6 +289,10 @@ def test_names():
             format_named(bad)
     with pytest.raises(MixMoEError, match="multiple of 32.*got 100, nearest legal: 96 or 128"):
         quantise(torch.randn(2, 100), "mxfp4")
+    with pytest.raises(MixMoEError, match="x: K must be a positive multiple of 1 .*got 0, .*: 1$"):
+        quantise(torch.zeros(2, 0), "fp8_token")
+    with pytest.raises(MixMoEError, match="a Format or its name: got None"):
+        format_named(None)
     with pytest.raises(MixMoEError, match="rounding"):
         quantise(torch.randn(2, 32), "mxfp4", "UP")
     with pytest.raises(MixMoEError, match="float tensor"):

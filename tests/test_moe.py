@@ -1,11 +1,13 @@
 """The layer on the CPU: every recipe against a plain loop, the door's refusals, torch.compile."""
 
 import ast
+import io
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,6 +274,39 @@ def test_module_state_and_shape():
     assert torch.equal(other(x, ids, w), layer(x, ids, w))
     assert torch.equal(layer(x.view(1, 11, H), ids, w)[0], layer(x, ids, w))
     assert "a8w4" in repr(layer)
+
+
+def test_casting_a_module_leaves_its_numbers():
+    x, weights, ids, w, recipe = make("a16w16", bias=True)
+    weights = replace(weights, w2_bias=weights.w2_bias + 2.0**-20)  # more bits than bf16 holds
+    want = mixmoe.moe(x, weights, ids, w, recipe=recipe)
+    layer = torch.nn.Sequential(MoE(weights, recipe))
+    for cast in (layer.half, layer.bfloat16, lambda: layer.to(torch.float64)):
+        cast()
+        assert torch.equal(layer[0](x, ids, w), want)
+    dtypes = {n: b.dtype for n, b in layer.named_buffers()}
+    layer.to("meta", torch.float16)
+    assert {n: b.dtype for n, b in layer.named_buffers()} == dtypes
+    assert all(b.is_meta for b in layer.buffers())
+
+
+def test_records_and_modules_are_saved():
+    x, weights, ids, w, recipe = make("a8w8", bias=True, act=mixmoe.swiglu(5.0))
+    order = mixmoe.preshuffle.order_named("cdna_uz_n16")
+    layer, packed, held = MoE(weights, recipe), weights.packed(order, order), io.BytesIO()
+    torch.save((layer, packed), held)
+    held.seek(0)
+    again, loaded = torch.load(held, weights_only=False)
+    assert torch.equal(again(x, ids, w), layer(x, ids, w)) and again.recipe == recipe
+    assert loaded.key == packed.key and loaded.w13.order is order
+
+
+def test_weights_are_printed_in_one_line():
+    text = repr(make("a8w4", bias=True)[1])
+    assert text == (
+        "Weights(mxfp4, E=5, H=96, I=64, orders rows and rows, w13_bias, w2_bias, "
+        f"{5 * 96 * 192 * 17 // 32 + 4 * 5 * (128 + 96)} bytes on cpu)"
+    )
 
 
 PACKAGE = pathlib.Path(mixmoe.__file__).parent

@@ -158,6 +158,11 @@ def test_shared_expert_and_errors():
     assert ids.shape == (5, 3) and (ids[:, 2] == 8).all() and (weights[:, 2] == 0.5).all()
     with pytest.raises(MixMoEError, match="topk must be in 1..E: got 9"):
         softmax_topk(torch.randn(2, 8), 9)
+    for choose in (softmax_topk, topk_softmax, sigmoid_topk):
+        with pytest.raises(MixMoEError, match="topk must be in 1..E: got 0, nearest legal: 1"):
+            choose(torch.randn(2, 8), 0)
+    with pytest.raises(MixMoEError, match=r"bias is \(E,\): got \(7,\), nearest legal: \(8,\)"):
+        sigmoid_topk(torch.randn(2, 8), 2, bias=torch.zeros(7))
     with pytest.raises(MixMoEError, match="groups"):
         sigmoid_topk(torch.randn(2, 8), 2, groups=3)
     with pytest.raises(MixMoEError, match="fit in the chosen groups"):

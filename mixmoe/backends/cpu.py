@@ -95,7 +95,7 @@ class CPUBackend:
     def gemm1(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Quantised:
         """Gate and up GEMM, activation, routing weight if on stage 1, requantisation."""
         h = self.hidden(x, weights, routed, recipe)
-        return recipe.activation.quantise(h, recipe.rounding)
+        return recipe.activation.quantise(h, recipe.rounding, "h")
 
     def hidden(self, x: Quantised, weights: Weights, routed: Routed, recipe: Recipe) -> Tensor:
         """What stage 1 requantises: what the codes of any backend's h are judged by."""
