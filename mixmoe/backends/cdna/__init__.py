@@ -1,4 +1,4 @@
-"""The CDNA backend: AMD MI350 and MI355X (gfx950), in FlyDSL.
+"""The CDNA backend: AMD MI300X (gfx942), MI350X and MI355X (gfx950), in FlyDSL.
 
 ``route`` is torch on the device; quantise, gemm1, gemm2 and combine are kernels. FlyDSL is imported
 when a kernel is first needed, so that this module can say why it cannot run.
@@ -16,6 +16,7 @@ from mixmoe.formats import Quantised
 from mixmoe.spec import Problem, Recipe, Routed, Weights
 
 ARCHITECTURES = ("gfx950", "gfx942")
+CARDS = "an MI300X, MI350X or MI355X"
 
 
 def architecture() -> str | None:
@@ -28,7 +29,7 @@ def architecture() -> str | None:
 
 
 class CdnaBackend:
-    """Grouped GEMMs for gfx950; ``mixmoe.backends`` states what each stage takes and gives."""
+    """Grouped GEMMs for gfx942 and gfx950; ``mixmoe.backends`` states what each stage takes and gives."""
 
     name = "cdna"
 
@@ -36,7 +37,7 @@ class CdnaBackend:
         """No AMD GPU, another architecture, or no FlyDSL."""
         arch = architecture()
         if arch is None:
-            return "torch sees no AMD GPU (a ROCm build of torch and an MI350 are needed)"
+            return f"torch sees no AMD GPU (needs a ROCm build of torch and {CARDS})"
         if arch not in ARCHITECTURES:
             return f"the GPU is {arch}, the kernels are for {', '.join(ARCHITECTURES)}"
         if is_absent() and not prebuilt.IN_USE:
