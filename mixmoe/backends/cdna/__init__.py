@@ -29,7 +29,7 @@ def architecture() -> str | None:
 
 
 class CdnaBackend:
-    """Grouped GEMMs for gfx942 and gfx950; ``mixmoe.backends`` states what each stage takes and gives."""
+    """Grouped GEMMs for gfx942 and gfx950; ``mixmoe.backends`` states each stage's operands."""
 
     name = "cdna"
 
