@@ -41,6 +41,14 @@ class Call:
         return mixmoe.route(ids, shares, self.weights, backend=BACKEND)
 
 
+def problem_of(case: Case) -> Any:
+    """The sizes of the whole call."""
+    from mixmoe.spec import Problem
+
+    shape = case.shape
+    return Problem(case.tokens, shape.hidden, shape.intermediate, shape.experts, shape.topk)
+
+
 def stage1(call: Call) -> Run:
     """x quantised and routes sorted, then the gate and up GEMM and the activation."""
     from mixmoe.backends.hopper import prefill_schedule, schedule
@@ -141,11 +149,11 @@ def _prefill_stage1(call: Call, chosen: Any) -> Run:
     from mixmoe.backends.hopper.prefill_schedule import cut_tiles
     from mixmoe.backends.hopper.quantise import quantise_fp8, slot_rows
 
-    recipe, x = call.recipe, call.case.x_in("fp8_token")
+    recipe, x, whole = call.recipe, call.case.x_in("fp8_token"), problem_of(call.case)
     passes = []
     for tokens, routes in _passes(call):
         routed = call.routed(tokens)
-        work = cut_tiles(routed, recipe)
+        work = cut_tiles(routed, recipe, whole)
         passes.append((slot_rows(call.quantised(_part(x, tokens))), routed, work, routes))
     out: list[Tensor] = []
 
@@ -171,11 +179,11 @@ def _prefill_stage2(call: Call, chosen: Any) -> Run:
     from mixmoe.backends.hopper.prefill_schedule import cut_tiles
 
     recipe, h, y = call.recipe, call.case.h_in("fp8_token"), torch.empty_like(call.case.x)
-    passes = []
+    passes, whole = [], problem_of(call.case)
     for tokens, routes in _passes(call):
         routed = call.routed(tokens)
         rows = chosen.sorted_rows(call.quantised(_part(h, routes)), routed)
-        passes.append((rows, routed, cut_tiles(routed, recipe), y[tokens]))
+        passes.append((rows, routed, cut_tiles(routed, recipe, whole), y[tokens]))
 
     def launch() -> None:
         for rows, routed, work, out in passes:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from mixmoe.spec import Problem
-
 from . import opened
 from .case import Case
 from .counts import RECIPES, Stage
@@ -30,8 +28,7 @@ def ways_of(case: Case, recipe: Any) -> tuple[str, ...]:
     """The ways of adding that differ: "auto", and what it is not."""
     from mixmoe.backends.hopper import prefill_cut, prefill_schedule, schedule
 
-    shape = case.shape
-    problem = Problem(case.tokens, shape.hidden, shape.intermediate, shape.experts, shape.topk)
+    problem = opened.problem_of(case)
     if case.tokens < FAST_FROM:
         return ("auto",)
     if not schedule.is_fp8_like(recipe.activation) or recipe.weight.name != "mxfp4":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mixmoe.timing import Flush
 
-from .counts import Stage
+from .counts import RECIPES, Stage
 from .routing import Skew
 from .shapes import SHAPES, TABLE_TOKENS, TOKENS
 
@@ -52,6 +52,11 @@ class Plan:
             raise ValueError(f"no such shape: {sorted(unknown)}; there are {sorted(SHAPES)}")
         if bad := [t for t in self.tokens if t < 1]:
             raise ValueError(f"tokens must be at least 1: got {bad}")
+        if unknown := set(self.recipes) - set(RECIPES):
+            raise ValueError(f"no such recipe: {sorted(unknown)}; there are {sorted(RECIPES)}")
+        for what in ("shapes", "tokens", "skews", "stages", "flushes"):
+            if not getattr(self, what):
+                raise ValueError(f"nothing to measure: no {what}")
         known = {"routing": (self.skews, Skew), "stage": (self.stages, Stage)}
         for what, (names, kind) in (known | {"flush": (self.flushes, Flush)}).items():
             legal = [one.value for one in kind]

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmoe.errors import MixMoEError
+
 from . import markdown as tables
 from . import merged, report, results, warm
 from .plan import Plan
@@ -22,11 +24,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def execute(plan: Plan, jobs: int = 0) -> Path:
     """Measures and writes <out>/<device>.json; gives its path. A warm plan compiles in `jobs`
-    processes (0: one a core) instead, and gives the folder. Raises RuntimeError with no GPU."""
+    processes (0: one a core) instead, and gives the folder. Raises MixMoEError with no GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("the benchmark needs a CUDA device, and torch sees none")
+        raise MixMoEError("the benchmark needs a CUDA device", "none that torch sees")
     if plan.warm:
         warm.run(plan, jobs or os.cpu_count() or 1, gpus(torch.cuda.device_count()), environment())
         return plan.folder

@@ -49,9 +49,12 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     if name in LAZY:
-        return import_module(f"mixmoe.{name}")
+        try:
+            return import_module(f"mixmoe.{name}")
+        except ModuleNotFoundError as missing:  # hasattr(mixmoe, name) is then False
+            raise AttributeError(f"mixmoe.{name} needs {missing.name}") from missing
     raise AttributeError(f"module 'mixmoe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LAZY})
+    return sorted({*globals(), *LAZY} - {"hf"})  # transformers is an extra, and slow to import

@@ -1,6 +1,6 @@
 """How far a result is from the exact one: rows of floats, and codes at their rounding boundaries.
 
-Two measures, both relative, both judged against ``Format.tolerance`` (DESIGN, section 3):
+Two measures, both relative, both judged against ``Format.tolerance``:
 
 - a row of floats: ``|y - ref| / |ref|``, Euclidean norms over the row;
 - a requantised row: the smallest relative change of the exact float64 values that explains every

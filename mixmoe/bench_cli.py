@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,32 +55,37 @@ def bench(
             run.show(path, detail=detail, markdown=markdown, plots=folder)
             typer.echo(f"wrote {path}")
             return
-        from benchmarks.plan import Plan
-        from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
-
-        def numbers(text: str) -> tuple[int, ...]:
-            named = {"all": TOKENS, "table": TABLE_TOKENS}
-            return named[text] if text in named else tuple(counts(text))
-
-        plan = Plan(
-            shapes=tuple(SHAPES) if shape == "all" else tuple(listed(shape)),
-            tokens=numbers(tokens),
-            rival_tokens=None if rival_tokens == "all" else numbers(rival_tokens),
-            skews=("uniform", "zipf") if routing == "both" else tuple(listed(routing)),
-            stages=tuple(listed(stages)),
-            flushes=("clean", "dirty") if flush == "both" else tuple(listed(flush)),
-            rivals=rivals,
-            recipes=tuple(listed(recipes)),
-            seconds=seconds,
-            out=str(folder),
-            commit=commit,
-            resume=resume,
-            warm=warm,
-        )
-        path = run.execute(plan.share(shard) if shard else plan, jobs)
-        if not warm and not shard:  # a shard's tables and plots are the merged file's
-            run.show(path, detail=detail, plots=folder)
+        plan = _planned(
+            shape, tokens, rival_tokens, routing, flush, stages=tuple(listed(stages)),
+            rivals=rivals, recipes=tuple(listed(recipes)), seconds=seconds, out=str(folder),
+            commit=commit, resume=resume, warm=warm,
+        )  # fmt: skip
+        plan = plan.share(shard) if shard else plan
+    path = run.execute(plan, jobs)
+    if not warm and not shard:  # a shard's tables and plots are the merged file's
+        run.show(path, detail=detail, plots=folder)
     typer.echo(f"wrote {path}")
+
+
+def _planned(
+    shape: str, tokens: str, rival_tokens: str, routing: str, flush: str, **options: Any
+) -> Any:
+    """The options as a plan; what they name must be there."""
+    from benchmarks.plan import Plan
+    from benchmarks.shapes import SHAPES, TABLE_TOKENS, TOKENS
+
+    def numbers(text: str) -> tuple[int, ...]:
+        named = {"all": TOKENS, "table": TABLE_TOKENS}
+        return named[text] if text in named else tuple(counts(text))
+
+    return Plan(
+        shapes=tuple(SHAPES) if shape == "all" else tuple(listed(shape)),
+        tokens=numbers(tokens),
+        rival_tokens=None if rival_tokens == "all" else numbers(rival_tokens),
+        skews=("uniform", "zipf") if routing == "both" else tuple(listed(routing)),
+        flushes=("clean", "dirty") if flush == "both" else tuple(listed(flush)),
+        **options,
+    )
 
 
 @contextmanager

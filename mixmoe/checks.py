@@ -1,4 +1,4 @@
-"""How records and tensors may meet: the one statement of every constraint of the public door.
+"""How records and tensors may meet: the one statement of it; what a record may be stands in it.
 
 Everything here reads sizes, dtypes and devices; ids are read only where they lie in host memory
 (elsewhere an id outside 0..E-1 is skipped like -1, because looking would stall the device).
@@ -42,7 +42,8 @@ def check(
 
 
 def check_weights(recipe: Recipe, weights: Weights) -> None:
-    """Refuse weights of another format family than the recipe's, or without its smooth factors."""
+    """Refuse weights of another format family than the recipe's, without its smooth factors, or
+    with factors that it would not multiply x by."""
     family = weights.format.family
     if family != recipe.weight.family:
         known = (name for name, (_, w) in CELLS.items() if FORMATS[w].family == family)
@@ -57,6 +58,14 @@ def check_weights(recipe: Recipe, weights: Weights) -> None:
             "Weights.from_dense(w13_smooth=...) puts there",
             None,
             replace(recipe, activation=int8_token).name,
+        )
+    smoothed = [n for n in ("w13_smooth", "w2_smooth") if getattr(weights, n) is not None]
+    if smoothed and recipe.activation != int8_smooth:
+        pairs = ((n, FORMATS[w].family) for n, (a, w) in CELLS.items() if a == int8_smooth.name)
+        raise MixMoEError(
+            f"the recipe {recipe.name} does not multiply by smooth factors",
+            " and ".join(smoothed),
+            " or ".join(n for n, w in pairs if w == family) or "weights without them",
         )
 
 
@@ -163,6 +172,9 @@ def _check_rows(name: str, q: Quantised, recipe: Recipe, shape: tuple[int, int])
     if q.shape != shape:
         raise MixMoEError(f"{name} has the shape that routed was made for", q.shape, shape)
     q.check(name)
+    if q.codes.stride(1) != 1 and q.codes.numel():
+        rule = f"{name}: codes must be contiguous along K"
+        raise MixMoEError(rule, f"strides {q.codes.stride()}", "stride 1")
     if q.scales is not None and not q.scales.is_contiguous():
         raise MixMoEError(f"{name}: scales must be contiguous", f"strides {q.scales.stride()}")
 

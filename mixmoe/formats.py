@@ -165,7 +165,8 @@ class Format:
         return self.name
 
     def __reduce__(self) -> tuple[Callable[..., "Format"], tuple[str]]:
-        """Pickled by name: encoders are functions that have none."""
+        """Pickled by name, as encoders are functions that have none: a changed record comes back
+        as the registered one."""
         return format_named, (self.name,)
 
     @property
@@ -407,7 +408,7 @@ def e8m0_value(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.where(scales == 0, 1 << 22, bits).view(torch.float32).to(dtype)
 
 
-# Tolerances: 2^-8 is one bf16 ulp, what DESIGN asks of a row; a requantised code may move only
+# Tolerances: 2^-8 is one bf16 ulp, what is asked of a row; a requantised code may move only
 # where the value before rounding is that near a boundary. Noise: measured on 4096 Gaussian rows
 # of 4096 values (2026-11-24, CPU, CEIL rounding), worst row, rounded up.
 ROW = 2.0**-8

@@ -4,6 +4,7 @@
 ``torch.export`` see one opaque node; the stages are here for those who want them one by one.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -193,6 +194,8 @@ def call_key(
 ) -> str:
     """Everything about a call that is not a tensor, as one line that compilers can trace; the
     recipe's name goes through as it is, for :func:`_parse_key` to look up."""
+    if backend is not None and backend not in backends.REGISTRY:
+        raise MixMoEError("unknown backend", backend, ", ".join(backends.REGISTRY))
     name = recipe if isinstance(recipe, str) else Recipe.named(recipe).key
     return "|".join([backend or "", str(int(deterministic)), weights.key, name])
 
@@ -286,7 +289,8 @@ def _moe_out_op(
     key: str,
     out: Tensor,
 ) -> None:
-    _call(x, weights, topk_ids, topk_weights, expert_map, key, out)
+    with torch.no_grad():  # what writes has no backward to refuse in, so nothing is recorded
+        _call(x, weights, topk_ids, topk_weights, expert_map, key, out)
 
 
 def _moe_out_fake(  # type: ignore[no-untyped-def]
@@ -301,12 +305,15 @@ def _no_backward(ctx: object, *grads: Tensor) -> None:
 
 # Not `torch.library.custom_op`: its first call imports torch._dynamo, two to four seconds.
 _OPS = torch.library.Library("mixmoe", "FRAGMENT")
-for _name, _op, _fake, _writes in (
-    ("moe", _moe_op, _moe_fake, ()),
-    ("moe_out", _moe_out_op, _moe_out_fake, ("out",)),
-):
-    _schema = torch.library.infer_schema(_op, mutates_args=_writes)
-    _OPS.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _OPS.impl(_name, _op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mixmoe::{_name}", _fake, lib=_OPS)
+
+
+def _define(name: str, op: Callable, fake: Callable, writes: tuple[str, ...]) -> None:
+    _OPS.define(name + torch.library.infer_schema(op, mutates_args=writes),
+                tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
+    _OPS.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mixmoe::{name}", fake, lib=_OPS)
+
+
+_define("moe", _moe_op, _moe_fake, ())
+_define("moe_out", _moe_out_op, _moe_out_fake, ("out",))
 torch.library.register_autograd("mixmoe::moe", _no_backward, lib=_OPS)

@@ -402,7 +402,7 @@ def test_our_stages_are_opened_by_names_that_exist():
     assert words(prefill.add)[1:7] == ["h", *common[2:], "red", "out"]
     assert words(prefill_schedule.red_of) == ["problem", "out"]
     assert words(prefill.sorted_rows) == ["self", "h", "routed"]
-    assert words(prefill_schedule.cut_tiles) == ["routed", "recipe"]
+    assert words(prefill_schedule.cut_tiles) == ["routed", "recipe", "whole"]
     assert words(quantise.quantise_fp8)[:3] == ["x", "fmt", "rounding"]
     assert words(stages.schedule_for) == ["recipe", "weights", "problem", "block"]
     assert prefill_schedule.CHUNK == 8192

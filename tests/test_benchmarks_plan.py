@@ -338,3 +338,9 @@ def test_entries_without_a_stage_of_the_plan_leave_a_case_closed(tmp_path):
         measured = row("toy", stage="layer", tokens=1, flush=flush)
         journal.add(measured, worker.entries[1].label)
     assert not worker._is_open(spot), "all of it is measured"
+
+
+@pytest.mark.parametrize("what", ["shapes", "tokens", "skews", "stages", "flushes"])
+def test_a_plan_of_nothing_is_refused(what):
+    with pytest.raises(ValueError, match=f"nothing to measure: no {what}"):
+        Plan(**{what: ()})

@@ -460,7 +460,7 @@ def test_the_command_says_what_it_needs():
     assert answer.exit_code != 0 and "no such shape" in answer.output
     if not torch.cuda.is_available():
         answer = CliRunner().invoke(bench_cli.app, ["--rivals", "none"])
-        assert answer.exit_code != 0 and "CUDA device" in answer.output
+        assert answer.exit_code != 0 and "CUDA device" in str(answer.exception)
 
 
 def test_the_command_shows_a_results_file(tmp_path):
@@ -484,6 +484,7 @@ REFUSED = {
     "stages": (["--stages", "foo"], "no such stage: ['foo']; there are ['stage1', 'stage2', 'la"),
     "routing": (["--routing", "foo"], "no such routing: ['foo']; there are ['uniform', 'zipf']"),
     "flush": (["--flush", "foo"], "no such flush: ['foo']; there are ['clean', 'dirty']"),
+    "recipe": (["--recipes", "foo"], "no such recipe: ['foo']"),
 }
 
 

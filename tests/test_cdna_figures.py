@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 pytest.importorskip("flydsl")
-pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
+pytest.importorskip("typer", reason="an extra: pip install '.[cli]'")
 
 from benchmarks import cdna  # noqa: E402
 from mixmoe.backends.cdna import config  # noqa: E402

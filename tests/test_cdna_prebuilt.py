@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("flydsl")
-pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
+pytest.importorskip("typer", reason="an extra: pip install '.[cli]'")
 
 from cdna_cases import CASES, failures  # noqa: E402
 from hip_standin import Simulator  # noqa: E402

@@ -75,6 +75,10 @@ GEMM1_REFUSALS = {
     "scales": (
         lambda a: {"x": Quantised(a.xq.codes, a.xq.scales[:, 0], a.xq.format)}, "x: scales of"
     ),
+    "strided codes": (
+        lambda a: {"x": Quantised(a.xq.codes.repeat(1, 2)[:, ::2], a.xq.scales, a.xq.format)},
+        "contiguous along K",
+    ),
     "strides": (
         lambda a: {"x": Quantised(a.xq.codes, a.xq.scales.repeat(1, 2)[:, :1], a.xq.format)},
         "x: scales must be contiguous",
@@ -146,6 +150,8 @@ def test_weights_that_the_recipe_does_not_take_are_refused_before_the_call():
             door(int8, "w8a8_smooth")
         door(weights, "a8w4")
         door(make("w4a8_smooth")[1], "w4a8_smooth")
+        with pytest.raises(MixMoEError, match="smooth factors: got w13_smooth.*legal: w8a8_smooth"):
+            door(make("w8a8_smooth")[1], "w8a8")
 
 
 def test_record_refusals():

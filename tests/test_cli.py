@@ -8,7 +8,7 @@ import mxfp4_checkpoint
 import pytest
 import torch
 
-pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
+pytest.importorskip("typer", reason="an extra: pip install '.[cli]'")
 
 from mixmoe import backends, cli, verify  # noqa: E402
 from mixmoe.backends.cpu import cpu  # noqa: E402

@@ -5,7 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("flydsl")
-pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
+pytest.importorskip("typer", reason="an extra: pip install '.[cli]'")
 
 from mixmoe import verify  # noqa: E402
 from mixmoe.backends.cdna import gemm1, mainloop  # noqa: E402

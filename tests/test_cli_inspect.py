@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("flydsl")
-pytest.importorskip("typer", reason="an extra: pip install mixmoe[cli]")
+pytest.importorskip("typer", reason="an extra: pip install '.[cli]'")
 
 from mixmoe.cli import inspect, loops  # noqa: E402
 from mixmoe.shapes import SHAPES, Shape  # noqa: E402

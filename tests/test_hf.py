@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="an extra: pip install mixmoe[hf]")
+pytest.importorskip("transformers", reason="an extra: pip install '.[hf]'")
 
 from hf_models import (  # noqa: E402
     IDS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("transformers", reason="an extra: pip install mixmoe[hf]")
+pytest.importorskip("transformers", reason="an extra: pip install '.[hf]'")
 
 import mxfp4_checkpoint as mxfp4_checkpoint_file  # noqa: E402
 from hf_models import (  # noqa: E402

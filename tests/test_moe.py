@@ -210,6 +210,28 @@ def test_no_gradients():
     y = mixmoe.moe(x.requires_grad_(), weights, ids, topk_weights, recipe=recipe)
     with pytest.raises(MixMoEError, match="no gradients"):
         y.sum().backward()
+    out = torch.empty_like(x).detach()
+    mixmoe.moe(x, weights, ids, topk_weights, recipe=recipe, out=out)
+    assert torch.equal(out, y) and not out.requires_grad
+
+
+def test_a_missing_extra_is_no_attribute(monkeypatch):
+    assert hasattr(mixmoe, "gating") and "hf" not in dir(mixmoe)
+    monkeypatch.setitem(sys.modules, "mixmoe.hf", None)
+    monkeypatch.delattr(mixmoe, "hf", raising=False)
+    assert not hasattr(mixmoe, "hf")
+
+
+def test_unknown_backends_are_refused_by_name():
+    x, weights, ids, topk_weights, recipe = make("a16w4")
+    for name in ("a|b", 5):
+        with pytest.raises(MixMoEError, match="unknown backend"):
+            mixmoe.moe(x, weights, ids, topk_weights, recipe=recipe, backend=name)
+
+
+def test_a_recipe_of_any_number_has_a_key():
+    recipe = Recipe.named("a8w4", weight_on=True)
+    assert recipe.weight_on == 1 and Recipe.named(recipe.key) == recipe
 
 
 @pytest.mark.parametrize("name", ["a8w4", "a8w8_block", "w8a8_smooth"])

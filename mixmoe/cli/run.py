@@ -91,7 +91,8 @@ def load(model: str, device: str) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as missing:
-        raise MixMoEError("run needs transformers", f"no {missing.name}", "mixmoe[hf]") from None
+        absent = f"no {missing.name}"
+        raise MixMoEError("run needs transformers", absent, "pip install '.[hf]'") from None
     from mixmoe import hf
     from mixmoe.hf.models import SMALL, small_model
 

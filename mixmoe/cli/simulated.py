@@ -45,8 +45,10 @@ def session(target: str, **options: Any) -> Iterator[Any]:
         from cdnasim import flydsl
         from cdnasim.errors import ToolError
     except ModuleNotFoundError as missing:
-        raise MixMoEError("simulation needs cdnasim", f"no {missing.name}", "mixmoe[sim,cdna]") \
-            from None  # fmt: skip
+        absent = f"no {missing.name}"
+        raise MixMoEError(
+            "simulation needs cdnasim", absent, "pip install '.[sim,cdna]'"
+        ) from None
     simulated = flydsl.session(target, **options)
     try:
         simulated.__enter__()

@@ -57,7 +57,8 @@ class Refusal:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         rule = "what is not built ahead of time is compiled by FlyDSL"
-        raise MixMoEError(rule, f"{self.name}, and flydsl is not installed", "mixmoe[cdna]")
+        got = f"{self.name}, and flydsl is not installed"
+        raise MixMoEError(rule, got, "pip install '.[cdna]'")
 
 
 class Module(ModuleType):

@@ -34,7 +34,8 @@ class Form(NamedTuple):
 
 
 def is_precise(accumulate: str, problem: Problem) -> bool:
-    """Whether `Recipe.accumulate` asks for sums in float32."""
+    """Whether `Recipe.accumulate` asks for sums in float32. Routes that an expert map leaves to
+    other ranks count as well: how many there are is known on the device alone."""
     few = problem.routes <= PRECISE_TO * problem.experts
     return accumulate == "precise" or (accumulate == "auto" and few)
 

@@ -94,9 +94,11 @@ def sums_of(problem: Problem, device: torch.device) -> Sums | None:
     return Sums.of(problem, device)
 
 
-def cut_tiles(routed: Placed, recipe: Recipe) -> tuple[Cut, Tiles]:
-    """How stage 1 is cut, and its work list."""
-    cut = Cut.of(routed.problem, is_precise(recipe.accumulate, routed.problem))
+def cut_tiles(
+    routed: Placed, recipe: Recipe, whole: Problem | None = None
+) -> tuple[Cut, Tiles]:
+    """How stage 1 is cut, and its work list. whole: the call that this is a pass of."""
+    cut = Cut.of(routed.problem, is_precise(recipe.accumulate, whole or routed.problem))
     return cut, tiles(routed, cut.main, cut.extra)
 
 

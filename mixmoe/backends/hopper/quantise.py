@@ -28,7 +28,7 @@ from mixmoe.formats import Format, Quantised, Rounding, ScaleKind, fp8_token
 TINY = tl.constexpr(2.0**-126)  # formats.F32_TINY: the least scale of a whole row
 RINT = tl.constexpr(1.5 * 2.0**23)  # x + RINT - RINT is rint(x) for |x| < 2^22, ties to even
 TILE = 2048  # values of a CTA, unless a row has more
-EIGHT_CTAS = 8 * 132  # rows are shared from here on
+EIGHT_CTAS = 8 * 132  # as many are left where a CTA takes several rows: eight an SM
 
 
 @triton.jit
@@ -366,7 +366,8 @@ def piece_of(columns: int) -> int:
 
 
 def plan(columns: int, rows: int) -> dict[str, int]:
-    """Rows of a CTA's tile, pieces of a row, and warps: 32 to 63 values a thread.
+    """Rows of a CTA's tile, pieces of a row, and warps: 32 to 63 values a thread where a CTA has
+    1024 or more.
 
     Against rows padded to a power of two, 32 values a thread, on an H200, us: 32768 x 2880 78.4 ->
     64.6, 8192 x 7168 43.5 -> 39.9, whose bytes take 63 and 39 (docs/measured-prefill.md).
