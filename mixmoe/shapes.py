@@ -61,8 +61,22 @@ def listed(text: str) -> list[str]:
 
 
 def counts(text: str) -> list[int]:
-    """The numbers of a comma-separated list. Raises MixMoEError for what is none."""
+    """The token counts of a comma-separated list. Raises MixMoEError for what is none, for a count
+    below 1 and for an empty list: nothing would be launched."""
     try:
-        return [int(name) for name in listed(text)]
+        found = [int(name) for name in listed(text)]
     except ValueError:
-        raise MixMoEError("token counts are numbers with commas between", text, "1,8,64") from None
+        found = []
+    if not found:
+        raise MixMoEError("token counts are numbers with commas between", text, "1,8,64")
+    if min(found) < 1:
+        raise MixMoEError("a layer launches kernels for T of 1 or more", min(found), 1)
+    return found
+
+
+def recipes_of(text: str) -> list[str]:
+    """The names of a comma-separated list of recipes. Raises MixMoEError for an empty one."""
+    names = listed(text)
+    if not names:
+        raise MixMoEError("recipes are names with commas between", repr(text), "a4w4,a8w8")
+    return names

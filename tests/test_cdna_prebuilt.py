@@ -132,6 +132,43 @@ def test_what_does_not_fit_is_refused(built, tmp_path):
         prebuilt.use(built)
 
 
+def without(key):
+    """A manifest whose kernels lack a field."""
+    return lambda held: [kernel.pop(key) for kernel in held["kernels"]]
+
+
+@pytest.mark.parametrize("change", [
+    b"{", b"[]", b"\xff", b"{}",
+    lambda held: held.pop("sources"), lambda held: held.pop("target"),
+    lambda held: held.update(kernels=[{}]), lambda held: held.update(kernels=[[]]),
+    lambda held: held.update(kernels=3), without("grid"), without("sha256"),
+    lambda held: held["kernels"][0].update(file=3), lambda held: held["kernels"][0].update(more=3),
+])  # fmt: skip
+def test_a_damaged_manifest_is_refused(built, tmp_path, change):
+    held = json.loads((built / prebuilt.MANIFEST).read_text())
+    if callable(change):
+        change(held)
+    text = json.dumps(held).encode() if callable(change) else change
+    (tmp_path / prebuilt.MANIFEST).write_bytes(text)
+    with pytest.raises(MixMoEError, match=r"as `mixmoe build` writes it|format is: got None"):
+        prebuilt.read(tmp_path)
+
+
+def test_a_code_object_that_is_gone_or_changed_is_refused_at_once(built, tmp_path):
+    """``use`` says so, not the first launch; what was in use stays."""
+    folder = changed(built, tmp_path, None, None)
+    code = next(folder.glob("gemm1*.hsaco"))
+    with simulated.session("gfx950", run=False):
+        before = prebuilt.use(folder)
+        code.write_bytes(code.read_bytes()[:-1] + b"?")
+        with pytest.raises(MixMoEError, match=f"{code.name} is the code object .* another file"):
+            prebuilt.use(folder)
+        code.unlink()
+        with pytest.raises(MixMoEError, match=f"got {code.name}: No such file"):
+            prebuilt.use(folder)
+        assert list(prebuilt.IN_USE) == [before]
+
+
 def test_every_source_counts():
     """A changed byte of any kernel source is another hash."""
     here, before = prebuilt.HERE / "combine.py", prebuilt.source_hash()

@@ -103,6 +103,22 @@ BROKEN_RULES = {
     "inspected": (("inspect", "--backend", "hopper"), "got hopper, nearest legal: cdna"),
     "shape": (("build", "--shape", "gpt5", "-o", "/nowhere"), "unknown shape: got gpt5"),
     "tokens": (("inspect", "--backend", "cdna", "--tokens", "1;2"), "got 1;2, nearest legal: 1,8"),
+    "T = 0": (("inspect", "--backend", "cdna", "--tokens", "8,0"), "got 0, nearest legal: 1"),
+    "T = 0, build": (("build", "--tokens", "0", "-o", "/nowhere"), "got 0, nearest legal: 1"),
+    "no T": (("build", "--tokens", ",", "-o", "/nowhere"), "got ,, nearest legal: 1,8"),
+    "no recipe": (("build", "--recipe", ",", "-o", "/nowhere"), "got ',', nearest legal: a4w4"),
+    "build for": (("build", "--target", "gfx9", "-o", "/nowhere"), "target: got gfx9, nearest"),
+    "no folder": (("build", "-o", "/proc/x"), "got /proc/x (No such file or directory), nearest"),
+    "a file": (("build", "-o", __file__), f"got {__file__} (File exists), nearest legal: a new"),
+    "order and kernels": (("inspect", "cdna_runs4", "--backend", "cdna"), "shown: got cdna_runs4"),
+    "element and kernels": (
+        ("inspect", "--backend", "cdna", "--element", "e2m1"), "shown: got --element e2m1"),
+    "element of none": (("inspect", "--element", "e2m1"), "got --element e2m1, nearest legal: an"),
+    "kernels' target": (("inspect", "--target", "gfx950"), "option: got --target gfx950"),
+    "kernels' JSON": (("inspect", "cdna_runs4", "--json"), "option: got --json, nearest legal"),
+    "simulated device": (
+        ("check", "--backend", "cdna", "--simulate", "--device", "cuda"), "got --device cuda"),
+    "simulated cases": (("check", "--cases", "few"), "got --cases few, nearest legal: --simulate"),
 }
 
 

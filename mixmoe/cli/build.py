@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import product
@@ -12,8 +15,10 @@ import typer
 from rich.console import Console
 
 from mixmoe.backends.cdna import prebuilt
+from mixmoe.cli.simulated import known_target
 from mixmoe.cli.survey import Kernel, Layer, survey
-from mixmoe.shapes import TABLE_TOKENS, counts, listed, shape_named
+from mixmoe.errors import MixMoEError
+from mixmoe.shapes import TABLE_TOKENS, counts, recipes_of, shape_named
 from mixmoe.spec import Recipe
 
 PACKAGES = ("mixmoe", "flydsl")
@@ -37,16 +42,20 @@ def build(
     and compiles nothing.
     """
     chosen, found = shape_named(shape), dict[str, Built]()
+    recipes = [Recipe.named(name, act=chosen.act) for name in recipes_of(recipe)]
+    tokens_of = counts(tokens)
+    known_target(target)
+    make(out)
     with Console(stderr=True).status("compiling") as status:
-        for name, free in product(listed(recipe), (False, True)):
-            chosen_recipe = Recipe.named(name, act=chosen.act)
+        for chosen_recipe, free in product(recipes, (False, True)):
             layer = Layer(chosen, chosen_recipe, deterministic=not free)
-            for kernel in survey(target, layer, counts(tokens), False, status.update):
+            for kernel in survey(target, layer, tokens_of, False, status.update):
                 variants = found.setdefault(kernel.name, (kernel, []))[1]
                 asked: dict[str, Any] = {"shape": asdict(chosen), "recipe": chosen_recipe.key}
                 asked |= {"tokens": kernel.tokens}
                 variants += [asked] * (asked not in variants)
-    write(out, target, list(found.values()))
+    with writing_into(out):
+        write(out, target, list(found.values()))
     size = sum((out / file_of(name)).stat().st_size for name in found)
     Console().print(f"{len(found)} kernels for {target}, {size / 1e3:.0f} KB: {out}")
 
@@ -56,9 +65,25 @@ def file_of(name: str) -> str:
     return f"{name}.hsaco"
 
 
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """What the file system refuses, as a MixMoEError."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{folder} ({error.strerror})"
+        raise MixMoEError("-o is a folder to write into", reason, "a new folder") from None
+
+
+def make(folder: Path) -> None:
+    """The folder, tried with a file that is gone again: a compilation later would be lost."""
+    with writing_into(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def write(folder: Path, target: str, kernels: list[Built]) -> None:
     """The code objects, then the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
     for kernel, _ in kernels:
         (folder / file_of(kernel.name)).write_bytes(kernel.compiled.code)
     held = {

@@ -13,11 +13,13 @@ from mixmoe import backends, verify
 from mixmoe.backends import DEFAULT_FOR_DEVICE
 from mixmoe.cli import simulated
 from mixmoe.cli.info import cores
+from mixmoe.cli.options import refuse_given
 from mixmoe.errors import MixMoEError
-from mixmoe.shapes import listed
+from mixmoe.shapes import recipes_of
 
 
 def check(
+    ctx: typer.Context,
     backend: Annotated[str, typer.Option(help="which backend to judge")] = "cpu",
     recipe: Annotated[str, typer.Option(help="names, comma-separated; all of the matrix")] = "all",
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
@@ -40,14 +42,17 @@ def check(
     the cdna backend's compiled kernels in cdnasim, hazards and races checked: results are
     simulated.
     """
-    names = None if recipe == "all" else listed(recipe)
+    names = None if recipe == "all" else recipes_of(recipe)
     verify.recipes(names)
     if simulate:
         if backend != "cdna":
             raise MixMoEError("--simulate runs the kernels of", backend, "--backend cdna")
+        refuse_given(ctx, ("device",), "--simulate runs on no device of torch", "no --device")
         rows = run_simulated(target, names, cases, jobs or cores())
         device = f"{target}, simulated"
     else:
+        rule = "only a simulation has this option"
+        refuse_given(ctx, ("target", "cases", "jobs"), rule, "--simulate beside it")
         device = device or next((d for d, b in DEFAULT_FOR_DEVICE.items() if b == backend), "cpu")
         chosen = backends.pick(device, backend)
         log = Console(stderr=True)

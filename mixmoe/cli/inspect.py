@@ -9,16 +9,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mixmoe.cli.options import refuse_given
 from mixmoe.cli.survey import Kernel, Layer, survey
 from mixmoe.errors import MixMoEError
 from mixmoe.preshuffle import ORDERS, order_named
-from mixmoe.shapes import TABLE_TOKENS, counts, listed, shape_named
+from mixmoe.shapes import TABLE_TOKENS, counts, recipes_of, shape_named
 from mixmoe.spec import Recipe
 
+WITH_BACKEND = ("target", "shape", "recipe", "tokens", "as_json")
 Flag = Annotated[bool, typer.Option("--json", help="with --backend: JSON on standard output")]
 
 
 def inspect(
+    ctx: typer.Context,
     order: Annotated[str | None, typer.Argument(help="an order's name; none lists them")] = None,
     element: Annotated[str | None, typer.Option(help="an element it holds: e2m1, e4m3fn")] = None,
     backend: Annotated[
@@ -38,14 +41,18 @@ def inspect(
     if backend is not None:
         if backend != "cdna":
             raise MixMoEError("inspect compiles the kernels of", backend, "cdna")
-        kernels = {name: inspected(target, shape, name, tokens) for name in listed(recipe)}
+        rule = "with --backend no memory order is shown"
+        refuse_given(ctx, ("order", "element"), rule, "one or the other")
+        kernels = {name: inspected(target, shape, name, tokens) for name in recipes_of(recipe)}
         if as_json:
             print(json.dumps({n: [as_dict(k) for k in ks] for n, ks in kernels.items()}, indent=1))
             return
         for name, found in kernels.items():
             show(found, f"{shape}, {name} on {target}, simulated")
         return
+    refuse_given(ctx, WITH_BACKEND, "only kernels have this option", "--backend cdna beside it")
     if order is None:
+        refuse_given(ctx, ("element",), "an element is shown of an order", "an order before it")
         table = Table(title="memory orders", title_justify="left")
         for column in ("order", "elements"):
             table.add_column(column)

@@ -33,14 +33,20 @@ FEW = (
 )  # fmt: skip
 
 
+def known_target(target: str) -> str:
+    """The target. Raises MixMoEError for one that is not simulated."""
+    if target not in TARGETS:
+        raise MixMoEError("unknown simulated target", target, ", ".join(TARGETS))
+    return target
+
+
 @contextmanager
 def session(target: str, **options: Any) -> Iterator[Any]:
     """A ``cdnasim.flydsl.session``, without the lines that FlyDSL prints for each dump.
 
     Raises MixMoEError for an unknown target and where the simulator lacks what it needs.
     """
-    if target not in TARGETS:
-        raise MixMoEError("unknown simulated target", target, ", ".join(TARGETS))
+    known_target(target)
     try:
         from cdnasim import flydsl
         from cdnasim.errors import ToolError

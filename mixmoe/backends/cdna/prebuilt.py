@@ -121,8 +121,12 @@ class Prebuilt:
     loaded: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def code(self, entry: Entry) -> bytes:
-        """The code object. Raises MixMoEError where the file is another than was built."""
-        code = (self.folder / entry.file).read_bytes()
+        """The code object. Raises MixMoEError where it is not there or another than was built."""
+        try:
+            code = (self.folder / entry.file).read_bytes()
+        except OSError as error:
+            rule = f"{self.folder} holds every code object of its manifest"
+            raise MixMoEError(rule, f"{entry.file}: {error.strerror}", "mixmoe build") from None
         if hashlib.sha256(code).hexdigest() != entry.sha256:
             rule = f"{entry.file} is the code object that the manifest names"
             raise MixMoEError(rule, "another file", "mixmoe build")
@@ -145,13 +149,33 @@ class Prebuilt:
 def read(folder: str | Path, target: str | None = None, hip: Hip | None = None) -> Prebuilt:
     """The kernels of a folder. ``target``: the architecture they must be for.
 
-    Raises MixMoEError for a folder without a manifest, another architecture, another format, or
-    kernels built from other sources.
+    Raises MixMoEError for a folder without a manifest, a damaged manifest, another architecture,
+    another format, kernels built from other sources, and code objects that are not there or not
+    those that were built.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise MixMoEError(f"a folder of kernels holds {MANIFEST}", folder, "mixmoe build -o DIR")
-    held = json.loads(path.read_text())
+    try:
+        found = parse(path, target, hip)
+        for entry in found.entries.values():
+            found.code(entry)  # a launch would find the fault too late
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
+    return found
+
+
+def damaged(path: Path, why: str) -> MixMoEError:
+    """What a manifest that `mixmoe build` did not write raises."""
+    return MixMoEError(f"{path} is a manifest as `mixmoe build` writes it", why, "mixmoe build")
+
+
+def parse(path: Path, target: str | None, hip: Hip | None) -> Prebuilt:
+    """The manifest alone; ``read`` says what is refused."""
+    try:
+        held = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise damaged(path, str(error)) from None
     if held.get("format") != FORMAT:
         raise MixMoEError("the manifest's format is", held.get("format"), FORMAT)
     if held["sources"] != source_hash():
@@ -160,7 +184,7 @@ def read(folder: str | Path, target: str | None = None, hip: Hip | None = None) 
     if target is not None and held["target"] != target:
         raise MixMoEError(f"kernels for {target} are needed, these are for", held["target"], target)
     entries = {e["name"]: Entry.from_json(e) for e in held["kernels"]}
-    return Prebuilt(Path(folder), held["target"], entries, hip)
+    return Prebuilt(path.parent, held["target"], entries, hip)
 
 
 IN_USE: list[Prebuilt] = []
