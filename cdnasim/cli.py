@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import AsmError, CdnaSimError, LaunchError
@@ -27,6 +29,7 @@ console = Console(soft_wrap=True)
 Flag = Annotated[bool, typer.Option()]
 
 
+PICTURES = ('.png', '.svg', '.pdf')
 ARGUMENTS = 'f32:1024, f32:64x64:rand, x.npy, 3, 1.5'
 
 
@@ -44,7 +47,7 @@ def parse_argument(text: str) -> Any:
     """
     try:
         return argument(text)
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, MemoryError, OverflowError) as e:
         raise LaunchError(f'--arg {text!r} ({e}): write one like {ARGUMENTS}') from None
 
 
@@ -118,6 +121,28 @@ def launches_table(launches: list[Any]) -> Table:
     return t
 
 
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """What cdnasim raises on purpose, as one line and exit status 1."""
+    try:
+        yield
+    except CdnaSimError as e:
+        console.print(
+            f'[red]{type(e).__name__}[/red]: {escape(str(e))}', highlight=False, emoji=False
+        )
+        raise typer.Exit(1) from e
+
+
+def can_write(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """LaunchError, before anything runs, for a file that could not be written after it."""
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
+        raise LaunchError(f'{option} {path}: a name that ends in {", ".join(suffixes)} is expected')
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise LaunchError(f'{option} {path}: no file can be written there')
+
+
 def write_outputs(report: Report, json_out: Path | None, timeline_out: Path | None) -> None:
     if json_out:
         json_out.write_text(report.to_json())
@@ -156,17 +181,21 @@ def run(
     """Run a kernel, or a FlyDSL program, with the checks on. Exit status 1 when something was
     found.
     """
-    options = Options(
-        hazard=hazard,
-        races=races,
-        uninitialised=uninitialised,
-        schedule=schedule,
-        seed=seed,
-        budget=budget,
-    )
-    try:
+    with one_line():
+        options = Options(
+            hazard=hazard,
+            races=races,
+            uninitialised=uninitialised,
+            schedule=schedule,
+            seed=seed,
+            budget=budget,
+        )
+        can_write('--json', json_out)
+        can_write('--timeline', timeline, PICTURES)
         if file.suffix == '.py':
             ok = run_program(file, ctx.args, options, arch, lenient, json_out, timeline)
+        elif ctx.args:
+            raise LaunchError(f'{" ".join(ctx.args)}: only a script.py takes options of its own')
         else:
             values = [parse_argument(a) for a in (arg or [])]
             report = load(file, kernel).launch(
@@ -175,9 +204,6 @@ def run(
             console.print(report)
             write_outputs(report, json_out, timeline)
             ok = report.ok
-    except CdnaSimError as e:
-        console.print(f'[red]{type(e).__name__}[/red]: {e}', highlight=False)
-        raise typer.Exit(1) from e
     raise typer.Exit(0 if ok else 1)
 
 
@@ -191,7 +217,8 @@ def run_program(
     timeline: Path | None,
 ) -> bool:
     launches, ended = run_script(file, args, options, arch, lenient)
-    console.print(launches_table(launches))
+    if launches:
+        console.print(launches_table(launches))
     for k, r in enumerate(launches):
         for line in r.report.findings if r.report else [str(r.error)]:
             console.print(f'#{k} {line}', style='red', highlight=False, markup=False)
@@ -199,7 +226,10 @@ def run_program(
     if done:
         console.print(done[-1])
         write_outputs(done[-1], json_out, timeline)
-    console.print(f'script {ended}')
+    console.print(f'script {ended}', markup=False, highlight=False)
+    if not launches and ended == 'ended normally':
+        console.print('no kernel was launched', style='red')
+        return False
     return ended == 'ended normally' and all(r.verdict == 'pass' for r in launches)
 
 
@@ -212,7 +242,9 @@ def coverage(
     """List LLVM's instruction table for a GPU against what the simulator implements."""
     from .coverage import coverage as measure
 
-    c = measure(gpu)
+    with one_line():
+        can_write('--json', json_out)
+        c = measure(gpu)
     t = Table(
         title=f'{gpu}: {len(c.implemented)} of {c.total} mnemonics, {c.forms} encodings',
         title_justify='left',

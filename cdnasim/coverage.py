@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .asm import Module, parse_instr
-from .errors import CdnaSimError
+from .errors import CdnaSimError, UnsupportedError
 from .isa_list import base_name
 from .machine import decode_one
 
 DATA = Path(__file__).with_name('data')
+GPUS = ('gfx942', 'gfx950')
 # instructions that LLVM can assemble and that no compiler emits for compute kernels, with the
 # reason they are left out
 LEFT_OUT = {
@@ -101,7 +102,11 @@ def try_decode(text: str, gpu: str) -> str:
 
 
 def coverage(gpu: str) -> Coverage:
-    """Decode LLVM's example of every form; a mnemonic counts when one of its forms does."""
+    """Decode LLVM's example of every form; a mnemonic counts when one of its forms does.
+    UnsupportedError for a GPU without tables.
+    """
+    if gpu not in GPUS:
+        raise UnsupportedError(f'{gpu!r} has no instruction table here: {" or ".join(GPUS)}')
     out = Coverage(gpu)
     reasons: dict[str, list[str]] = defaultdict(list)
     for text in (DATA / f'{gpu}.txt').read_text().splitlines():

@@ -28,8 +28,8 @@ from types import TracebackType
 from typing import Any
 
 from .asm import parse_asm
-from .errors import CdnaSimError, ToolError
-from .machine import Kernel, Options
+from .errors import CdnaSimError, ToolError, UnsupportedError
+from .machine import LDS_LIMIT, Kernel, Options
 from .memory import Memory
 from .report import Report
 from .toolchain import find_tool, rocm_folder
@@ -236,7 +236,8 @@ class session:
 
     arch: gfx950 or gfx942. Keyword options are the fields of `cdnasim.Options`. `keep_going`:
     errors inside a launch are kept in its record instead of raised at the end of the session.
-    Raises ToolError when FlyDSL, ld.lld or cc is missing.
+    Raises UnsupportedError for another architecture, ToolError when FlyDSL, ld.lld or cc is
+    missing.
     """
 
     def __init__(
@@ -248,6 +249,8 @@ class session:
         options: Options | None = None,
         **changes: Any,
     ):
+        if arch not in LDS_LIMIT:  # LLVM would end the process
+            raise UnsupportedError(f'arch {arch!r}: sessions are for {" or ".join(LDS_LIMIT)}')
         self.arch, self.run, self.keep_going = arch, run, keep_going
         self.options = replace(options or Options(), **changes)
         self.memory = Memory(lenient)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .arguments import pack_args
 from .asm import AGPR_BASE, GOT_BASE, Argument, Instr, KernelText, Module, Operand, parse_asm
 from .batch import Batch, norm
 from .checks import Findings, StateChecker, Uninitialised
@@ -31,6 +33,7 @@ ARCHS = {'gfx942': 'gfx942', 'gfx940': 'gfx942', 'gfx941': 'gfx942', 'gfx950': '
 MAX_WORKGROUPS = 1 << 24
 LDS_LIMIT = {'gfx942': 64 << 10, 'gfx950': 160 << 10}
 FAMILIES = (salu, control, smem, mfma, valu, lds, vmem)
+LEAST = {'quantum': 0, 'seed': 0, 'budget': 1, 'batch_waves': 1, 'processes': 1}
 USER_SGPRS = (
     ('private_segment_buffer', 4),
     ('dispatch_ptr', 2),
@@ -59,6 +62,8 @@ class Options:
     batch_waves    waves that run as one array
     processes      share the workgroups of a plain run (no check on) among this many processes
     trace          record the path of the first workgroup (timing model, timeline picture)
+
+    Raises LaunchError for a number below what makes sense (LEAST).
     """
 
     hazard: bool = False
@@ -71,6 +76,12 @@ class Options:
     batch_waves: int = 128
     processes: int = 1
     trace: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise LaunchError(f'{name} {value!r}: a whole number from {least} on is expected')
 
 
 class Kernel:
@@ -217,9 +228,12 @@ def gpr_index_regions(module: Module) -> dict[int, set[str]]:
 
 
 def triple(x: Size, what: str) -> tuple[int, int, int]:
-    values = (int(x),) if isinstance(x, (int, np.integer)) else tuple(int(v) for v in x)
+    try:
+        values = tuple(index(v) for v in (x if isinstance(x, Iterable) else (x,)))
+    except TypeError:
+        values = ()
     if not 1 <= len(values) <= 3 or any(v < 1 for v in values):
-        raise LaunchError(f'{what} {x!r}: one to three positive numbers are expected')
+        raise LaunchError(f'{what} {x!r}: one to three positive whole numbers are expected')
     padded = (*values, 1, 1)
     return padded[0], padded[1], padded[2]
 
@@ -379,80 +393,6 @@ def dispatch_packet(grid: tuple[int, int, int], block: tuple[int, int, int]) -> 
     return packet
 
 
-# ---- arguments
-
-
-def argument_bytes(v: Any, size: int, memory: Memory, name: str) -> bytes:
-    """One argument of `size` bytes: a buffer becomes its address, a number its little-endian
-    bits.
-    """
-    if hasattr(v, 'untyped_storage'):  # torch tensor
-        if v.device.type != 'cpu':
-            raise LaunchError(
-                f'argument {name}: the tensor is on {v.device}, cdnasim takes CPU tensors'
-            )
-        v = memory.map_tensor(v, f'{name} {tuple(v.shape)}')
-    elif isinstance(v, np.ndarray) and v.ndim:
-        v = memory.alloc(v, f'{name} {v.shape}')
-    if isinstance(v, (bool, int, np.integer)):
-        return (int(v) & ((1 << 8 * size) - 1)).to_bytes(size, 'little')
-    if type(v) is float:  # np.float64 is a float too, and has its own size
-        v = np.array(v, {2: np.float16, 4: np.float32, 8: np.float64}[size])
-    raw = v if isinstance(v, (bytes, bytearray)) else np.asarray(v).tobytes()
-    if len(raw) != size:
-        raise LaunchError(f'argument {name} takes {size} bytes, {type(v).__name__} has {len(raw)}')
-    return bytes(raw)
-
-
-def pack_args(
-    kernel: Kernel,
-    args: Any,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    memory: Memory,
-) -> Array:
-    """The kernarg segment, laid out by the metadata (or, without metadata, in order: pointers 8
-    bytes, numbers 4).
-    """
-    size = max(kernel.meta.get('kernarg_segment_size', 0), kernel.hsa.get('kernarg_size', 0), 16)
-    if isinstance(args, (bytes, bytearray)):
-        buf = np.zeros(max(size, (len(args) + 3) // 4 * 4), u8)
-        buf[: len(args)] = np.frombuffer(bytes(args), u8)
-    else:
-        layout = kernel.visible_args if kernel.args else plain_layout(args)
-        if len(args) != len(layout):
-            names = ', '.join(a.name or a.kind for a in layout)
-            raise LaunchError(
-                f'{kernel.name} takes {len(layout)} arguments ({names}), {len(args)} were given'
-            )
-        buf = np.zeros(max([size] + [(a.offset + a.size + 3) // 4 * 4 for a in layout]), u8)
-        for k, (a, v) in enumerate(zip(layout, args, strict=True)):
-            raw = argument_bytes(v, a.size, memory, a.name or f'#{k}')
-            buf[a.offset : a.offset + a.size] = np.frombuffer(raw, u8)
-    hidden = {f'hidden_block_count_{x}': g for x, g in zip('xyz', grid, strict=True)}
-    hidden.update({f'hidden_group_size_{x}': b for x, b in zip('xyz', block, strict=True)})
-    hidden.update(
-        {f'hidden_remainder_{x}': 0 for x in 'xyz'}, hidden_grid_dims=sum(g > 1 for g in grid) or 1
-    )
-    for a in kernel.args:
-        if a.kind in hidden:
-            buf[a.offset : a.offset + a.size] = np.frombuffer(
-                int(hidden[a.kind]).to_bytes(a.size, 'little'), u8
-            )
-    return buf
-
-
-def plain_layout(args: Sequence[Any]) -> list[Argument]:
-    out, at = [], 0
-    for v in args:
-        size = 8 if getattr(v, 'ndim', 0) else 4
-        size = len(v) if isinstance(v, (bytes, bytearray)) else size
-        at = (at + min(size, 8) - 1) // min(size, 8) * min(size, 8)
-        out.append(Argument(at, size))
-        at += size
-    return out
-
-
 def load(source: str | Path, name: str | None = None, arch: str | None = None) -> Kernel:
     """A kernel from assembly text, a `.s` file or an ELF code object.
 
@@ -476,10 +416,18 @@ def load_module(source: str | Path) -> Module:
     if '\n' in text:
         return parse_asm(text)
     path = Path(source)
-    if not path.exists():
-        raise AsmError(f'{path} does not exist')
-    if path.read_bytes()[:4] == b'\x7fELF':
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise AsmError(f'{path} does not exist') from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, 'strerror', None) or e
+        raise AsmError(f'{text[:80]!r} is no file that can be read ({why})') from None
+    if raw[:4] == b'\x7fELF':
         from .elf import disassemble
 
         return parse_asm(disassemble(path))
-    return parse_asm(path.read_text())
+    try:
+        return parse_asm(raw.decode())
+    except UnicodeDecodeError:
+        raise AsmError(f'{path} is neither assembly text (UTF-8) nor a code object') from None

@@ -161,6 +161,9 @@ def main() -> None:
     ):
         if size % unit:
             p.error(f'--{name} {size}: a multiple of {unit} is needed')
+    arch = torch.cuda.get_device_properties(0).gcnArchName.split(':')[0]
+    if arch != 'gfx950':
+        raise SystemExit(f'a4w4_gemm needs the scaled matrix instruction of gfx950, not {arch}')
     torch.manual_seed(0)
     a, b = (
         torch.randint(0, 256, (r, arg.depth // 2), dtype=torch.uint8) for r in (arg.rows, arg.cols)

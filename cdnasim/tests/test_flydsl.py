@@ -78,6 +78,14 @@ def test_errors_reach_the_caller() -> None:
     assert s.launches[0].verdict == 'stall'
 
 
+def test_unknown_arch_is_refused() -> None:
+    """LLVM would end the process."""
+    from cdnasim import UnsupportedError
+
+    with pytest.raises(UnsupportedError, match="'gfx999': sessions are for gfx942 or gfx950"):
+        session('gfx999')
+
+
 def test_missing_lld_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from cdnasim import toolchain
 

@@ -388,8 +388,13 @@ def test_argument_errors() -> None:
         kernel.launch(1, 64, [x, x, np.float64(1), 8])
     with pytest.raises(cdnasim.LaunchError, match='compiled for 256'):
         kernel.launch(1, 512, [x, x, 1.0, 8])
-    with pytest.raises(cdnasim.LaunchError, match='positive'):
-        kernel.launch(0, 64, [x, x, 1.0, 8])
+    for grid in (0, 1.5, (1.5, 2), '4', None):
+        with pytest.raises(cdnasim.LaunchError, match='positive whole numbers'):
+            kernel.launch(grid, 64, [x, x, 1.0, 8])  # type: ignore[arg-type]
+    for name, bad in (('batch_waves', 0), ('processes', 0), ('quantum', -1), ('seed', -1),
+                      ('budget', 0), ('processes', 1.5)):  # fmt: skip
+        with pytest.raises(cdnasim.LaunchError, match=f'{name} {bad}: a whole number from'):
+            kernel.launch(1, 64, [x, x, 1.0, 8], **{name: bad})
     with pytest.raises(cdnasim.LaunchError, match='workgroups=range'):
         kernel.launch((1 << 20, 1 << 10), 64, [x, x, 1.0, 8])
     with pytest.raises(cdnasim.LaunchError, match='LDS'):

@@ -172,6 +172,61 @@ def test_cli_errors_and_coverage(tmp_path: Path) -> None:
     assert r.exit_code == 0 and json.loads((tmp_path / 'c.json').read_text())['missing'] == {}
 
 
+def refused(*words: str, error: str = 'LaunchError') -> str:
+    """The one line of a command that is refused, exit status 1."""
+    r = CliRunner().invoke(app, list(words))
+    assert r.exit_code == 1 and isinstance(r.exception, SystemExit), r.output
+    assert r.output.startswith(f'{error}: ') and r.output.count('\n') == 1, r.output
+    return r.output
+
+
+def test_cli_refuses_options_in_one_line(tmp_path: Path) -> None:
+    run_it = ('run', str(FINDINGS / 'softmax_reduce.s'))
+    assert '--grd 4: only a script.py' in refused(*run_it, '--grd', '4')
+    for option, path, why in (
+        ('--json', tmp_path / 'none' / 'x.json', 'no file can be written'),
+        ('--json', tmp_path, 'no file can be written'),
+        ('--timeline', tmp_path / 'x.abc', '.png, .svg, .pdf'),
+        ('--timeline', tmp_path / 'none' / 'x.png', 'no file can be written'),
+    ):
+        assert f'{option} {path}: ' in (line := refused(*run_it, option, str(path)))
+        assert why in line
+    for option, value in (('--seed', '-1'), ('--budget', '0')):
+        assert f'{option[2:]} {value}: a whole' in refused(*run_it, option, value)
+    empty = tmp_path / 'empty.npy'
+    empty.touch()
+    for bad in ('f32:100000000000000', 'f32:99999999999999999999', str(empty)):
+        assert f'--arg {bad!r}' in refused(*run_it, '--arg', bad)
+    assert "'gfx999'" in refused('coverage', 'gfx999', error='UnsupportedError')
+    assert 'x.json' in refused('coverage', 'gfx950', '--json', str(tmp_path / 'no' / 'x.json'))
+
+
+def test_cli_refuses_files_in_one_line(tmp_path: Path) -> None:
+    latin = tmp_path / 'latin.s'
+    latin.write_bytes(b's_endpgm ; \xff\n')
+    assert 'neither assembly text' in refused('run', str(latin), error='AsmError')
+    assert 'Is a directory' in refused('run', str(tmp_path), error='AsmError')
+    for source, why in (('', 'no file'), (tmp_path, 'no file'), ('x' * 5000, 'too long')):
+        with pytest.raises(cdnasim.AsmError, match=why):
+            cdnasim.load(source)
+
+
+def test_cli_no_launch_is_a_failure(tmp_path: Path) -> None:
+    script = tmp_path / 'nothing.py'
+    script.write_text('x = 1\n')
+    r = CliRunner().invoke(app, ['run', str(script)])
+    assert r.exit_code == 1
+    assert r.output == 'script ended normally\nno kernel was launched\n'
+
+
+def test_cli_arch_of_a_script() -> None:
+    script = str(Path(cdnasim.__file__).parent / 'examples' / 'a4w4_gemm.py')
+    assert "'gfx999'" in refused('run', script, '--arch', 'gfx999', error='UnsupportedError')
+    r = CliRunner().invoke(app, ['run', script, '--arch', 'gfx942'])
+    assert r.exit_code == 1 and r.output.count('\n') == 1
+    assert 'needs the scaled matrix instruction of gfx950, not gfx942' in r.output
+
+
 def test_cli_arguments(tmp_path: Path) -> None:
     np.save(tmp_path / 'x.npy', np.arange(3))
     assert (
