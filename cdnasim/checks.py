@@ -179,9 +179,11 @@ class StateChecker:
                         )
             lo, hi = op.sgprs
             if hi:
-                bad = next((r for r in e.sreads if lo <= r < hi), None)
-                if bad is not None:
-                    self.report(pc, op.pc, f's{bad} is read before the wait for its load')
+                # Scalar loads return in any order, so even another load may not write these.
+                for regs, what in ((e.sreads, 'read'), (e.swrites, 'written again')):
+                    bad = next((r for r in regs if lo <= r < hi), None)
+                    if bad is not None:
+                        self.report(pc, op.pc, f's{bad} is {what} before the wait for its load')
 
     def ordered(self, first: int, second: int) -> bool:
         """Two loads of one queue return in order: the second may overwrite the first."""

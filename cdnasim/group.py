@@ -141,7 +141,16 @@ class Group:
             self.races.lds(w, idx, ids, n, ins.pc, None if atomic else True)
         scatter(self.lds, idx, data)
 
-    def count_lds(self, w: Batch, pc: int, base: Array, offset: int, n: int, read: bool) -> None:
+    def count_lds(
+        self,
+        w: Batch,
+        pc: int,
+        base: Array,
+        offset: int,
+        n: int,
+        read: bool,
+        atomic: bool = False,
+    ) -> None:
         """Bytes and bank cycles of an LDS access; the conflict model is banks.py."""
         c = self.counters
         lanes = w.n * 64 if w.full else len(w.lanes())
@@ -163,7 +172,7 @@ class Group:
                     rows,
                     n,
                     pc,
-                    not read,
+                    None if atomic else not read,
                 )
 
     def note_dma(self, w: Batch, base: Any, step: int, pc: int) -> None:

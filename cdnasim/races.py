@@ -1,10 +1,10 @@
 """Race detection: two waves touch the same byte, one of them writes, and no barrier of their
 workgroup lies between.
 
-LDS: each byte remembers its last writer and one reader (two readers become "somebody"), with the
-barrier epoch. Global memory: the same per buffer; waves of different workgroups have no barrier at
-all, so any such pair counts, except atomic against atomic. In hazard mode an access counts from its
-issue to its landing.
+LDS: each byte remembers its last writer, one reader and one atomic access (two of them become
+"somebody"), with the barrier epoch; atomics race with plain accesses only. Global memory: the same
+per buffer; waves of different workgroups have no barrier at all, so any such pair counts. In hazard
+mode an access counts from its issue to its landing.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ MOST_DEFERRED = 48 << 20  # bytes of addresses
 
 
 class Level:
-    """Cells of one size: last writer and reader, and their instruction."""
+    """Cells of one size: last writer, reader and atomic access, and their instruction."""
 
-    def __init__(self, nbytes: int, granule: int):
+    def __init__(self, nbytes: int, granule: int, atomics: bool):
         cells = nbytes // granule
         self.writer, self.reader = np.zeros(cells, i64), np.zeros(cells, i64)
         self.wpc, self.rpc = np.zeros(cells, i32), np.zeros(cells, i32)
+        cells = cells if atomics else 0  # most kernels have none
+        self.atomic, self.apc = np.zeros(cells, i64), np.zeros(cells, i32)
+
+    def allow_atomics(self) -> None:
+        self.atomic, self.apc = np.zeros_like(self.writer), np.zeros_like(self.wpc)
 
     def arrays(self) -> tuple[Array, ...]:
-        return self.writer, self.reader, self.wpc, self.rpc
+        plain = self.writer, self.reader, self.wpc, self.rpc
+        return (*plain, self.atomic, self.apc) if len(self.atomic) else plain
 
 
 class Shadow:
@@ -55,15 +61,21 @@ class Shadow:
         self.unit = 4
         self.level = np.zeros(self.size // BLOCK, u8)
         self.levels: list[Level | None] = [None] * len(GRANULES)
-        self.written = False
+        self.written = self.atomics = False
         self.deferred: list[tuple[Array, Array, int, int]] = []
         self.deferred_bytes = 0
 
     def at_level(self, k: int) -> Level:
         level = self.levels[k]
         if level is None:
-            level = self.levels[k] = Level(self.size, GRANULES[k])
+            level = self.levels[k] = Level(self.size, GRANULES[k], self.atomics)
         return level
+
+    def allow_atomics(self) -> None:
+        self.atomics = True
+        for level in self.levels:
+            if level is not None:
+                level.allow_atomics()
 
     def cells(self, off: Array, n: int) -> tuple[int, Array]:
         """Byte offsets (k,) of accesses of n bytes -> level, cell numbers (k, cells of an access).
@@ -174,17 +186,23 @@ class GroupRaces:
     def access(
         self, s: Shadow, off: Array, who: Array, n: int, pc: int, write: bool | None
     ) -> None:
-        """`write` None is an atomic: it races with plain accesses only, and leaves no trace."""
+        """`write` None is an atomic: it races with plain accesses only."""
+        if write is None and not s.atomics:
+            s.allow_atomics()
         k, at = s.cells(off, n)
         level, me, times = s.at_level(k), who[:, None], GRANULES[k] // s.unit
-        second = 'read' if write is False else 'write'
+        second = {None: 'atomic', False: 'read', True: 'write'}[write]
         bad = s.meets(level.writer[at], me)
         if bad is not None:
             self.note(level.wpc[at[bad]], times, pc, f'{s.name} write/{second}')
         if write is not False:
             bad = s.meets(level.reader[at], me)
             if bad is not None:
-                self.note(level.rpc[at[bad]], times, pc, f'{s.name} read/write')
+                self.note(level.rpc[at[bad]], times, pc, f'{s.name} read/{second}')
+        if write is not None and s.atomics:
+            bad = s.meets(level.atomic[at], me)
+            if bad is not None:
+                self.note(level.apc[at[bad]], times, pc, f'{s.name} atomic/{second}')
         if write:
             level.writer[at] = me
             twice = level.writer[at] != me  # another wave wrote the byte in this very instruction
@@ -192,18 +210,20 @@ class GroupRaces:
                 self.note(np.full(int(twice.sum()), pc), times, pc, f'{s.name} write/write')
             level.wpc[at] = pc
         elif write is False:
-            self.read(level, at, me, pc)
+            self.share(level.reader, level.rpc, at, me, pc)
+        else:
+            self.share(level.atomic, level.apc, at, me, pc)
 
-    def read(self, level: Level, at: Array, me: Array, pc: int) -> None:
-        """Remember the reader of each cell, or that there are several since the barrier."""
-        old = level.reader[at]
+    def share(self, users: Array, pcs: Array, at: Array, me: Array, pc: int) -> None:
+        """Remember the user of each cell, or that there are several since the barrier."""
+        old = users[at]
         several = ((old & EPOCH) == (me & EPOCH)) & (old != me)
         new = np.where(several, MANY | (me & EPOCH), me) if several.any() else me
-        level.reader[at] = new
-        differs = at[level.reader[at] != new]
+        users[at] = new
+        differs = at[users[at] != new]
         if len(differs):
-            level.reader[differs] = MANY | (level.reader[differs] & EPOCH)
-        level.rpc[at] = pc
+            users[differs] = MANY | (users[differs] & EPOCH)
+        pcs[at] = pc
 
     def note(self, firsts: Array, times: int, pc: int, what: str) -> None:
         """Findings against the earlier accesses at `firsts`, one entry per cell."""

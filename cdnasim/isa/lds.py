@@ -232,7 +232,7 @@ def atomic(ins: Instr, n: int, sources: int, fn: AtomicFn, ret: bool) -> Closure
 
     def f(w: Batch) -> None:
         base = where(w)
-        w.group.count_lds(w, pc, base, off, n, False)
+        w.group.count_lds(w, pc, base, off, n, False, atomic=True)
         data = np.concatenate([from_rows(w, s, n, 0, None).reshape(w.n, 64, n) for s in src], -1)
         op = Pending(land, (base, Masked.keep(w), data), pc, (d, d + n // 4) if ret else (0, 0))
         if w.hazard and ret:

@@ -42,6 +42,19 @@ def address(ins: Instr, buffer: bool) -> Callable[[Batch], tuple[Scalar, Scalar,
     return f
 
 
+def note(w: Batch, at: Any, k: Any, limit: Any, n: int, pc: int) -> None:
+    """Tell the race check what a scalar load of n dwords reads: each wave once, as its lane 0."""
+    ids = np.arange(w.n) * 64
+    ats = np.broadcast_to(np.asarray(at, i64), w.n)
+    if limit is None:
+        w.group.note_global(w, ats, ids, 4 * n, pc, False)
+        return
+    offset, most = (np.broadcast_to(np.asarray(x).astype(i64), w.n) for x in (k, limit))
+    for j in range(n):  # a dword past the descriptor's end reads as zero
+        inside = offset + 4 * j + 4 <= most
+        w.group.note_global(w, ats[inside] + 4 * j, ids[inside], 4, pc, False)
+
+
 def decode(ins: Instr, kernel: Any) -> Closure | None:
     m = NAME.match(ins.op)
     if not m:
@@ -55,6 +68,8 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
 
     def land_load(w: Batch, at: Any, k: Any, limit: Any) -> None:
         mem = w.group.memory
+        if w.group.races:
+            note(w, at, k, limit, n, pc)
         if type(at) is int:
             words = (
                 mem.read_bytes(at, 4 * n, w).view(u32).tolist()
@@ -84,6 +99,7 @@ def decode(ins: Instr, kernel: Any) -> Closure | None:
 
     def land_store(w: Batch, at: Any, data: Any) -> None:
         ats = np.broadcast_to(np.asarray(at, i64), w.n)
+        w.group.note_global(w, ats, np.arange(w.n) * 64, 4 * n, pc, True)
         for j in range(n):
             words = np.broadcast_to(np.asarray(data[j], u64), w.n).astype(u32)
             w.group.memory.store(
