@@ -90,10 +90,11 @@ class Pending:
     """A memory operation that has been issued and has not landed.
 
     `land(batch, *args)` performs it. Arrays in `args` whose first axis is the batch's waves follow
-    a split.
+    a split. `lds`: (offsets, bytes) of an LDS access; of an LDS instruction args[0] is the address
+    and args[1] the lanes. `span`: where it lies, once flight.py asked.
     """
 
-    __slots__ = ('land', 'args', 'pc', 'rows', 'sgprs', 'smem')
+    __slots__ = ('land', 'args', 'pc', 'rows', 'sgprs', 'smem', 'lds', 'span')
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class Pending:
         rows: tuple[int, int] = (0, 0),
         sgprs: tuple[int, int] = (0, 0),
         smem: bool = False,
+        lds: tuple[list[int], int] | None = None,
     ):
         self.land, self.args, self.pc, self.rows, self.sgprs, self.smem = (
             land,
@@ -112,10 +114,16 @@ class Pending:
             sgprs,
             smem,
         )
+        self.lds = lds
+        self.span: tuple[Array, Array] | None = None
 
     def take(self, keep: Array, n: int) -> Pending:
         args = tuple(take(a, keep, n) for a in self.args)
-        return Pending(self.land, args, self.pc, self.rows, self.sgprs, self.smem)
+        return self.like(args)
+
+    def like(self, args: tuple[Any, ...]) -> Pending:
+        """The same operation of other waves."""
+        return Pending(self.land, args, self.pc, self.rows, self.sgprs, self.smem, self.lds)
 
 
 def take(a: Any, keep: Array, n: int) -> Any:
@@ -265,7 +273,7 @@ class Batch:
                 args = tuple(
                     join(list(col), sizes) for col in zip(*[p.args for p in ps], strict=True)
                 )
-                p = Pending(ps[0].land, args, ps[0].pc, ps[0].rows, ps[0].sgprs, ps[0].smem)
+                p = ps[0].like(args)
                 getattr(out, name).append(p if order is None else p.take(order, out.n))
         out.path = first.path
         history = [[*h, b.trace] for b in batches for h in b.history]

@@ -13,6 +13,7 @@ from .asm import Instr
 from .batch import Batch, Scalar, norm
 from .counters import Counters
 from .errors import MemFault
+from .flight import Flight
 from .gather import gather, scatter
 from .numerics import Array, i64, u8, u32, u64
 
@@ -41,6 +42,7 @@ class Group:
         self.entered = [0] * (len(kernel.module.instrs) + 1)
         self.line_samples: dict[int, int] = {}
         self.races = launch.races.for_group(self) if launch.races else None
+        self.flight = Flight(self) if self.hazard else None
         self.uninitialised = launch.uninitialised
         self.lds_written = np.zeros(len(self.lds), bool) if self.uninitialised else None
         self.epochs = np.zeros(len(linear), i64)
@@ -162,33 +164,35 @@ class Group:
         c.lds_cycles += cycles
         c.lds_conflict_cycles += extra
         c.add_pc_cycles(pc, cycles, w.n)
-        if self.races and w.hazard:  # in flight from now until it lands
+        filling = w.hazard and any(op.lds for op in w.vm)
+        if w.hazard and (self.races or filling):  # in flight from now until it lands
             rows = np.arange(w.n * 64) if w.full else w.lanes()
             off = base.reshape(-1)[rows] + offset
-            if len(off) and off.min() >= 0 and off.max() + n <= self.lds_bytes:
-                self.races.lds(
-                    w,
-                    self.lds_index(w, off, rows),
-                    rows,
-                    n,
-                    pc,
-                    None if atomic else not read,
-                )
+            if not len(off) or off.min() < 0 or off.max() + n > self.lds_bytes:
+                return
+            idx = self.lds_index(w, off, rows)
+            if self.races:
+                self.races.lds(w, idx, rows, n, pc, None if atomic else not read)
+            if filling and self.flight:
+                self.flight.check(w, idx, rows, n, pc, 'read' if read else 'written')
 
     def note_dma(self, w: Batch, base: Any, step: int, pc: int) -> None:
         """A load into LDS may write from the moment it issues."""
-        if self.races and w.hazard:
-            rows = np.arange(w.n * 64) if w.full else w.lanes()
-            at = np.broadcast_to(np.asarray(base, i64), w.n)[rows >> 6] + rows % 64 * step
-            if len(at) and at.min() >= 0 and at.max() + step <= self.lds_bytes:
-                self.races.lds(
-                    w,
-                    self.lds_index(w, at, rows),
-                    rows,
-                    step,
-                    pc,
-                    True,
-                )
+        if not w.hazard:
+            return
+        rows = np.arange(w.n * 64) if w.full else w.lanes()
+        at = np.broadcast_to(np.asarray(base, i64), w.n)[rows >> 6] + rows % 64 * step
+        if len(at) and at.min() >= 0 and at.max() + step <= self.lds_bytes:
+            idx = self.lds_index(w, at, rows)
+            if self.races:
+                self.races.lds(w, idx, rows, step, pc, True)
+            if self.flight:
+                self.flight.issue(w, idx, rows, step, pc)
+
+    def land_dma(self, w: Batch, off: Array, ids: Array, step: int) -> None:
+        """A load into LDS has written."""
+        if self.flight and len(off) and off.min() >= 0 and off.max() + step <= self.lds_bytes:
+            self.flight.land(self.lds_index(w, off, ids), step)
 
     # ---- global memory
     def count_global(self, w: Batch, pc: int, addr: Array, n: int, what: str) -> None:

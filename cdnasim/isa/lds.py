@@ -173,7 +173,8 @@ def read(ins: Instr, mode: str | None, kind: str) -> Closure:
         base = where(w)
         for x in offs:
             w.group.count_lds(w, pc, base, x, n, True)
-        op = Pending(land, (base, Masked.keep(w)), pc, (d, d + each * len(offs)))
+        lds = (offs, n)
+        op = Pending(land, (base, Masked.keep(w)), pc, (d, d + each * len(offs)), lds=lds)
         if w.hazard and how in 'uws':
             poison(w, d, each * len(offs))
         issue(w, w.lgkm, op)
@@ -199,7 +200,7 @@ def write(ins: Instr, mode: str | None, kind: str) -> Closure:
             w.group.count_lds(w, pc, base, x, n, False)
         if w.hazard:
             data = [from_rows(w, s, n, shift, None).reshape(w.n, 64, n) for s in src]
-            w.lgkm.append(Pending(land, (base, Masked.keep(w), data), pc))
+            w.lgkm.append(Pending(land, (base, Masked.keep(w), data), pc, lds=(offs, n)))
             return
         rows = active_rows(w)
         if rows is None or len(rows):
@@ -234,7 +235,8 @@ def atomic(ins: Instr, n: int, sources: int, fn: AtomicFn, ret: bool) -> Closure
         base = where(w)
         w.group.count_lds(w, pc, base, off, n, False, atomic=True)
         data = np.concatenate([from_rows(w, s, n, 0, None).reshape(w.n, 64, n) for s in src], -1)
-        op = Pending(land, (base, Masked.keep(w), data), pc, (d, d + n // 4) if ret else (0, 0))
+        result = (d, d + n // 4) if ret else (0, 0)
+        op = Pending(land, (base, Masked.keep(w), data), pc, result, lds=([off], n))
         if w.hazard and ret:
             poison(w, d, n // 4)
         issue(w, w.lgkm, op)
@@ -291,7 +293,7 @@ def transpose_read(ins: Instr, n: int, width: int) -> Closure:
         w.group.count_lds(w, pc, base, off, n, True)
         if w.hazard:
             poison(w, d, n // 4)
-        issue(w, w.lgkm, Pending(land, (base,), pc, (d, d + n // 4)))
+        issue(w, w.lgkm, Pending(land, (base,), pc, (d, d + n // 4), lds=([off], n)))
 
     return f
 

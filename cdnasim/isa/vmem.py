@@ -277,6 +277,7 @@ def load_to_lds(ins: Instr, space: str, kind: str) -> Closure:
             data = np.pad(data, ((0, 0), (0, 4 - n)))
         at = base if type(base) is int else base.astype(i64)[ids // 64]
         w.group.lds_store(w, at + ids % 64 * step, ids, data, ins)
+        w.group.land_dma(w, at + ids % 64 * step, ids, step)
 
     def f(w: Batch) -> None:
         addr, ok = where(w)
@@ -284,7 +285,7 @@ def load_to_lds(ins: Instr, space: str, kind: str) -> Closure:
         w.group.count_global(w, pc, addr, n, 'global_load_bytes')
         w.group.counters.lds_dma_bytes += step * (w.n * 64 if w.full else len(w.lanes()))
         w.group.note_dma(w, base, step, pc)
-        issue(w, w.vm, Pending(land, (addr, ok, Masked.keep(w), base), pc))
+        issue(w, w.vm, Pending(land, (addr, ok, Masked.keep(w), base), pc, lds=([imm], step)))
 
     return f
 

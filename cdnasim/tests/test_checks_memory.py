@@ -89,3 +89,75 @@ def test_atomics_of_many_workgroups_are_no_race() -> None:
     assert not kinds(body, grid=5, block=128)
     assert kinds(body + PLAIN[0], grid=5)['race'] >= 1
     assert not kinds(body + PLAIN[0], grid=1)
+
+
+# A load into LDS: work-item w's dword goes to LDS byte 4 w, and M0 holds its wave's first byte.
+FILL = (
+    ' s_mov_b32 s8, s4\n s_mov_b32 s9, s5\n s_mov_b32 s10, 4096\n s_mov_b32 s11, 0x27000\n'
+    ' v_readfirstlane_b32 s12, v1\n s_nop 4\n s_mov_b32 m0, s12\n s_nop 0\n'
+    ' buffer_load_dword v1, s[8:11], 0 offen lds\n'
+)
+READ, WRITE = ' ds_read_b32 v2, v1\n', ' ds_write_b32 v1, v0\n'
+LANDED, DONE = ' s_waitcnt vmcnt(0)\n', ' s_waitcnt lgkmcnt(0)\n'
+
+
+@pytest.mark.parametrize('races', (False, True))
+@pytest.mark.parametrize(
+    'body,fixed,what',
+    [
+        (FILL + READ + DONE, FILL + LANDED + READ + DONE, 'read before'),
+        (FILL + READ + LANDED + DONE, FILL + LANDED + READ + DONE, 'read before'),
+        (
+            WRITE + DONE + FILL + READ + DONE,
+            WRITE + DONE + FILL + LANDED + READ + DONE,
+            'read before',
+        ),
+        (FILL + WRITE + DONE, FILL + LANDED + WRITE + DONE, 'written before'),
+        (
+            FILL + ' ds_add_u32 v1, v0\n' + DONE,
+            FILL + LANDED + ' ds_add_u32 v1, v0\n',
+            'written before',
+        ),
+        (
+            WRITE + DONE + READ + FILL + LANDED + DONE,
+            WRITE + DONE + READ + DONE + FILL + LANDED,
+            'filled by a load before',
+        ),
+        (WRITE + FILL + LANDED + DONE, WRITE + DONE + FILL + LANDED, 'filled by a load before'),
+    ],
+)
+def test_lds_bytes_with_a_load_in_flight(body: str, fixed: str, what: str, races: bool) -> None:
+    report = run(body, DATA, 1024, block=128, hazard=True, races=races)[1]
+    assert report.kinds == {'hazard': 1} and what in report.findings[0]
+    assert run(fixed, DATA, 1024, block=128, hazard=True, races=races)[1].ok
+
+
+def test_other_lds_bytes_are_free_while_a_load_is_in_flight() -> None:
+    other = ' v_add_u32_e32 v3, {:#x}, v1\n ds_write_b32 v3, v0\n'
+    assert not kinds(FILL + other.format(0x100) + DONE + LANDED)
+    assert kinds(FILL + other.format(0xFC) + DONE + LANDED) == {'hazard': 1}
+    assert not kinds(other.format(0x100) + FILL + DONE + LANDED)
+    assert kinds(other.format(0xFC) + FILL + DONE + LANDED) == {'hazard': 1}
+    # Between two rows of bytes that the load fills: the ranges meet, the bytes do not.
+    odd = ' s_mov_b64 exec, 0x55555555\n'
+    gaps = ' v_add_u32_e32 v3, 4, v1\n' + odd + FILL + ' ds_write_b32 v3, v0\n' + DONE + LANDED
+    assert not kinds(gaps)
+    assert kinds(gaps.replace(', 4, v1', ', 8, v1')) == {'hazard': 1}
+
+
+def test_a_wait_lands_the_first_of_two_loads_into_lds() -> None:
+    second = ' s_add_u32 m0, s12, 0x100\n s_nop 0\n buffer_load_dword v1, s[8:11], 0 offen lds\n'
+    body = FILL + second + ' s_waitcnt vmcnt({})\n ds_read_b32 v2, v1{}\n' + DONE
+    assert not kinds(body.format(1, ''))
+    assert kinds(body.format(1, ' offset:256')) == {'hazard': 1}
+    assert kinds(body.format(2, '')) == {'hazard': 1}
+    assert not kinds(body.format(0, ' offset:256'))
+    again = FILL + second.replace('0x100', '0') + ' s_waitcnt vmcnt({})\n' + READ + DONE
+    assert kinds(again.format(1)) == {'hazard': 1} and not kinds(again.format(0))
+
+
+def test_bytes_that_are_no_dwords() -> None:
+    byte = ' v_mov_b32_e32 v3, {}\n' + FILL + ' ds_read_u16 v2, v3\n' + DONE + LANDED
+    assert kinds(byte.format(254)) == {'hazard': 1}
+    assert not kinds(byte.format(256))
+    assert kinds(byte.format(253).replace('u16', 'u8')) == {'hazard': 1}

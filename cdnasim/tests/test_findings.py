@@ -62,6 +62,8 @@ def test_wait_count(fixed: bool) -> None:
     )
     assert (y == x[:64] + x[256:320]).all() == fixed
     assert report.ok == fixed
+    report = cdnasim.load(text('wait_count', fixed)).launch(1, 64, [x, y], hazard=True)
+    assert report.ok == fixed and bool(report.kinds['hazard']) != fixed
     y[:] = 0  # memory that answers at once hides it
     cdnasim.load(text('wait_count', False)).launch(1, 64, [x, y])
     assert (y == x[:64] + x[256:320]).all()
