@@ -121,6 +121,18 @@ def launches_table(launches: list[Any]) -> Table:
     return t
 
 
+def refuse_ignored(ctx: typer.Context, file: Path) -> None:
+    """LaunchError for options that a script, or a kernel, would leave unread."""
+    script = file.suffix == '.py'
+    if ctx.args and not script:
+        raise LaunchError(f'{" ".join(ctx.args)}: only a script.py takes options of its own')
+    for name in ('grid', 'block', 'arg', 'kernel') if script else ('arch', 'lenient'):
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == 'COMMANDLINE':
+            other = 'a kernel, not for a script' if script else 'a script, not for a kernel'
+            raise LaunchError(f'--{name} is for {other}')
+
+
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """What cdnasim raises on purpose, as one line and exit status 1."""
@@ -182,20 +194,12 @@ def run(
     found.
     """
     with one_line():
-        options = Options(
-            hazard=hazard,
-            races=races,
-            uninitialised=uninitialised,
-            schedule=schedule,
-            seed=seed,
-            budget=budget,
-        )
+        options = Options(hazard, races, uninitialised, schedule, seed=seed, budget=budget)
+        refuse_ignored(ctx, file)
         can_write('--json', json_out)
         can_write('--timeline', timeline, PICTURES)
         if file.suffix == '.py':
             ok = run_program(file, ctx.args, options, arch, lenient, json_out, timeline)
-        elif ctx.args:
-            raise LaunchError(f'{" ".join(ctx.args)}: only a script.py takes options of its own')
         else:
             values = [parse_argument(a) for a in (arg or [])]
             report = load(file, kernel).launch(

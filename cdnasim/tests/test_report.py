@@ -183,6 +183,11 @@ def refused(*words: str, error: str = 'LaunchError') -> str:
 def test_cli_refuses_options_in_one_line(tmp_path: Path) -> None:
     run_it = ('run', str(FINDINGS / 'softmax_reduce.s'))
     assert '--grd 4: only a script.py' in refused(*run_it, '--grd', '4')
+    assert '--arch is for a script' in refused(*run_it, '--arch', 'gfx942')
+    assert '--lenient is for a script' in refused(*run_it, '--lenient')
+    script = str(Path(cdnasim.__file__).parent / 'examples' / 'a4w4_gemm.py')
+    for option in ('--grid', '--block', '--arg', '--kernel'):
+        assert f'{option} is for a kernel' in refused('run', script, option, '4')
     for option, path, why in (
         ('--json', tmp_path / 'none' / 'x.json', 'no file can be written'),
         ('--json', tmp_path, 'no file can be written'),
