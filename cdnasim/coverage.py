@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from .asm import Module, parse_instr
 from .errors import CdnaSimError, UnsupportedError
-from .isa_list import base_name
+from .legality import bare
 from .machine import decode_one
 
 DATA = Path(__file__).with_name('data')
@@ -111,7 +111,7 @@ def coverage(gpu: str) -> Coverage:
     reasons: dict[str, list[str]] = defaultdict(list)
     for text in (DATA / f'{gpu}.txt').read_text().splitlines():
         reason = try_decode(text, gpu)
-        name = base_name(text.split()[0])
+        name = bare(text.split()[0])
         reasons[name].append(reason)
         if reason:
             out.forms_missing[text] = reason
@@ -128,6 +128,6 @@ def coverage(gpu: str) -> Coverage:
     out.forms_missing = {
         t: r
         for t, r in out.forms_missing.items()
-        if not any(base_name(t.split()[0]).startswith(p) for p in LEFT_OUT)
+        if not any(bare(t.split()[0]).startswith(p) for p in LEFT_OUT)
     }
     return out

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .legality import bare
 from .toolchain import find_tool
 
 DATA = Path(__file__).with_name('data')
@@ -115,13 +116,6 @@ def disassemble(gpu: str) -> list[str]:
     return [s.split('//')[0].strip() for s in out.splitlines()]
 
 
-def base_name(mnemonic: str) -> str:
-    """Mnemonic without the encoding suffix."""
-    for suffix in ('_e64_dpp', '_e64', '_e32', '_sdwa', '_dpp'):
-        mnemonic = mnemonic.removesuffix(suffix)
-    return mnemonic
-
-
 def examples(gpu: str) -> dict[str, str]:
     """mnemonic with encoding suffix -> shortest example text."""
     best: dict[str, str] = {}
@@ -141,5 +135,5 @@ if __name__ == '__main__':
         DATA.mkdir(exist_ok=True)
         (DATA / f'{name}.txt').write_text('\n'.join(found[k] for k in sorted(found)) + '\n')
         print(
-            name, len(found), 'forms,', len({base_name(k.split()[0]) for k in found}), 'mnemonics'
+            name, len(found), 'forms,', len({bare(k.split()[0]) for k in found}), 'mnemonics'
         )

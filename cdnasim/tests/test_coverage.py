@@ -6,6 +6,7 @@ import pytest
 
 from cdnasim import isa_list
 from cdnasim.coverage import DATA, coverage, try_decode
+from cdnasim.legality import bare
 
 
 @pytest.mark.parametrize('gpu,least', [('gfx942', 1030), ('gfx950', 1120)])
@@ -20,9 +21,9 @@ def test_everything_is_implemented_or_explained(gpu: str, least: int) -> None:
 def test_list_is_what_llvm_says(gpu: str) -> None:
     """The shipped file equals what the installed LLVM disassembles (needs llvm-mc)."""
     found = isa_list.examples(gpu)
-    names = {isa_list.base_name(t.split()[0]) for t in found.values()}
+    names = {bare(t.split()[0]) for t in found.values()}
     shipped = {
-        isa_list.base_name(t.split()[0]) for t in (DATA / f'{gpu}.txt').read_text().splitlines()
+        bare(t.split()[0]) for t in (DATA / f'{gpu}.txt').read_text().splitlines()
     }
     assert names == shipped
 
