@@ -19,7 +19,7 @@ import numpy as np
 from .batch import Batch
 from .effects import Effects
 from .numerics import Array
-from .paths import TRANS_OPS, Clock
+from .paths import HWREG, TRANS_OPS, Clock
 
 if TYPE_CHECKING:
     from .asm import Instr, Operand
@@ -107,6 +107,11 @@ TRANS_VALU = 1  # transcendental result read by the next VALU that is not transc
 VALU_SGPR_VALU = 2  # VALU writes an SGPR or VCC, VALU reads it
 VALU_VGPR_LANE = 1  # VALU writes a VGPR, v_readlane or v_readfirstlane reads it
 VALU_EXEC_LANE = 4  # VALU writes EXEC, v_readlane, v_readfirstlane, v_writelane
+VALU_VGPR_MATRIX = 2  # VALU writes a VGPR, matrix instruction reads it
+VALU_VGPR_SWAP = 2  # VALU writes a VGPR, v_permlane16_swap or v_permlane32_swap takes it
+DOT_OTHER = 3  # v_dot result, another instruction than the same v_dot reads or VALU writes it
+STORE_DATA = 2  # data of a 12 or 16 byte store, VALU writes it
+SETREG_GETREG = 2  # s_setreg, s_getreg of the same hardware register
 LANE_OPS = ('v_readlane', 'v_readfirstlane', 'v_writelane')
 
 
@@ -250,7 +255,38 @@ class StateChecker:
                     for r in e.reads:
                         what = f'{register_name(r)} from a VALU for a lane move'
                         self.need(t, t.valu_vgpr.get(r), VALU_VGPR_LANE, pc, what)
+        self.write_after_read(t, pc, e)
+        self.special(t, pc, e, ins)
         self.matrix(t, pc, e, ins)
+
+    def write_after_read(self, t: Clock, pc: int, e: Effects) -> None:
+        """A VALU result may not come before a slow reader has the old value."""
+        if e.kind != 'valu' or not (t.stored or t.matrix_c):
+            return
+        for r in e.writes:
+            self.need(t, t.stored.get(r), STORE_DATA, pc, f'{register_name(r)} to a wide store')
+            if (read := t.matrix_c.get(r)) is not None:
+                passes = max(2, self.kernel.module.instrs[read[1]].cycles // 4)
+                what = f'{register_name(r)} to the matrix core as C'
+                self.need(t, read, passes - 1, pc, what)
+
+    def special(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
+        """Rules of single instructions."""
+        op = ins.op
+        if e.kind == 'mfma' or '_swap_b32' in op and op.startswith('v_permlane'):
+            states = VALU_VGPR_MATRIX if e.kind == 'mfma' else VALU_VGPR_SWAP
+            for r in e.reads:
+                what = f'{register_name(r)} from a VALU for {op}'
+                self.need(t, t.valu_vgpr.get(r), states, pc, what)
+        if t.dot:
+            for r in (*e.reads, *(e.writes if e.kind == 'valu' else ())):
+                made = t.dot.get(r)
+                if made is not None and self.kernel.module.instrs[made[1]].op != op:
+                    self.need(t, made, DOT_OTHER, pc, f'{register_name(r)} from a dot product')
+        if op.startswith('s_movrel'):
+            self.need(t, t.salu_m0, SALU_M0_LDS, pc, 'M0 from a scalar instruction')
+        if t.setreg and op == 's_getreg_b32' and (m := HWREG.search(ins.text)):
+            self.need(t, t.setreg.get(m.group(1)), SETREG_GETREG, pc, f'{m.group(1)} from s_setreg')
 
     def matrix(self, t: Clock, pc: int, e: Effects, ins: Instr) -> None:
         """Results of the matrix core. An accumulator may follow back to back into the same C and

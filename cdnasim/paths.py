@@ -4,16 +4,18 @@ checked after which path.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from .asm import Instr
 from .batch import M0, Batch
-from .effects import Effects
+from .effects import Effects, span
 
 if TYPE_CHECKING:
     from .machine import Kernel
 
 TRANS_OPS = ('v_exp_', 'v_log_', 'v_rcp_', 'v_rsq_', 'v_sqrt_', 'v_sin_', 'v_cos_')
+HWREG = re.compile(r'hwreg\((\w+)')
 MOST_STATES = 8  # wait states any rule but those of the matrix core looks back
 MATRIX_MARGIN = 6  # states a matrix rule adds to the passes, and some
 MOST_RUNS = 100_000  # remembered
@@ -27,6 +29,17 @@ def length(ins: Instr) -> int:
     return 1 + (int(ins.ops[0].val) if ins.op == 's_nop' and ins.ops else 0)
 
 
+def wide_data(ins: Instr) -> range:
+    """Data registers of a store of 12 or 16 bytes, which are read for two states more; a buffer
+    store with its offset in a scalar register reads them in time (LLVM GCNHazardRecognizer).
+    """
+    if not ins.op.endswith(('_store_dwordx3', '_store_dwordx4')):
+        return range(0)
+    if ins.op.startswith('buffer_'):
+        return range(0) if ins.ops[3].kind == 's' else span(ins.ops[0])
+    return span(ins.ops[1])
+
+
 class Clock:
     """When each register was last written, and by whom: (time, program counter)."""
 
@@ -38,6 +51,10 @@ class Clock:
         self.matrix: dict[int, tuple[int, int]] = {}
         self.valu_exec: tuple[int, int] | None = None
         self.salu_m0: tuple[int, int] | None = None
+        self.dot: dict[int, tuple[int, int]] = {}
+        self.matrix_c: dict[int, tuple[int, int]] = {}  # read as C
+        self.stored: dict[int, tuple[int, int]] = {}  # data of a store of 12 or 16 bytes
+        self.setreg: dict[str, tuple[int, int]] = {}  # by hardware register
 
     def pass_by(self, pc: int, e: Effects, ins: Instr) -> None:
         """The instruction executes."""
@@ -50,10 +67,13 @@ class Clock:
             self.matrix.pop(r, None)
             self.trans.pop(r, None)
             self.valu_vgpr.pop(r, None)
+            self.dot.pop(r, None)
         for s in e.swrites:
             self.valu_sgpr.pop(s, None)
         if e.kind == 'mfma':
             self.matrix.update(dict.fromkeys(e.writes, stamp))
+            if len(ins.ops) > 3 and ins.ops[3].kind == 'v':
+                self.matrix_c.update(dict.fromkeys(span(ins.ops[3]), stamp))
         elif e.kind == 'valu':
             self.valu_vgpr.update(dict.fromkeys(e.writes, stamp))
             self.valu_sgpr.update(dict.fromkeys(e.swrites, stamp))
@@ -61,6 +81,13 @@ class Clock:
                 self.valu_exec = stamp
             if ins.op.startswith(TRANS_OPS):
                 self.trans.update(dict.fromkeys(e.writes, stamp))
+            if ins.op.startswith('v_dot'):
+                self.dot.update(dict.fromkeys(e.writes, stamp))
+        elif ins.op.startswith('s_setreg'):
+            if m := HWREG.search(ins.text):
+                self.setreg[m.group(1)] = stamp
+        elif e.kind == 'vmem':
+            self.stored.update(dict.fromkeys(wide_data(ins), stamp))
         elif M0 in e.swrites:
             self.salu_m0 = stamp
 
