@@ -21,7 +21,7 @@ from .effects import effects
 from .errors import AsmError, LaunchError, UnsupportedError
 from .group import Group, make_banks
 from .isa import control, lds, mfma, salu, smem, valu, vmem
-from .legality import refuse_foreign
+from .legality import refuse_foreign, refuse_too_large
 from .memory import Memory
 from .numerics import Array, u8, u32, u64
 from .parallel import Outcome, run_forked
@@ -142,6 +142,7 @@ class Kernel:
             )
         own = [i for i in self.module.instrs if not any(a <= i.pc < b for a, b in foreign)]
         refuse_foreign(own, self.arch, self.name)
+        refuse_too_large(own)
 
     def label(self, o: Operand, ins: Instr) -> int:
         if o.kind == 'imm':  # disassembly without symbols: dwords from the next instruction

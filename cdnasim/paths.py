@@ -25,8 +25,8 @@ State = tuple[tuple[Run, ...], tuple[int, ...], tuple[int, ...]]  # runs; operat
 
 
 def length(ins: Instr) -> int:
-    """Wait states an instruction counts for."""
-    return 1 + (int(ins.ops[0].val) if ins.op == 's_nop' and ins.ops else 0)
+    """Wait states an instruction counts for; s_nop has four bits."""
+    return 1 + (int(ins.ops[0].val) & 15 if ins.op == 's_nop' and ins.ops else 0)
 
 
 def wide_data(ins: Instr) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cdnasim.errors import UnsupportedError
+from cdnasim.errors import AsmError, UnsupportedError
 
 from .support import run
 
@@ -42,3 +42,29 @@ def test_both_spellings_of_matrix_instructions(arch: str) -> None:
     for name in ('16x16x16_f16', '16x16x16f16'):
         run(f' v_mfma_f32_{name} v[8:11], v[4:5], v[6:7], 0\n', DATA, arch=arch)
     run(LDS16.replace('x4', ''), DATA, arch=arch)  # four bytes: both GPUs have it
+
+
+@pytest.mark.parametrize(
+    'legal,illegal,what',
+    [
+        (' v_mov_b32_e32 v255, 7\n', ' v_mov_b32_e32 v256, 7\n', 'register 256'),
+        (' ds_read_b64 v[254:255], v1\n', ' ds_read_b64 v[256:257], v1\n', 'register 257'),
+        (' ds_write_b32 v1, v0 offset:2000\n', ' ds_write_b32 v1, v0 offset:70000\n', 'offset'),
+        (' s_waitcnt vmcnt(63)\n', ' s_waitcnt vmcnt(64)\n', 'vmcnt 64'),
+        (' s_waitcnt lgkmcnt(15)\n', ' s_waitcnt lgkmcnt(16)\n', 'lgkmcnt 16'),
+    ],
+)
+def test_numbers_too_large_for_their_field(legal: str, illegal: str, what: str) -> None:
+    run(legal, DATA)
+    with pytest.raises(AsmError, match=what):
+        run(illegal, DATA)
+
+
+def test_s_nop_has_four_bits() -> None:
+    """s_nop 99 is s_nop 3: four states, and the result of this matrix instruction takes eight."""
+    body = (
+        ' v_mfma_f32_16x16x16_f16 v[8:11], v[4:5], v[6:7], 0\n s_nop {}\n'
+        ' v_add_f32_e32 v2, v8, v8\n'
+    )
+    assert run(body.format(99), DATA, hazard=True)[1].kinds['wait-states'] == 1
+    assert run(body.format(15), DATA, hazard=True)[1].ok
