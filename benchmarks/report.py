@@ -14,7 +14,7 @@ from .registry import OURS
 from .results import Row, best_rival
 
 HEADLINE = "a8w4"
-WIDTH = 210  # columns, where the output is a file
+WIDTH = 300  # columns, where the output is a file: no cell is cut
 STAGES = ("stage1", "stage2", "layer")
 
 
@@ -77,7 +77,7 @@ def print_all(
     groups = list(dict.fromkeys((row.shape, row.routing, row.flush) for row in rows))
     for shape, routing, flush in groups:
         here = [r for r in rows if (r.shape, r.routing, r.flush) == (shape, routing, flush)]
-        out.print(summary_table(f"{shape}, {routing} routing, {flush} L2", here))
+        print_summary(out, f"{shape}, {routing} routing, {flush} L2", here)
         if detail:
             for stage in STAGES:
                 if any(row.stage == stage for row in here):
@@ -91,19 +91,30 @@ def print_all(
         out.print(f"  [yellow]left out[/yellow] {escape(item)}")
 
 
-def summary_table(title: str, rows: Sequence[Row]) -> Table:
+def print_summary(out: Console, title: str, rows: Sequence[Row]) -> None:
+    """One table, or one of each stage where the console is too narrow for that."""
+    whole = summary_table(title, rows)
+    free = out.options.update(width=1000)
+    if out.measure(whole, options=free).maximum <= out.width:
+        out.print(whole)
+        return
+    for stage in STAGES:
+        out.print(summary_table(title, rows, (stage,)))
+
+
+def summary_table(title: str, rows: Sequence[Row], stages: Sequence[str] = STAGES) -> Table:
     """Tokens down; for each stage the roof, the best rival, ours, and how they compare."""
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("T", justify="right", no_wrap=True)
     table.add_column("experts", justify="right", no_wrap=True)
-    for stage in STAGES:
+    for stage in stages:
         for head in (f"{stage}: roof", "best rival", OURS, "faster"):
             table.add_column(head, justify="right", no_wrap=True)
     rivals, ours = best_rival(rows), ours_of(rows)
     for tokens in sorted({row.tokens for row in rows}):
         here = [row for row in rows if row.tokens == tokens]
         cells = [str(tokens), str(here[0].active_experts)]
-        for stage in STAGES:
+        for stage in stages:
             at = (here[0].shape, tokens, stage, here[0].routing, here[0].flush)
             cells += summary_cells(ours.get(at), rivals.get(at))
         table.add_row(*cells)

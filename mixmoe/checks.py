@@ -5,13 +5,11 @@ Everything here reads sizes, dtypes and devices; ids are read only where they li
 Backends add only what their hardware or their packing asks for, in their own ``check``.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import FORMATS, Quantised, int8_smooth, int8_token
+from mixmoe.formats import FORMATS, Quantised, int8_smooth
 from mixmoe.spec import CELLS, WIDE_FLOATS, Problem, Recipe, Routed, Weights
 
 
@@ -57,7 +55,7 @@ def check_weights(recipe: Recipe, weights: Weights) -> None:
             f"the recipe {recipe.name} needs w13_smooth on the weights, as "
             "Weights.from_dense(w13_smooth=...) puts there",
             None,
-            replace(recipe, activation=int8_token).name,
+            recipe.unsmoothed.name,
         )
     smoothed = [n for n in ("w13_smooth", "w2_smooth") if getattr(weights, n) is not None]
     if smoothed and recipe.activation != int8_smooth:

@@ -1,13 +1,12 @@
 """``MoE``: the layer as an nn.Module that owns its quantised weights as buffers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mixmoe.errors import MixMoEError
-from mixmoe.formats import int8_smooth, int8_token
+from mixmoe.formats import int8_smooth
 from mixmoe.moe import call_key, flatten, prepare
 from mixmoe.spec import Recipe, Weights
 
@@ -75,6 +74,6 @@ def require_unsmoothed(recipe: Recipe) -> Recipe:
     if recipe.activation == int8_smooth:
         raise MixMoEError(
             "a model holds no smooth factors (Weights.from_dense(w13_smooth=...) takes them)",
-            recipe.name, replace(recipe, activation=int8_token).name,
+            recipe.name, recipe.unsmoothed.name,
         )
     return recipe

@@ -188,6 +188,11 @@ class Recipe:
         pair = (self.activation.name, self.weight.name)
         return next((n for n, c in CELLS.items() if c == pair), " x ".join(pair))
 
+    @property
+    def unsmoothed(self) -> "Recipe":
+        """The recipe of int8 activations whose weights need no smooth factors."""
+        return replace(self, activation=format_named("int8_token"))
+
     @classmethod
     def _parse(cls, key: str) -> "Recipe":
         try:

@@ -1,6 +1,7 @@
 """How a run is ordered, cut into shares, compiled ahead, accounted for and put together again."""
 
 import dataclasses
+import io
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from benchmark_toys import TINY, entry_of, row
+from rich.console import Console
 from triton.backends.compiler import GPUTarget
 from typer.testing import CliRunner
 
-from benchmarks import compile_only, merged, models, registry, results, run, warm
+from benchmarks import compile_only, merged, models, registry, report, results, run, warm
 from benchmarks.case import Case, Memo, Model
 from benchmarks.compile_only import CompileOnly
 from benchmarks.counts import Stage
@@ -338,6 +340,22 @@ def test_entries_without_a_stage_of_the_plan_leave_a_case_closed(tmp_path):
         measured = row("toy", stage="layer", tokens=1, flush=flush)
         journal.add(measured, worker.entries[1].label)
     assert not worker._is_open(spot), "all of it is measured"
+
+
+@pytest.mark.parametrize("width", [130, report.WIDTH])
+def test_no_cell_of_a_summary_is_cut(width):
+    """A console that is too narrow for all stages side by side has them one below the other."""
+    ways = ({"us": 1234.5}, {"us": 2345.6, "accumulate": "precise"},
+            {"us": 1111.1, "deterministic": False})  # fmt: skip
+    rows = [row(tokens=16384, stage=stage, **way) for stage in report.STAGES for way in ways]
+    rows += [row("humming_fp8", 2222.2, 16384, stage) for stage in report.STAGES]
+    console = Console(width=width, file=io.StringIO())
+    report.print_summary(console, "a shape", rows)
+    text = console.file.getvalue()
+    assert text.count(" 16384 ") == (1 if width == report.WIDTH else 3) and "…" not in text
+    assert all(f"{stage}: roof" in text for stage in report.STAGES)
+    console.print(report.summary_table("all of them", rows))  # what is too wide is seen
+    assert ("…" in console.file.getvalue()) == (width < report.WIDTH)
 
 
 @pytest.mark.parametrize("what", ["shapes", "tokens", "skews", "stages", "flushes"])

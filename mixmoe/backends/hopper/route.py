@@ -32,6 +32,8 @@ CHUNK = 256  # routes ranked by one CTA where they are many: 65,536 compares
 PIECE = 1024  # ids counted at a time
 SCAN_COLUMNS = 8  # experts one CTA scans over all chunks
 SCAN_ROWS = 256
+RIDDEN = 8192  # values of x that a CTA quantises beside the routing, unless a row has more
+TWO_CTAS = 2 * 132  # riders before they take several rows each: two an SM
 FILL = tl.constexpr(512)  # sentinels a CTA writes at a time
 SIZES = ["R", "T", "P", "E", "known", "TOPK", "workers"]  # one binary for every count of tokens
 PAIRS = tl.constexpr(32)  # ids that routes are compared with at a time
@@ -329,7 +331,7 @@ def riders(rows: Rows | None, ids: Tensor, tokens: int) -> tuple[tuple, dict[str
         nothing = {"QB": 1, "KP": 1, "WRITE": None, "UP": 0}
         return (ids, ids, ids, ids.shape[-1], ids.stride(0), 0), nothing, 0
     x, columns = rows.x, max(pow2(rows.pitch), 128)
-    few = max(1, min(8192 // columns, pow2(-(-tokens // 264))))  # rows of a CTA
+    few = max(1, min(RIDDEN // columns, pow2(-(-tokens // TWO_CTAS))))  # rows of a CTA
     operands = (x, rows.codes, rows.scales, x.shape[-1], x.stride(0), rows.pitch)
     shape = {"QB": few, "KP": columns, "WRITE": rows.writer, "UP": rows.up}
     return operands, shape, -(-tokens // few)
